@@ -206,9 +206,11 @@ def _layers(taken: Sequence[RowsTaken]) -> dict[tuple[int, int], LayerRows]:
         if one.cache != newest or one.layer is None:
             continue
         for sequence, digests in enumerate(one.digests):
+            if not digests:  # rows of another request
+                continue
             key = (one.layer, sequence)
             held = found.setdefault(key, LayerRows({}, [], one.shape[:-2] + one.shape[-1:], {}))
-            if digests and digests == before[key] and one.start not in held.rows:
+            if digests == before[key] and one.start not in held.rows:
                 held.repeated.append((one.start, len(digests), one.chunk))
             before[key] = digests
             held.rows.update(enumerate(digests, one.start))

@@ -31,7 +31,11 @@ MOST_WAITING = 4096
 """Digests on a device that are on their way to the host; if there are more, the oldest are dropped."""
 
 
-_COLUMNS = {1: 1, 2: 2, 1 + SKETCH_WORDS: 1, 2 * (1 + SKETCH_WORDS): 2}
+PAGED = 4
+"""words of a row of a paged cache: digests of K and V, position, and the number of the request, which may be another's
+later"""
+
+_COLUMNS = {PAGED: 2, 1: 1, 2: 2, 1 + SKETCH_WORDS: 1, 2 * (1 + SKETCH_WORDS): 2}
 """how many of the words of a row are digests"""
 
 
@@ -136,7 +140,7 @@ def read_rows(folder: str | Path, process: WatchedProcess) -> list[RowsTaken]:
         return []
     except OSError as error:
         raise RecordsError(f"{path}: {error.strerror}") from None
-    found, at = list[RowsTaken](), 0
+    found, at, requests = list[RowsTaken](), 0, _Requests()
     while len(data) - at >= _HEAD.size:
         head = _HEAD.unpack_from(data, at)
         magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns = head
@@ -152,6 +156,10 @@ def read_rows(folder: str | Path, process: WatchedProcess) -> list[RowsTaken]:
         numbers.frombytes(data[at : at + size])
         at += size
         text, shape, dtype = process.taps.get(name, ("", (), ""))
+        about = (time_ns + process.clock, seq, dtype, shape)
+        if columns == PAGED:
+            found += requests.rows(text, _known(layer), _known(chunk), numbers, about)
+            continue
         parts = _COLUMNS[columns]
         rows = [tuple(numbers[i : i + parts]) for i in range(0, len(numbers), columns)]
         sketches = array("f")
@@ -159,22 +167,50 @@ def read_rows(folder: str | Path, process: WatchedProcess) -> list[RowsTaken]:
             for i in range(0, len(numbers), columns):
                 sketches.frombytes(numbers[i + parts : i + columns].tobytes())
         digests = tuple(tuple(rows[one * count : (one + 1) * count]) for one in range(batch))
-        found.append(
-            RowsTaken(
-                text,
-                cache,
-                _known(layer),
-                _known(chunk),
-                start,
-                digests,
-                time_ns + process.clock,
-                seq,
-                dtype,
-                shape,
-                sketches,
-            )
-        )
+        found.append(RowsTaken(text, cache, _known(layer), _known(chunk), start, digests, *about, sketches))
     return found
+
+
+class _Requests:
+    """Tells requests of a paged cache apart: as sequences, numbered in the order of their first row in a layer."""
+
+    def __init__(self) -> None:
+        self._newest: dict[tuple[int | None, int], tuple[int, int]] = {}
+        """by layer and number, the sequence that has it now, and its last position"""
+        self._counts: dict[int | None, int] = {}
+
+    def rows(
+        self, name: str, layer: int | None, chunk: int | None, words: "array[int]", about: tuple[Any, ...]
+    ) -> list[RowsTaken]:
+        """Rows of one write, by request, in runs of positions that follow each other."""
+        found: list[RowsTaken] = []
+        run: list[tuple[int, ...]] = []
+        begun = (-1, -1)  # sequence and position of the run's first row
+
+        def end() -> None:
+            if run:
+                digests = ((),) * begun[0] + (tuple(run),)
+                found.append(RowsTaken(name, 0, layer, chunk, begun[1], digests, *about))
+
+        for i in range(0, len(words), PAGED):
+            k, v, position, number = words[i : i + PAGED]
+            if position >= 1 << 63:  # padding
+                continue
+            sequence = self._sequence(layer, number, position)
+            if (sequence, position) != (begun[0], begun[1] + len(run)):
+                end()
+                run, begun = [], (sequence, position)
+            run.append((k, v))
+        end()
+        return found
+
+    def _sequence(self, layer: int | None, number: int, position: int) -> int:
+        sequence, last = self._newest.get((layer, number), (-1, -1))
+        if sequence < 0 or position <= last:  # a request has begun that has the number of one before
+            sequence = self._counts.get(layer, 0)
+            self._counts[layer] = sequence + 1
+        self._newest[layer, number] = (sequence, position)
+        return sequence
 
 
 def _known(number: int) -> int | None:

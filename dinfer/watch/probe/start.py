@@ -10,6 +10,7 @@ from typing import Any
 from .endings import Endings
 from .imports import ImportWatch
 from .labels import enter_module
+from .paged import PagedCaches
 from .recorder import NO_GROUP, OpRecorder
 from .records import NOTHING
 from .stacks import dump_on_signal, dumps_still
@@ -34,6 +35,7 @@ class Probe:
         self._imports = ImportWatch()
         self._endings = Endings(self.recorder, self._imports, self._stop_thread)
         self._tensors = TensorWatch(self.recorder, self._imports)
+        PagedCaches(self._tensors, self._imports)
         self._imports.add(_C10D, self._found_c10d)
         self._imports.add("transformers.modeling_layers", self._found_layers)
 

@@ -19,6 +19,7 @@ from .callers import caller
 from .imports import ImportWatch
 from .labels import Label, labelled, module_layer
 from .recorder import OpRecorder
+from .records import NOTHING
 from .rows import RowsWriter
 from .taps import label_of, watching
 from .writing import NumberedNames
@@ -113,6 +114,31 @@ class TensorWatch:
         except Exception as error:
             self.switch_off("taking digests of KV", error)
 
+    def problem(self, text: str) -> None:
+        """Say once what is not taken."""
+        self._recorder.problem(text)
+
+    def paged(self, k: Any, v: Any, layer: int | None, positions: Any, requests: Any) -> None:
+        """Rows were written to a paged cache: K and V [tokens, heads, width], each of a request at a position in it,
+        both integers [tokens] on the same device; a position of -1: padding. Raises what torch raises."""
+        import torch
+
+        rows, records = self._writer(), self._recorder.records
+        if rows is None or records is None or not k.numel() or _is_compiling() or _is_captured(torch, k):
+            return
+        from .digests import token_digests
+
+        with torch.no_grad():
+            digests = [token_digests(value.transpose(0, 1)) for value in (k, v)]
+            words = torch.stack([*digests, positions.to(torch.int64), requests.to(torch.int64)], -1)[None]
+        number = NOTHING if layer is None else layer
+        if not rows.add("kv", k.transpose(0, 1)[None], words, 0, number, NOTHING, 0, records.ops.issued):
+            self._full()
+
+    def _full(self) -> None:
+        self.is_off = True
+        self._recorder.problem("the file of digests has reached its limit: later rows are missing")
+
     def layer_called(self, layer: int, call: Callable[..., Any], args: tuple[Any, ...], options: Any) -> Any:
         """Call a decoder layer; what enters and leaves it is taken."""
         entered = args[0] if args else options.get("hidden_states")
@@ -162,8 +188,7 @@ class TensorWatch:
         begin = self._lengths.get(key, 0) if start is None else start
         self._lengths[key] = begin + digests.shape[1]
         if not rows.add(name, first, digests, cache, layer, chunk, begin, records.ops.issued):
-            self.is_off = True
-            self._recorder.problem("the file of digests has reached its limit: later rows are missing")
+            self._full()
 
     def _writer(self) -> RowsWriter | None:
         if self._rows is None and not self.is_off:
