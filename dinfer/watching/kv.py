@@ -5,6 +5,7 @@ hold other rows by design.
 """
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -17,6 +18,12 @@ RowDigests = tuple[int, ...]
 
 MOST_GAP = 1 << 16
 """positions between two rows of one cache"""
+
+LEAST_STALE, MOST_OLDER = 2, 1024
+"""rows that an addition has at least to be looked for among older ones, of which so many are remembered for a layer"""
+
+MOST_COMPARED = 4096
+"""rows that are looked for in another rank's"""
 
 MOST_REPEATED = 100
 """findings of one layer"""
@@ -72,6 +79,25 @@ class HeldRows:
                     differ.append(position)
         return common, differ
 
+    def shift_of(self, other: "HeldRows", begin: int) -> int | None:
+        """By how many positions these rows, from `begin` on, lie behind the same rows of the other; None if they are
+        others."""
+        there: dict[int, int] = {}
+        for at, held in enumerate(other._held):
+            if held:
+                there.setdefault(other._digests[at], at + other._base)
+        found: Counter[int] = Counter()
+        looked = 0
+        for at in range(max(0, begin - self._base), min(len(self._held), begin - self._base + MOST_COMPARED)):
+            if self._held[at]:
+                looked += 1
+                if (position := there.get(self._digests[at])) is not None:
+                    found[at + self._base - position] += 1
+        if not found:
+            return None
+        shift, count = found.most_common(1)[0]
+        return shift if shift and 2 * count > looked else None
+
 
 def _as_one(digests: RowDigests) -> int:
     found = 0
@@ -86,6 +112,8 @@ class LayerRows(NamedTuple):
     rows: HeldRows
     repeated: list[tuple[int, int, int | None]]
     """first position, count and chunk of rows that were added a second time"""
+    stale: list[tuple[int, int, int | None, int]]
+    """the same of rows that are those of an older addition, and where that was"""
     shape: tuple[int, ...]
 
 
@@ -101,7 +129,8 @@ class WatchedKv(Displayable):
         self.layers = dict(layers or {})
 
     def diff(self) -> list[OpFinding]:
-        """Rows that were added twice, rows that differ between ranks, and rows that a rank lacks."""
+        """Rows that were added twice, rows that are those of an older chunk, rows that differ between ranks or are
+        shifted, and rows that a rank lacks."""
         return [*self._repeated(), *self._between()]
 
     def table(self) -> Table:
@@ -129,6 +158,12 @@ class WatchedKv(Displayable):
                         f"{count} before them"
                     )
                     found.append(OpFinding("rows repeated", (rank,), text, layer, chunk))
+                for start, count, chunk, before in held.stale:
+                    text = (
+                        f"rank {rank} holds stale rows: {_rows(start, count)} of layer {layer} equal in K and V "
+                        f"{_rows(before, count)}, which were added before"
+                    )
+                    found.append(OpFinding("rows stale", (rank,), text, layer, chunk))
         return found
 
     def _between(self) -> list[OpFinding]:
@@ -138,11 +173,18 @@ class WatchedKv(Displayable):
             holders = [rank for rank in sorted(self.layers) if key in self.layers[rank]]
             for one, other in combinations(holders, 2):
                 a, b = self.layers[one][key], self.layers[other][key]
-                if a.repeated or b.repeated:
-                    continue  # all later rows are shifted, which that says
+                if a.repeated or b.repeated or a.stale or b.stale:
+                    continue  # later rows are others then, which that says
                 if a.shape != b.shape:
                     continue
                 common, differ = a.rows.compared(b.rows)
+                if differ and (shift := b.rows.shift_of(a.rows, differ[0])):
+                    text = (
+                        f"from token {differ[0]} on, rank {other} holds the rows of layer {key[0]} shifted by "
+                        f"{shift:+d} against rank {one}"
+                    )
+                    found.append(OpFinding("rows shifted", (other, one), text, key[0]))
+                    continue
                 if not common or 2 * len(differ) >= common:
                     continue
                 if differ:
@@ -166,17 +208,24 @@ def layers_of(taken: Iterable[RowsTaken]) -> Layers:
     newest = 0
     found: Layers = {}
     before: dict[tuple[int, int], tuple[RowDigests, ...]] = {}
+    older: dict[tuple[int, int], dict[int, int]] = {}
     for one in taken:
         if one.name != KV_ROWS or one.layer is None or one.cache < newest:
             continue
         if one.cache > newest:
-            newest, found, before = one.cache, {}, {}
+            newest, found, before, older = one.cache, {}, {}, {}
         for sequence, digests in enumerate(one.digests):
             key = (one.layer, sequence)
-            held = found.setdefault(key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:]))
+            held = found.setdefault(key, LayerRows(HeldRows(), [], [], one.shape[:-2] + one.shape[-1:]))
             is_new = one.start not in held.rows and len(held.repeated) < MOST_REPEATED
             if digests and digests == before.get(key) and is_new:
                 held.repeated.append((one.start, len(digests), one.chunk))
+            elif is_new and len(digests) >= LEAST_STALE and len(held.stale) < MOST_REPEATED:
+                mark, known = hash(digests), older.setdefault(key, {})
+                if (at := known.get(mark)) is not None and at != one.start:
+                    held.stale.append((one.start, len(digests), one.chunk, at))
+                elif len(known) < MOST_OLDER:
+                    known[mark] = one.start
             before[key] = digests
             held.rows.put(one.start, digests)
     return found

@@ -96,7 +96,9 @@ def test_an_exception_that_ended_a_thread_alone_is_no_failure() -> None:
 def test_an_exception_after_which_a_rank_goes_on_is_no_failure() -> None:
     """Somebody has called sys.excepthook to print it."""
     printed = raised("a shape", 3)
-    ranks = [process(rank, op(0, "barrier", 1, 2), op(1, "barrier", 4, 5), exception=printed) for rank in (0, 1)]
+    ranks = [
+        process(rank, op(0, "barrier", 1, 2), op(1, "barrier", 4, 5), exception=printed) for rank in (0, 1)
+    ]
     assert evidence(*ranks, now=9).problem is None
     ranks[1].ops.pop()
     found = evidence(*ranks, now=4.5).problem

@@ -76,3 +76,24 @@ def test_rows_are_kept_by_position() -> None:
     assert held.compared(other) == (2, [6])
     held.put(2**31 - 1, [(1, 1)])
     assert (len(held), held.dropped) == (3, 1)  # no row of a cache is there
+
+
+def test_rows_of_an_older_chunk_that_are_returned_again() -> None:
+    """A stale cache: what chunk 0 has made, in the place of chunk 2."""
+    fresh = [rows(0, 1, 2), rows(2, 3, 4), rows(4, 5, 6, chunk=2)]
+    stale = [rows(0, 1, 2), rows(2, 3, 4), rows(4, 1, 2, chunk=2)]
+    (found,) = kv({0: fresh, 1: stale}).diff()
+    assert (found.kind, found.ranks, found.layer, found.chunk) == ("rows stale", (1,), 0, 2)
+    assert "rows 4–5 of layer 0 equal in K and V rows 0–1" in found.text
+
+
+def test_rows_that_lie_a_few_places_behind_those_of_another_rank() -> None:
+    straight = [rows(0, 1, 2, 3, 4, 5, 6, 7, 8)]
+    behind = [rows(0, 1, 2, 99, 98, 3, 4, 5, 6, 7, 8)]
+    (found,) = kv({0: straight, 1: behind}).diff()
+    assert (found.kind, found.ranks, found.layer) == ("rows shifted", (1, 0), 0)
+    assert "from token 2 on, rank 1 holds the rows of layer 0 shifted by +2 against rank 0" in found.text
+
+
+def test_a_token_that_decoding_repeats_is_no_stale_row() -> None:
+    assert kv({0: [rows(0, 1, 2), rows(2, 7), rows(3, 8), rows(4, 7)]}).diff() == []
