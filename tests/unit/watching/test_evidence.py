@@ -1,6 +1,13 @@
 """The evidence of one moment: signs of life, first failures, and what is kept of it in a trace."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from dinfer.trace.read import read_jsonl
 from dinfer.verdict.signs import Signs
@@ -164,3 +171,25 @@ def test_ranks_that_were_killed_together_hung_before() -> None:
     assert (before.kind, before.ranks) == ("cycle", (0, 1))
     alone = evidence(process(0, ops[0], **heart), process(1, heartbeat_ns=20 * SECOND), now=40, **gone)
     assert before_they_were_killed(alone) is alone  # one died first
+
+
+def test_a_rank_computes_while_what_it_has_started_does() -> None:
+    """A shell in between, which waits itself."""
+    spins = "while True: pass"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spins!r}])"
+    child = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    try:
+        pulse = ProcessPulse(psutil.Process(child.pid))
+        deadline = time.monotonic() + 60
+        while not pulse.cpu_moves and time.monotonic() < deadline:
+            pulse.look(time.monotonic())
+        pulse.samples.clear()  # its own start took CPU time, too
+        while pulse.cpu_moves is None or not pulse.samples[0].children:
+            pulse.look(time.monotonic())
+            assert time.monotonic() < deadline
+        assert pulse.cpu_moves
+        assert not pulse._computes
+        assert pulse._children_compute
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
