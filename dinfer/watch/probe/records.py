@@ -10,8 +10,8 @@ Each process writes two files of its own:
 
 Another process reads while this one writes, without a lock: every word that changes later is one aligned 64-bit store,
 and a record counts only while the first and the last word of it name its number. `struct.pack_into` zeroes its target
-and then writes byte after byte, so the first word is 0 when it begins. The words of a line are in the file before the op
-that refers to them.
+and then writes byte after byte, so the first word is 0 when it begins. The words of a line are in the file before the
+op that refers to them.
 
 Each op says its number: what of its kind this process did before. Who reads can thus tell which send a recv meets, and
 what the ranks of a group do together, though older ops are gone, on each rank others. Messages are numbered for each

@@ -13,7 +13,7 @@ from .imports import ImportWatch
 from .labels import enter_module
 from .recorder import NO_GROUP, OpRecorder
 from .records import NOTHING
-from .stacks import dump_on_signal, dumps_still
+from .stacks import dump_no_more, dump_on_signal, dumps_still
 from .tensors import TensorWatch
 from .thread import ProbeThread
 from .works import Works
@@ -54,6 +54,7 @@ class Probe:
             if getattr(owner, name, None) is by:
                 setattr(owner, name, before)
         captures.unwatch()
+        dump_no_more()
         self._works.clear()
         self.recorder.close()
 
