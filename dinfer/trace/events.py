@@ -6,6 +6,7 @@ collective.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -63,6 +64,15 @@ class Group(NamedTuple):
     backend: str = ""
 
 
+_CELL = re.compile(r"/ipykernel_\d+/\d+\.py$")
+"""the file that ipykernel makes up for a notebook's cell"""
+
+
+def place_of(file: str, line: int) -> str:
+    """For example `infer.py:31`; `cell:31` in a notebook's cell."""
+    return f"{'cell' if _CELL.search(file) else file.rpartition('/')[2]}:{line}"
+
+
 @dataclass(frozen=True, slots=True)
 class CallRecord:
     """A recorded call into torch.distributed, beside its event. `group`: the key in the trace's groups; `number`: its
@@ -87,7 +97,7 @@ class CallRecord:
     @property
     def place(self) -> str:
         """For example `infer.py:31`; empty if the line is unknown."""
-        return f"{self.file.rpartition('/')[2]}:{self.line}" if self.line else ""
+        return place_of(self.file, self.line) if self.line else ""
 
     @property
     def tensor(self) -> str:

@@ -47,7 +47,7 @@ def _named(
     have these added. Of groups that a process made one after another under one name, the last has it: a rank that was
     started again has made that one alone."""
     size = max([1 + max(ranks, default=0), *(process.world_size or 0 for process in ranks.values())])
-    groups = {"": Group(tuple(range(size)))}
+    groups = {"": Group(tuple(range(size)))} if ranks else {}
     members: dict[str, set[tuple[int, ...]]] = {}
     for process in ranks.values():
         for name, group in process.groups.items():

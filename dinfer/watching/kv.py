@@ -4,8 +4,8 @@ Ranks are compared only where they hold the same layer in the same shape and agr
 hold other rows by design.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -15,27 +15,90 @@ from dinfer.watch.probe.rows import RowsTaken
 
 RowDigests = tuple[int, ...]
 
+MOST_GAP = 1 << 16
+"""positions between two rows of one cache"""
+
+MOST_REPEATED = 100
+"""findings of one layer"""
+
 KV_ROWS = "kv"
 """the name of rows of KV; taps have others"""
 
 
-class LayerRows(NamedTuple):
-    """One layer of a rank's newest cache, of one sequence: digests by position, and its findings' words."""
+class HeldRows:
+    """The digests of a layer's rows by position, nine bytes a row: of K and V together, as only equality counts."""
 
-    rows: dict[int, RowDigests]
+    def __init__(self) -> None:
+        self._base = 0
+        self._digests, self._held = array("Q"), bytearray()
+        self.dropped = 0
+        """rows so far from all others that no cache has them there"""
+
+    def put(self, start: int, digests: Sequence[RowDigests]) -> None:
+        """Rows from position `start` on; what was there before is replaced."""
+        if not self._held:
+            self._base = start
+        at = start - self._base
+        if at < -MOST_GAP or at > len(self._held) + MOST_GAP:
+            self.dropped += len(digests)
+            return
+        if at < 0:
+            self._digests[:0], self._held[:0] = array("Q", [0]) * -at, bytes(-at)
+            self._base, at = start, 0
+        lacks = at + len(digests) - len(self._held)
+        if lacks > 0:
+            self._digests.extend([0] * lacks)
+            self._held.extend(bytes(lacks))
+        self._digests[at : at + len(digests)] = array("Q", map(_as_one, digests))
+        self._held[at : at + len(digests)] = b"\1" * len(digests)
+
+    def __len__(self) -> int:
+        return self._held.count(1)
+
+    def __contains__(self, position: int) -> bool:
+        at = position - self._base
+        return 0 <= at < len(self._held) and bool(self._held[at])
+
+    def compared(self, other: "HeldRows") -> tuple[int, list[int]]:
+        """How many positions both hold, and at which they hold other rows."""
+        begin = max(self._base, other._base)
+        end = min(self._base + len(self._held), other._base + len(other._held))
+        common, differ = 0, []
+        for position in range(begin, end):
+            at, there = position - self._base, position - other._base
+            if self._held[at] and other._held[there]:
+                common += 1
+                if self._digests[at] != other._digests[there]:
+                    differ.append(position)
+        return common, differ
+
+
+def _as_one(digests: RowDigests) -> int:
+    found = 0
+    for digest in digests:
+        found = (found * 0x9E3779B97F4A7C15 + digest) & (2**64 - 1)
+    return found
+
+
+class LayerRows(NamedTuple):
+    """One layer of a rank's newest cache, of one sequence: its rows, and its findings' words."""
+
+    rows: HeldRows
     repeated: list[tuple[int, int, int | None]]
     """first position, count and chunk of rows that were added a second time"""
     shape: tuple[int, ...]
 
 
+Layers = dict[tuple[int, int], LayerRows]
+"""by layer and sequence of the batch"""
+
+
 class WatchedKv(Displayable):
     """What `watch.kv()` returns: how many tokens of which layer each rank holds. `diff()` says what is wrong."""
 
-    def __init__(self, taken: Mapping[int, Sequence[RowsTaken]]) -> None:
-        self.layers: dict[int, dict[tuple[int, int], LayerRows]] = {
-            rank: _layers(rows) for rank, rows in taken.items()
-        }
-        """by rank, by layer and sequence of the batch"""
+    def __init__(self, layers: Mapping[int, Layers] | None = None) -> None:
+        """`layers`: by rank."""
+        self.layers = dict(layers or {})
 
     def diff(self) -> list[OpFinding]:
         """Rows that were added twice, rows that differ between ranks, and rows that a rank lacks."""
@@ -75,15 +138,16 @@ class WatchedKv(Displayable):
             holders = [rank for rank in sorted(self.layers) if key in self.layers[rank]]
             for one, other in combinations(holders, 2):
                 a, b = self.layers[one][key], self.layers[other][key]
-                common = sorted(a.rows.keys() & b.rows.keys())
-                differ = [at for at in common if a.rows[at] != b.rows[at]]
                 if a.repeated or b.repeated:
                     continue  # all later rows are shifted, which that says
-                if a.shape != b.shape or not common or 2 * len(differ) >= len(common):
+                if a.shape != b.shape:
+                    continue
+                common, differ = a.rows.compared(b.rows)
+                if not common or 2 * len(differ) >= common:
                     continue
                 if differ:
                     text = (
-                        f"ranks {one} and {other} hold other KV in {len(differ)} of {len(common)} rows of layer "
+                        f"ranks {one} and {other} hold other KV in {len(differ)} of {common} rows of layer "
                         f"{key[0]}, the first at token {differ[0]}"
                     )
                     found.append(OpFinding("rows differ", (other, one), text, key[0]))
@@ -97,22 +161,24 @@ class WatchedKv(Displayable):
         return found
 
 
-def _layers(taken: Sequence[RowsTaken]) -> dict[tuple[int, int], LayerRows]:
+def layers_of(taken: Iterable[RowsTaken]) -> Layers:
     """The layers of the cache that was used last."""
-    rows = [one for one in taken if one.name == KV_ROWS and one.layer is not None]
-    newest = max((one.cache for one in rows), default=0)
-    found: dict[tuple[int, int], LayerRows] = {}
-    before: dict[tuple[int, int], tuple[RowDigests, ...]] = defaultdict(tuple)
-    for one in rows:
-        if one.cache != newest or one.layer is None:
+    newest = 0
+    found: Layers = {}
+    before: dict[tuple[int, int], tuple[RowDigests, ...]] = {}
+    for one in taken:
+        if one.name != KV_ROWS or one.layer is None or one.cache < newest:
             continue
+        if one.cache > newest:
+            newest, found, before = one.cache, {}, {}
         for sequence, digests in enumerate(one.digests):
             key = (one.layer, sequence)
-            held = found.setdefault(key, LayerRows({}, [], one.shape[:-2] + one.shape[-1:]))
-            if digests and digests == before[key] and one.start not in held.rows:
+            held = found.setdefault(key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:]))
+            is_new = one.start not in held.rows and len(held.repeated) < MOST_REPEATED
+            if digests and digests == before.get(key) and is_new:
                 held.repeated.append((one.start, len(digests), one.chunk))
             before[key] = digests
-            held.rows.update(enumerate(digests, one.start))
+            held.rows.put(one.start, digests)
     return found
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,7 +21,9 @@ from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.verdict import Verdict
 from dinfer.watching.alarm import HangAlarm
 from dinfer.watching.command import WatchedCommand
-from dinfer.watching.evidence import Evidence, Watched
+from dinfer.watching.evidence import Evidence
+from dinfer.watching.figures import table_of
+from dinfer.watching.folders import Watched
 from dinfer.watching.kv import WatchedKv
 
 if TYPE_CHECKING:
@@ -75,11 +78,11 @@ class Watch(Tidy, Displayable, Closing):
 
     def kv(self) -> WatchedKv:
         """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
-        return WatchedKv(self._source.watched.rows())
+        return self._source.watched.kv(self._source.evidence)
 
     def links(self) -> Table:
         """What went over each link and through each kind of collective: MB, seconds, MB/s, waiting."""
-        return self._source.evidence.table()
+        return table_of(self._source.evidence.trace)
 
     def stack(self, rank: int) -> DisplayableText:
         """Where the threads of a rank stood in Python when they were last asked."""
@@ -184,7 +187,7 @@ class EnginesSource:
     """Looks after the engines of a session until it is closed. `tell`: called with each new verdict."""
 
     def __init__(self, folder: Path, tell: Callable[[Verdict], None] = _tell) -> None:
-        self.watched, self._alarm, self._tell = Watched([folder]), HangAlarm(), tell
+        self.watched, self._alarm, self._tell = Watched([folder], one_job=True), HangAlarm(), tell
         self._evidence: Evidence | None = None
         self._looking, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="dinfer watch", daemon=True)
@@ -202,10 +205,10 @@ class EnginesSource:
 
     def look(self) -> None:
         with self._looking:
-            self._evidence = of_cells(self.watched.look())
+            self._evidence = of_cells(self.watched.look()[0])
             new = self._alarm.consider(self._evidence, time.monotonic())
             if self._alarm.is_suspicious:
-                self.watched.ask(self._evidence.processes)
+                self.watched.ask(self._evidence.processes.values())
         if new:
             self._tell(new)
 
@@ -235,7 +238,7 @@ def of_cells(evidence: Evidence) -> Evidence:
         for event in evidence.trace.events
         if event.lane == "MainThread" and event.call and event.call.line
     )
-    return Evidence(Trace(events, evidence.trace.about), evidence.signs, evidence.now_ns, evidence.processes)
+    return replace(evidence, trace=Trace(events, evidence.trace.about))
 
 
 class EnginesWatch(Watch):

@@ -69,9 +69,19 @@ class Reader:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._files: dict[str, _ProcessFiles] = {}
+        self.broken: dict[str, str] = {}
+        """by the name of a process, why its files could not be read; of the last call of `read_all`"""
 
     def read(self) -> list[WatchedProcess]:
-        """As `read`: all processes, as they are now."""
+        """As `read`: all processes, as they are now. Raises RecordsError where one cannot be read."""
+        found = self.read_all()
+        for error in self.broken.values():
+            raise RecordsError(error)
+        return found
+
+    def read_all(self) -> list[WatchedProcess]:
+        """All that can be read; `broken` says what could not. A process whose ops alone cannot be read is there,
+        without these. Raises RecordsError where the folder cannot be read."""
         try:
             there = {path.name for path in self._folder.iterdir()}
         except OSError as error:
@@ -81,10 +91,15 @@ class Reader:
         names = sorted(stem for stem in stems if f"{stem}.jsonl" in there)
         if len(names) > MOST_FILES:
             raise RecordsError(f"{self._folder}: there are more than {MOST_FILES} processes in it")
-        found = []
+        found, self.broken = [], {}
         for name in names:
             files = self._files.setdefault(name, _ProcessFiles(self._folder, name))
-            if process := files.read():
+            try:
+                process = files.read()
+            except RecordsError as error:
+                self.broken[name] = str(error)
+                process = files.without_ops()
+            if process:
                 found.append(process)
         return sorted(found, key=lambda one: (one.host, one.pid, one.started_ns))
 
@@ -137,6 +152,17 @@ class _ProcessFiles:
         except RecordsError as error:
             self._broken = error
             raise
+
+    def without_ops(self) -> WatchedProcess | None:
+        """What the lines say of the process, where they can be read."""
+        try:
+            if self._process is None:
+                self._read_lines()
+        except RecordsError:
+            return None
+        if self._process is not None:
+            self._process.ops = []
+        return self._process
 
     def _read(self) -> WatchedProcess | None:
         # First the ops, then the lines that they refer to, which were written before them.
@@ -290,6 +316,7 @@ class _ProcessFiles:
 
     def _take_rank(self, line: "Fields", process: WatchedProcess) -> None:
         process.rank, process.world_size = line.number("rank"), line.number("world_size")
+        process.store = line.text("store", "")
 
     def _take_group(self, line: "Fields", process: WatchedProcess) -> None:
         name = first = line.text("name")

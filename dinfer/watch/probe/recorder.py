@@ -156,7 +156,7 @@ class OpRecorder:
         self._counts: dict[Channel, itertools.count[int]] = {}
         self._open_any_source: dict[int, list[AnySource]] = {}
         """by the group's number"""
-        self._rank: tuple[int, int] | None = None
+        self._rank: tuple[int, int, str] | None = None
         self._problems = self._errors = self._raised = 0
         self._last_raised: int = 0
 
@@ -463,10 +463,10 @@ class OpRecorder:
     def _say_rank(self, c10d: Any) -> None:
         if self.records is None or not c10d.is_initialized():
             return
-        now = (c10d.get_rank(), c10d.get_world_size())
+        now = (c10d.get_rank(), c10d.get_world_size(), _store(c10d))
         if now != self._rank:
             self._rank = now
-            self.records.lines.write("rank", rank=now[0], world_size=now[1])
+            self.records.lines.write("rank", rank=now[0], world_size=now[1], store=now[2])
 
     # -- exceptions
 
@@ -490,6 +490,18 @@ class OpRecorder:
             at_ns=time.monotonic_ns(),
             seq=records.ops.issued - (what == "handled"),
         )
+
+
+def _store(c10d: Any) -> str:
+    """Where the ranks of the default group met, such as `localhost:29500`; "" if unknown."""
+    try:
+        store = c10d._get_default_store()
+        for _ in range(10):
+            store = getattr(store, "underlying_store", store)
+        host = getattr(store, "host", None)
+        return str(getattr(store, "path", "")) if host is None else f"{host}:{store.port}"
+    except Exception:
+        return ""
 
 
 def _backend(c10d: Any, group: Any) -> str:

@@ -199,6 +199,8 @@ class WatchedProcess:
     rank: int | None = None
     """in the default group; None before it exists"""
     world_size: int | None = None
+    store: str = ""
+    """host and port, or file, at which its default group met; "" if unknown"""
     expected_rank: int | None = None
     """what the environment variable RANK said"""
     groups: dict[str, WatchedGroup] = field(default_factory=dict)

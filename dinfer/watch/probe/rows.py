@@ -13,8 +13,9 @@ import time
 import weakref
 from array import array
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from .captures import captures
 from .records import NOTHING, RecordsError, WatchedProcess
@@ -131,50 +132,44 @@ class RowsWriter:
 
 def read_rows(folder: str | Path, process: WatchedProcess) -> list[RowsTaken]:
     """The rows that a process has taken digests of, in their order; [] if none. Raises RecordsError."""
+    return list(each_rows(folder, process))
+
+
+def each_rows(folder: str | Path, process: WatchedProcess) -> Iterator[RowsTaken]:
+    """The same one after another, so that no more than one is in memory. Raises RecordsError."""
     path = Path(folder) / f"{process.name}.kv"
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise RecordsError(f"{path}: it is not a plain file")
         if path.stat().st_size > MOST_BYTES:
             raise RecordsError(f"{path}: it has more than {MOST_BYTES:,} bytes")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            yield from _rows_in(file, path, process)
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
         raise RecordsError(f"{path}: {error.strerror}") from None
-    found, at = list[RowsTaken](), 0
-    while len(data) - at >= _HEAD.size:
-        head = _HEAD.unpack_from(data, at)
-        magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns = head
+
+
+def _rows_in(file: BinaryIO, path: Path, process: WatchedProcess) -> Iterator[RowsTaken]:
+    at = 0
+    while len(data := file.read(_HEAD.size)) == _HEAD.size:
+        magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns = _HEAD.unpack(data)
         size = batch * count * columns * 8
         if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in (1, 2):
             raise RecordsError(f"{path}: it is damaged at byte {at}")
-        at += _HEAD.size
+        at += _HEAD.size + size
         if not size:  # whatever the other number says
             continue
-        if at + size > len(data):  # being written, or the process was killed meanwhile
-            break
+        if size > MOST_BYTES or len(data := file.read(size)) < size:
+            break  # being written, or the process was killed meanwhile
         numbers = array("Q")
-        numbers.frombytes(data[at : at + size])
-        at += size
+        numbers.frombytes(data)
         text, shape, dtype = process.taps.get(name, ("", (), ""))
         rows = [tuple(numbers[i : i + columns]) for i in range(0, len(numbers), columns)]
         digests = tuple(tuple(rows[one * count : (one + 1) * count]) for one in range(batch))
-        found.append(
-            RowsTaken(
-                text,
-                cache,
-                _known(layer),
-                _known(chunk),
-                start,
-                digests,
-                time_ns + process.clock,
-                seq,
-                dtype,
-                shape,
-            )
-        )
-    return found
+        at_ns = time_ns + process.clock
+        yield RowsTaken(text, cache, _known(layer), _known(chunk), start, digests, at_ns, seq, dtype, shape)
 
 
 def _known(number: int) -> int | None:
