@@ -14,7 +14,7 @@ from .labels import enter_module
 from .paged import PagedCaches
 from .recorder import NO_GROUP, OpRecorder
 from .records import NOTHING
-from .stacks import dump_on_signal, dumps_still
+from .stacks import dump_no_more, dump_on_signal, dumps_still
 from .tensors import TensorWatch
 from .thread import ProbeThread
 from .works import Works
@@ -56,6 +56,7 @@ class Probe:
             if getattr(owner, name, None) is by:
                 setattr(owner, name, before)
         captures.unwatch()
+        dump_no_more()
         self._works.clear()
         self.recorder.close()
 

@@ -75,6 +75,8 @@ class Works:
             self._follow_on_device(work, (pending,), pending.queue)
         else:
             self._keep(work, (pending,))
+        if self._recorder.is_off:
+            self.clear()
 
     def keep_output(self, tensors: Any, pending: PendingOp) -> None:
         """A collective has these outputs, by which it may be waited for."""
@@ -89,8 +91,6 @@ class Works:
         if batch is not None:
             batch.append(pending)
             return
-        if pending.blocking:
-            self._recorder.waiting(pending, None)
         if pending.on_device:
             self._behind((pending,), pending.queue, tensor.device)
         else:
@@ -112,8 +112,6 @@ class Works:
             return
         self._keep(work, pendings)
         self.devices.add(work, pendings, queue)
-        if self._recorder.is_off:
-            self.clear()
 
     def _keep(self, work: Any, pendings: Pendings) -> None:
         key, by_work = id(work), self._by_work
@@ -158,14 +156,16 @@ class Works:
         return () if found is None or found[0]() is not work else found[1]
 
     def _waiting(self, original: Any) -> Any:
-        known, recorder = self._known, self._recorder
+        by_work, recorder = self._by_work, self._recorder
 
         def wait(work: Any, *args: Any, **options: Any) -> Any:
-            pendings = known(work)
-            if not pendings:
+            found = by_work.get(id(work))
+            if found is None or found[0]() is not work:
                 return original(work, *args, **options)
+            pendings = found[1]
             for pending in pendings:
-                recorder.waiting(pending, sys._getframe(1))
+                if not pending.blocking:
+                    recorder.waiting(pending, sys._getframe(1))
             try:
                 result = original(work, *args, **options)
             except BaseException as error:
