@@ -214,7 +214,11 @@ def _uneven_groups(ops: MatchedOps) -> Iterator[OpFinding]:
         if some.event.kind not in MAKING:
             continue
         expected = set(ops.ranks_of(some))
-        if absent := [rank for rank in sorted(expected - set(parts)) if ops.by_rank.get(rank) and ops.is_missing(some, rank)]:
+        if absent := [
+            rank
+            for rank in sorted(expected - set(parts))
+            if ops.by_rank.get(rank) and ops.is_missing(some, rank)
+        ]:
             if not any(op.is_open for op in parts.values()):
                 continue
             text = f"{ranks_text(parts)} called {full_text(some.event)}, and {ranks_text(absent)} did not"

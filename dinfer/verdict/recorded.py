@@ -224,11 +224,26 @@ class RecordedEvents:
             return Root("exception", rank, f"raised {signs.raised.message}{where}{waits}")
         if signs.ended:
             last = self._last(rank)
-            return Root("dead", rank, f"{signs.ended}{at or (last and f', after {full_text(last)}') or ''}")
+            dead = Root("dead", rank, f"{signs.ended}{at or (last and f', after {full_text(last)}') or ''}")
+            return self._killed_by_other(rank) or dead
         if signs.is_stopped:
             return Root("stopped", rank, f"is stopped by a signal or a debugger{at}")
         if signs.raised and not signs.raised.handled:
             return Root("lost peer", rank, f"lost its connection: {signs.raised.message}")
+        return None
+
+    def _killed_by_other(self, rank: int) -> Root | None:
+        """Of a rank that died in an op, how what it met there differs: backends end a process for it."""
+        for op in map(self._open.__getitem__, self._mine(rank)):
+            if op.event.kind in MESSAGES:
+                met = [self._ops.other_end(op)]
+            else:
+                met = [self._ops.joined(op, other) for other in self._ops.ranks_of(op) if other != rank]
+            parts = [op, *filter(None, met)]
+            for other in parts[1:]:
+                if wrong := difference(op.event, other.event):
+                    root = self._differs(op, other, parts, wrong)
+                    return root._replace(text=f"{root.text}: this ended rank {rank}")
         return None
 
     def _nodes(self, rank: int, like: RecordedOp | None = None) -> Iterator[Node]:

@@ -143,7 +143,7 @@ def signs_of(
     is. `pulse`: None where the process is of another host, or of a record."""
     ended, phase = _ended(watched, pulse)
     is_alive = not ended and phase != "done"
-    beat_s = (now_ns - _last_sign(watched)) / 1e9 if now_ns else 0.0
+    beat_s = (now_ns - last_sign(watched)) / 1e9 if now_ns else 0.0
     stopped = pulse is not None and pulse.stopped_since is not None and now - pulse.stopped_since >= 0.3
     here = watched.host == socket.gethostname() and now_ns is not None  # else its clock is another
     answers = None if not is_alive or stopped or not here else beat_s < MUTE_S
@@ -163,7 +163,7 @@ def signs_of(
     )
 
 
-def _last_sign(watched: WatchedProcess) -> int:
+def last_sign(watched: WatchedProcess) -> int:
     """When the process was last known to run Python, in nanoseconds since the epoch."""
     ops = (max(op.issued_ns, op.done_ns) for op in watched.ops[-50:])
     return max(watched.heartbeat_ns, watched.started_ns, *ops, 0)

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from dinfer.trace.read import read_jsonl
 from dinfer.verdict.signs import Signs
-from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedProcess
+from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedOp, WatchedProcess
 from dinfer.watching.alarm import CONFIRM_S, HangAlarm
 from dinfer.watching.events import trace_of
 from dinfer.watching.evidence import Evidence
@@ -85,6 +87,63 @@ def test_a_lost_connection_is_no_cause() -> None:
     assert found
     assert (found.kind, found.ranks) == ("dead", (1,))
     assert "os._exit(3)" in found.sentence
+
+
+def test_a_death_before_the_first_heartbeat_is_no_earlier_than_an_exception() -> None:
+    found = evidence(
+        process(0, op(0, "recv", 5, peer=1)),
+        process(1, ended="exception", exception=raised("a shape", 5)),
+        now=7,
+        rank0=ProcessPulse(None, gone=6.0),
+    ).problem
+    assert found
+    assert (found.kind, found.ranks) == ("exception", (1,))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_ranks_that_said_nothing_the_first_that_vanished_is_to_blame(first: int) -> None:
+    """Whatever their heartbeats say, and although another rank ended well before."""
+    ranks = {
+        0: process(0, op(0, "barrier", 1, 2), heartbeat_ns=2 * SECOND),
+        1: process(1, op(0, "barrier", 1, 2), heartbeat_ns=3 * SECOND),
+        2: process(2, op(0, "barrier", 1, 2), ended="exit"),
+    }
+    gone = {first: 5.0, 1 - first: 5.5, 2: 4.0}
+    signs = {
+        rank: signs_of(one, ProcessPulse(None, gone=gone[rank]), 7, 7 * SECOND) for rank, one in ranks.items()
+    }
+    told = told_apart(signs, ranks, gone)
+    assert told[first].ended
+    assert not told[first].raised
+    later = told[1 - first].raised
+    assert later
+    assert later.secondary
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "kind", "ranks"),
+    [
+        (op(0, "recv", 5, peer=1), op(0, "send", 5, 6, peer=0, nbytes=64, shape=(16,)), "other size", (1,)),
+        (op(0, "all_reduce", 5), op(0, "all_reduce", 5, nbytes=64, shape=(16,)), "other size", (1,)),
+        (op(0, "all_reduce", 5), op(0, "barrier", 5, nbytes=0, shape=()), "out of order", (1,)),
+        (op(0, "all_reduce", 5), op(0, "all_reduce", 5), "dead", (0,)),
+    ],
+)
+def test_a_rank_that_died_of_what_it_met_is_no_mere_death(
+    mine: WatchedOp, theirs: WatchedOp, kind: str, ranks: tuple[int, ...]
+) -> None:
+    """gloo ends the process whose op meets another size."""
+    found = evidence(
+        process(0, mine, heartbeat_ns=6 * SECOND),
+        process(1, theirs, heartbeat_ns=6 * SECOND),
+        now=9,
+        rank0=ProcessPulse(None, gone=6.0),
+    ).problem
+    assert found
+    assert (found.kind, found.ranks) == (kind, ranks)
+    if kind != "dead":
+        assert "infer.py:10" in found.sentence
+        assert "this ended rank 0" in found.sentence
 
 
 def test_a_handled_exception_counts_while_its_handler_waits() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dinfer.trace.export import TraceError
+from dinfer.verdict.matching import MESSAGES
 from dinfer.watch.probe.records import HEADER_BYTES, KINDS, NOTHING
 from dinfer.watch.probe.writing import Records
 from dinfer.watching.given import ExplainError, read
@@ -32,7 +33,8 @@ def record(
     written = Records(folder, "kernels")
     group = written.groups.number((1, "0", tuple(range(world_size)), "gloo", "default_pg"))
     written.lines.write("rank", rank=rank, world_size=world_size, store=store)
-    for kind, peer, began, done in ops:
+    for number, (kind, peer, began, done) in enumerate(ops):
+        such = [(one, other) for one, other, *_ in ops[:number] if (one in MESSAGES) == (kind in MESSAGES)]
         ticket = written.ops.begin(
             now=int(began * SECOND),
             kind=KINDS.index(kind),
@@ -41,15 +43,16 @@ def record(
             peer=NOTHING if peer is None else peer,
             tag=0,
             place=written.places.number((f"rank{rank}.py", 1 + len(ops), "main")),
-            form=written.forms.number(((4,), "float32")),
+            form=written.forms.number(((4,), "float32", "cpu")),
             thread=written.threads.number((4, "MainThread")),
             nbytes=16,
             layer=NOTHING,
             chunk=NOTHING,
+            number=sum(kind not in MESSAGES or one == (kind, peer) for one in such),
         )
-        written.ops.waiting(ticket, int(began * SECOND), 0)
+        written.ops.waiting(*ticket, int(began * SECOND), 0)
         if done:
-            written.ops.done(ticket, int(done * SECOND))
+            written.ops.done(*ticket, int(done * SECOND))
     written.ops.beat(max(int(max(began, done) * SECOND) for _, _, began, done in ops))
     if ended:
         written.lines.write("end", how=ended)
