@@ -55,6 +55,8 @@ class Evidence:
 
     @cached_property
     def verdict(self) -> Verdict:
+        if not self.ranks:
+            return Verdict("moving", "no rank has recorded an op yet")
         found = explain_events(self.trace.events, self.signs, self.now_ns, self.groups, STUCK_S)
         if self.job:
             found = replace(found, sentence=f"{self.job}: {found.sentence}")

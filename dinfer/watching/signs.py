@@ -254,7 +254,7 @@ def stack_text(taken: StacksTaken) -> str:
     for thread in taken.threads:
         if thread.user_frames or thread.name == MAIN:
             lines.append(f"thread {thread.name}:")
-            for file, line, function, text in thread.frames[: max(thread.user_frames, 5)]:
+            for file, line, function, text in thread.frames[: thread.user_frames or 5]:
                 lines.append(f"  {place_of(file, line)} in {function}{f': {text}' if text else ''}")
     return "\n".join(lines)
 
