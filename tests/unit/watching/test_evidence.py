@@ -1,5 +1,6 @@
 """The evidence of one moment: signs of life, first failures, and what is kept of it in a trace."""
 
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dinfer.watching.events import trace_of
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.failures import before_they_were_killed, told_apart
 from dinfer.watching.given import of_trace
-from dinfer.watching.signs import ProcessPulse, dumped_frame, signs_of
+from dinfer.watching.signs import ProcessPulse, _Sample, dumped_frame, signs_of
 from tests.support.made_processes import SECOND, op, process, raised
 
 
@@ -144,6 +145,7 @@ def test_a_rank_that_died_of_what_it_met_is_no_mere_death(
     if kind != "dead":
         assert "infer.py:10" in found.sentence
         assert "this ended rank 0" in found.sentence
+        assert "waits for it" not in found.sentence
 
 
 def test_a_handled_exception_counts_while_its_handler_waits() -> None:
@@ -223,3 +225,37 @@ def test_ranks_that_were_killed_together_hung_before() -> None:
     assert (before.kind, before.ranks) == ("cycle", (0, 1))
     alone = evidence(process(0, ops[0], **heart), process(1, heartbeat_ns=20 * SECOND), now=40, **gone)
     assert before_they_were_killed(alone) is alone  # one died first
+
+
+def test_a_rank_whose_cell_has_ended_is_no_rank_that_is_stuck() -> None:
+    """A notebook's engine lives on between cells; its own exception is told only where another rank waits for it."""
+    waits = process(
+        0, op(0, "barrier", 1, 2), op(1, "recv", 3, peer=1), heartbeat_ns=20 * SECOND, cell="running"
+    )
+    idle = process(1, op(0, "barrier", 1, 2), heartbeat_ns=20 * SECOND, cell="ended")
+    assert evidence(waits, idle, now=4).problem is None  # its next cell may send
+    found = evidence(waits, idle, now=20)
+    assert found.problem
+    assert (found.problem.kind, found.problem.ranks) == ("never sent", (1,))
+    assert "rank 1 has ended its cell" in found.problem.sentence
+    assert found.where(1) == "has ended its cell"
+    failed = process(
+        1, op(0, "barrier", 1, 2), heartbeat_ns=20 * SECOND, cell="ended", cell_raised=raised("a shape", 3)
+    )
+    found = evidence(waits, failed, now=20)
+    assert found.problem
+    assert (found.problem.kind, found.problem.ranks) == ("exception", (1,))
+    assert "ValueError: a shape at infer.py:99" in found.problem.sentence
+    assert evidence(process(0, op(0, "barrier", 1, 2), cell="ended"), failed, now=20).problem is None
+
+
+def test_a_rank_that_polls_for_a_request_hangs_nobody() -> None:
+    """As a server does that shares its requests out by a broadcast."""
+    polling = ProcessPulse(None, deque([_Sample(18, 1.0, False, wakes=0), _Sample(20, 1.0, False, wakes=40)]))
+    asleep = ProcessPulse(None, deque([_Sample(18, 1.0, False, wakes=0), _Sample(20, 1.0, False, wakes=0)]))
+    waits = process(0, op(0, "barrier", 1, 2), op(1, "broadcast", 3), heartbeat_ns=20 * SECOND)
+    serves = process(1, op(0, "barrier", 1, 2), heartbeat_ns=20 * SECOND)
+    found = evidence(waits, serves, now=20, rank1=polling)
+    assert found.problem is None
+    assert "looks for again and again" in found.verdict.sentence
+    assert evidence(waits, serves, now=20, rank1=asleep).problem
