@@ -146,7 +146,7 @@ class RecordedEvents:
         if verdict.kind == "stalled link":  # its text is a sentence by itself
             texts = [verdict.sentence, *dict.fromkeys(roots[rank] for rank in alike)]
             return replace(found, sentence=listed(list(dict.fromkeys(texts))))
-        first, *others = ranks_sentences({rank: roots[rank] for rank in found.ranks})
+        first, *more = ranks_sentences({rank: roots[rank] for rank in found.ranks})
         term = f"{TERMS[verdict.kind]}: " if verdict.kind in TERMS else ""
         sentence = f"{term}{first}"
         if blocked:
@@ -157,7 +157,7 @@ class RecordedEvents:
             rank = waiting.event.rank
             if waiting.event.call and rank in blocked:
                 sentence += f": rank {rank} is in {full_text(waiting.event)}"
-        return replace(found, sentence=listed([sentence, *others]))
+        return replace(found, sentence=listed([sentence, *more]))
 
     def _handled_by(self, verdict: Verdict) -> int | None:
         """Of the ranks of a hang, the first that has caught an exception and has not gone on since."""

@@ -109,7 +109,7 @@ def _written(answers: Sequence[Response], folder: Path) -> list[Path]:
         if answer.status_code != 200:
             continue
         try:
-            dump = answer.json()
+            dump = json.loads(answer.text)
         except ValueError:
             continue
         if isinstance(dump, dict) and dump.get("entries"):

@@ -218,7 +218,7 @@ def _ended(watched: WatchedProcess, pulse: ProcessPulse | None) -> tuple[str, st
 def _raised(watched: WatchedProcess) -> Raised | None:
     """The exception that ended it or one of its threads, or that it handles while it waits in an op."""
     error, is_handled = watched.exception, False
-    if error is None or (error.thread != MAIN and watched.ended != "exception"):
+    if error is None or error.thread != MAIN or _goes_on(watched, error):
         error, is_handled = _handled(watched) or _of_cell(watched) or error, True
     if error is None:
         return None
@@ -227,6 +227,11 @@ def _raised(watched: WatchedProcess) -> Raised | None:
     is_lost = error.type.rpartition(".")[2] in _LOST_TYPES and bool(_LOST.search(error.message))
     said = f"{error.type}: {lines[0]}" if lines[0] else error.type
     return Raised(said, op=place, lane=error.thread, secondary=is_lost, handled=is_handled)
+
+
+def _goes_on(watched: WatchedProcess, error: RaisedError) -> bool:
+    """Whether it has issued ops since, as after an exception that somebody has only printed as if it ended all."""
+    return watched.ended is None and any(op.issued_ns > error.at_ns for op in watched.ops[-50:])
 
 
 def _handled(watched: WatchedProcess) -> RaisedError | None:

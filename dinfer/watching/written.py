@@ -37,7 +37,9 @@ def _of(job: Evidence, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _verdict(verdict: Verdict | None) -> dict[str, Any] | None:
-    return verdict and {"kind": verdict.kind, "ranks": list(verdict.ranks), "text": verdict.sentence}
+    if verdict is None:
+        return None
+    return {"kind": verdict.kind, "ranks": list(verdict.ranks), "text": verdict.sentence}
 
 
 def _rank(job: Evidence, rank: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What the probe costs in a watched process: for each op on torch's fake backend, where an op takes no time of its own,
 and for each layer of a model whose KV it digests.
 
-Microseconds of CPU time of the calling thread, and of wall time beside it, which others use, too: medians of trials that
-take turns, watched and not, so that what else the machine does meets both. Run as
+Microseconds of CPU time of the calling thread, and of wall time beside it, which others use, too: medians of trials
+that take turns, watched and not, so that what else the machine does meets both. Run as
 `python tests/benchmarks/bench_probe.py` from the root; with `--full-ring` once so many ops are recorded that old ones
 make room. Not a test: times are never asserted.
 """

@@ -142,14 +142,13 @@ class OpRecorder:
         self._opening = threading.RLock()
         self._threads = threading.local()
         self._groups: dict[int, tuple[weakref.ref[Any], GroupFacts]] = {}
-        self._ranks: dict[int, tuple[int, ...]] = {}
-        self._rank: tuple[int, int, str] | None = None
         self._made_groups = itertools.count(1)
         # Reentrant: a signal's handler may issue an op while its thread is here.
         self._knowing_groups, self._numbering = threading.RLock(), threading.RLock()
         self._counts: dict[Channel, int] = {}
         self._recvs: dict[int, int] = {}
         self._open_any_source: dict[int, int] = {}
+        self._rank: tuple[int, int, str] | None = None
         self._problems = self._errors = self._raised = 0
         self._last_raised: int = 0
 

@@ -2,9 +2,9 @@
 
 `wait` of Work is replaced, which counts for every Work, whoever made it; and what else tells somebody that an op is
 over: `is_completed` that says yes, and the future, whose `wait` is one, too, as is that of what follows on it. On the
-CPU an op is over when `wait` returns. On a device `wait` only tells the device to wait, so there the probe's thread asks
-`is_completed`, which does not wait either. It also asks for ops that nobody waits for: gloo says so of collectives,
-never of sends and receives.
+CPU an op is over when `wait` returns. On a device `wait` only tells the device to wait, so there the probe's thread
+asks `is_completed`, which does not wait either. It also asks for ops that nobody waits for: gloo says so of
+collectives, never of sends and receives.
 
 Backends for devices give no Work for an op whose caller waits at once, nor for the parts of a batch. Such an op runs on
 the caller's stream, where an event behind it says when it is over; of a batch the Work at its end does.

@@ -1,8 +1,14 @@
 """The evidence of one moment: signs of life, first failures, and what is kept of it in a trace."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import deque
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dinfer.trace.read import read_jsonl
@@ -259,3 +265,25 @@ def test_a_rank_that_polls_for_a_request_hangs_nobody() -> None:
     assert found.problem is None
     assert "looks for again and again" in found.verdict.sentence
     assert evidence(waits, serves, now=20, rank1=asleep).problem
+
+
+def test_a_rank_computes_while_what_it_has_started_does() -> None:
+    """A shell in between, which waits itself."""
+    spins = "while True: pass"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spins!r}])"
+    child = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    try:
+        pulse = ProcessPulse(psutil.Process(child.pid))
+        deadline = time.monotonic() + 60
+        while not pulse.cpu_moves and time.monotonic() < deadline:
+            pulse.look(time.monotonic())
+        pulse.samples.clear()  # its own start took CPU time, too
+        while pulse.cpu_moves is None or not pulse.samples[0].children:
+            pulse.look(time.monotonic())
+            assert time.monotonic() < deadline
+        assert pulse.cpu_moves
+        assert not pulse._computes
+        assert pulse._children_compute
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
