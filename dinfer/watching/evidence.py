@@ -85,7 +85,7 @@ class Evidence:
         if signs.raised and not signs.raised.secondary and not signs.raised.handled:
             return f"raised {signs.raised.message}"
         if signs.ended or signs.phase == "done":
-            return signs.ended or "has ended"
+            return signs.ended or signs.left
         if signs.is_stopped:
             return "is stopped"
         if signs.phase == UNREAD:

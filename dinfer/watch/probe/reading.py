@@ -358,6 +358,14 @@ class _ProcessFiles:
     def _take_handled(self, line: "Fields", process: WatchedProcess) -> None:
         process.handled.append(_raised(line, process.clock))
 
+    def _take_cell(self, line: "Fields", process: WatchedProcess) -> None:
+        process.cell = line.text("state")
+        if process.cell == "running":
+            process.cell_raised = None
+
+    def _take_cell_raised(self, line: "Fields", process: WatchedProcess) -> None:
+        process.cell_raised = _raised(line, process.clock)
+
     def _take_end(self, line: "Fields", process: WatchedProcess) -> None:
         process.ended = line.text("how")
 

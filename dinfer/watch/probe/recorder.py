@@ -471,7 +471,8 @@ class OpRecorder:
     # -- exceptions
 
     def raised(self, error: BaseException, what: str, thread: str = "") -> None:
-        """Say that an exception ended a thread (`exception`), or is being handled while ops are issued (`handled`)."""
+        """Say that an exception ended a thread (`exception`) or a notebook's cell (`cell_raised`), or is being handled
+        while ops are issued (`handled`)."""
         if self._raised >= MOST_RAISED or (what == "handled" and self._last_raised == id(error)):
             return
         records = self.open()
