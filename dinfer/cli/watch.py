@@ -2,9 +2,10 @@
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Exit, Option
 
@@ -13,6 +14,10 @@ from dinfer.config import Config, ConfigError
 from dinfer.display import takes_colour
 from dinfer.errors import DinferError
 from dinfer.severity import Severity
+
+if TYPE_CHECKING:
+    from dinfer.trace.trace import Trace
+    from dinfer.watching.passing import PassedOn
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
@@ -40,14 +45,41 @@ def watch(
     ] = False,
 ) -> None:
     """Run a command and say why it hangs or crashes. Status: the command's own."""
+    from dinfer.watching.passing import PassedOn
+
+    with PassedOn() as passed:  # before what is imported starts threads
+        status = _watched(
+            passed, command, report, json_path, trace, folder, _tap(kv, k, v, layer), quiet, overwrite
+        )
+    raise Exit(status)
+
+
+def _tap(kv: str, k: str, v: str, layer: str) -> dict[str, str]:
+    """The environment with which the probe taps that method; raises Exit where words are missing."""
+    if (k or v or layer or kv) and not (k and v and layer and ":" in kv):
+        stop("--kv package.module:Class.method takes --k, --v and --layer: all four, or none.", BAD_INPUT)
+    tapped = [{"method": kv, "k": k, "v": v, "layer": layer}]
+    return {"DINFER_WATCH_KV": json.dumps(tapped)} if kv else {}
+
+
+def _watched(
+    passed: "PassedOn",
+    command: list[str],
+    report: str,
+    json_path: str,
+    trace: str,
+    folder: str,
+    environment: dict[str, str],
+    quiet: bool,
+    overwrite: bool,
+) -> int:
+    """Run it, say what there is to say, and return its status."""
     from dinfer.rank.logs import new_run_folder
-    from dinfer.watching.command import NOT_STARTED, CommandLines, PassedOn, WatchedCommand
+    from dinfer.watching.command import NOT_STARTED, WatchedCommand
+    from dinfer.watching.lines import CommandLines
+    from dinfer.watching.written import as_dict
 
     try:
-        if (k or v or layer or kv) and not (k and v and layer and ":" in kv):
-            raise ConfigError(
-                "--kv package.module:Class.method takes --k, --v and --layer: all four, or none."
-            )
         check_outputs({"--report": report, "--json": json_path, "--trace": trace}, overwrite=overwrite)
         place = Path(folder) if folder else new_run_folder(Path(Config.log_dir))
         if folder and place.is_dir() and any(place.iterdir()):
@@ -55,29 +87,25 @@ def watch(
     except (ConfigError, OSError) as error:
         stop(error, BAD_INPUT)
     lines = CommandLines(sys.stderr)
-    tapped = [{"method": kv, "k": k, "v": v, "layer": layer}]
-    environment = {"DINFER_WATCH_KV": json.dumps(tapped)} if kv else {}
     try:
-        running = WatchedCommand(command, place, tell=lines.verdict, environment=environment)
+        running = WatchedCommand(
+            command, place, tell=lines.verdict, environment=environment, starting=passed.starting()
+        )
     except FileNotFoundError:
         stop(f"the command {command[0]!r} was not found.", NOT_STARTED)
     except OSError as error:
         stop(f"the command {command[0]!r} cannot be started: {error.strerror}.", NOT_STARTED - 1)
-
-    def on_interrupt() -> None:
-        if running.alarm.standing is None:
-            for rank in running.evidence.ranks:
-                lines.say(f"dinfer: interrupted; rank {rank} {running.evidence.where(rank)}")
-
-    with PassedOn(running, on_interrupt):
-        status = running.wait(None if quiet else lines.ranks)
-        lines.conclusion(running)
-        kept = running.evidence.kept(running.verdict, state="" if running.verdict or not status else "failed")
-        with suppress(Exit):  # it has said so; the status is the command's own
-            _write(kept, trace or str(place / "trace.jsonl"), report, lines.say)
-        if json_path:
-            keep_json(running.evidence.as_dict(status, running.verdict), json_path)
-    raise Exit(status)
+    passed.follow(running.process, lambda: lines.interrupted(running))
+    status = running.wait(lines.notes if quiet else lines.ranks)
+    lines.conclusion(running, status)
+    state = "" if running.verdict or not status else "failed"
+    kept = [found.kept(running.standing(found), state=state) for found in running.jobs]
+    with suppress(Exit):  # it has said so; the status is the command's own
+        _write(kept, trace or str(place / "trace.jsonl"), report, lines.say)
+    if json_path:
+        verdicts = [running.standing(found) for found in running.jobs]
+        keep_json(as_dict(running.jobs, verdicts, running.verdict, status), json_path)
+    return status
 
 
 @app.command()
@@ -95,41 +123,48 @@ def explain(
     ] = False,
 ) -> None:
     """Say why recorded ranks hung or failed. Status 0: nothing is wrong; 1: something is; 2: nothing to explain."""
-    from dinfer.watching.evidence import read
+    from dinfer.watching.figures import table_of
+    from dinfer.watching.given import read
+    from dinfer.watching.written import as_dict
 
     try:
         inputs = {f"the input {path!r}": path for path in paths if Path(path).is_file()}
         check_outputs({"--report": report, "--json": json_path}, inputs, overwrite=overwrite)
-        found = read(paths)
-        verdict = found.problem
+        jobs = read(paths)
+        verdicts = [found.problem for found in jobs]
     except OSError as error:
         stop(f"{error.filename!r} cannot be read: {error.strerror}.", BAD_INPUT)
     except DinferError as error:
         stop(error, BAD_INPUT)
     colour = takes_colour(sys.stdout)
-    if verdict:
-        print(Severity.ERROR.marked(str(verdict), colour=colour))
-    else:
-        print(found.verdict)
-    for one in found.findings:
-        print(Severity.WARNING.marked(one.text, colour=colour))
-    table = found.table()
-    if len(table):
-        print(table)
-    _write(found.kept(verdict), "", report, print)
+    for note in dict.fromkeys(note for found in jobs for note in found.notes):
+        print(Severity.WARNING.marked(note, colour=colour))
+    for found, verdict in zip(jobs, verdicts, strict=True):
+        print(Severity.ERROR.marked(str(verdict), colour=colour) if verdict else found.verdict)
+        for one in found.findings:
+            print(Severity.WARNING.marked(one.text, colour=colour))
+        table = table_of(found.trace)
+        if len(table):
+            print(table)
+    worst = next((verdict for verdict in verdicts if verdict), None)
+    kept = [found.kept(verdict) for found, verdict in zip(jobs, verdicts, strict=True)]
+    _write(kept, "", report, print)
     if json_path:
-        keep_json(found.as_dict(None, verdict), json_path)
-    raise Exit(FAILED if verdict else 0)
+        keep_json(as_dict(jobs, verdicts, worst, None), json_path)
+    raise Exit(FAILED if worst else 0)
 
 
-def _write(kept: Any, trace: str, report: str, say: Any) -> None:
-    """Write trace and report, where asked, and say where they are."""
+def _write(kept: "Sequence[Trace]", trace: str, report: str, say: Callable[[str], None]) -> None:
+    """Write the traces and the report, where asked, and say where they are."""
     try:
-        if trace:
-            say(f"trace: {kept.export('jsonl', trace)}")
+        for number, one in enumerate(kept if trace else (), 1):
+            path = Path(trace)
+            target = path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+            say(f"trace: {one.export('jsonl', target)}")
         if report:
             from dinfer.views.report.page import write_report
 
-            say(f"report: {write_report([kept], report)}")
+            names = [str(one.about.get("job", "")) for one in kept] if len(kept) > 1 else []
+            say(f"report: {write_report(kept, report, names)}")
     except OSError as error:
         stop(f"{error.filename} could not be written: {error.strerror}.", FAILED)

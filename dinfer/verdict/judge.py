@@ -84,7 +84,7 @@ def _causes(waits: Waits) -> list[_Cause]:
     edges = {numbers[n]: [numbers[to] for to in waits[n].on if to in numbers] for n in nodes}
     cycle = tuple(nodes[number] for number in shortest_cycle(edges))
     if cycle and min(waits[node].still_s for node in cycle) >= CYCLE_S:
-        text = "; ".join(f"rank {n.rank} {waits[n].text}" for n in cycle)
+        text = "; ".join(_shortened([f"rank {n.rank} {waits[n].text}" for n in cycle]))
         causes.append(_Cause(Root("cycle", cycle[0].rank, text), cycle, _waiting(waits, cycle)))
     by_root: dict[tuple[HangKind, int, int | None], list[tuple[Wait, Root]]] = {}
     for wait in waits.values():
@@ -95,6 +95,16 @@ def _causes(waits: Waits) -> list[_Cause]:
         alike = tuple(wait.node for wait, _ in found)
         causes.append(_Cause(found[0][1], alike, _waiting(waits, alike)))
     return causes
+
+
+MOST_IN_CYCLE = 5
+
+
+def _shortened(texts: Sequence[str]) -> list[str]:
+    """Of a long cycle, its first three and its last."""
+    if len(texts) <= MOST_IN_CYCLE:
+        return list(texts)
+    return [*texts[:3], f"and so on, {len(texts) - 4} ranks", texts[-1]]
 
 
 def _waiting(waits: Waits, roots: Sequence[Node]) -> dict[Node, Node]:

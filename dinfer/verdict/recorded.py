@@ -5,21 +5,31 @@ collective. `matching` says which ops belong together; `judge` judges the graph.
 same is in `completed`.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import inf
 
+from dinfer.display import listed
 from dinfer.trace.events import COLLECTIVES, Event, Group
-from dinfer.verdict.judge import judge
+from dinfer.verdict.judge import TERMS, judge
 from dinfer.verdict.matching import MAKING, MESSAGES, MatchedOps, RecordedOp
 from dinfer.verdict.planned import busy
-from dinfer.verdict.signs import Signs
+from dinfer.verdict.signs import Raised, Signs
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import STUCK_S, HangKind, Node, Root, Wait, Waits
-from dinfer.verdict.where import ranks_text
+from dinfer.verdict.where import rank_spans_text, ranks_text, seconds_text
 
 NOBODY = Signs()
+
+MAIN = "MainThread"
+
+UNREAD = "unread"
+"""the phase of a rank whose record cannot be read: nobody knows what it does"""
+
+STANDS: frozenset[HangKind] = frozenset({"stuck in Python", "stuck in C", "stuck", "idle"})
+"""what a rank may do for good between its ops, as long as nobody waits for it"""
 
 SLOWEST_BYTES_PER_S = 2e6
 """a message that both ends are at counts as stuck only once it has had the time that it takes at this rate"""
@@ -96,34 +106,84 @@ class RecordedEvents:
                 found[Node(rank)] = self._whole(rank, root)
             else:
                 found |= {node: self._wait(node, self._open[node]) for node in self._mine(rank)}
-        return found
+        return self._without_unmissed(found)
+
+    @staticmethod
+    def _without_unmissed(waits: Waits) -> Waits:
+        """A rank that stands between ops and for which no other waits hangs nobody: it may serve, or sleep."""
+        missed = {to.rank for wait in waits.values() for to in wait.on if to.rank != wait.node.rank}
+        return {
+            node: wait._replace(root=wait.root._replace(kind="moving"))
+            if wait.root and node == Node(node.rank) and wait.root.kind in STANDS and node.rank not in missed
+            else wait
+            for node, wait in waits.items()
+        }
 
     def told(self, verdict: Verdict) -> Verdict:
         """The verdict with all ranks of that kind, the one to blame first, and with the line of a rank that waits."""
+        verdict = replace(verdict, lines=merged_lines(verdict.lines))
         if not verdict.is_hung:
             return verdict
+        if verdict.kind not in ("exception", "dead") and (handled := self._handled_by(verdict)) is not None:
+            return self._not_gone_on(verdict, handled)
         if verdict.kind == "cycle":
             # Who is in a collective has left out, or has no more, messages that the others wait for; who makes a group
             # does so alone.
             leader = min((_precedence(self._open[w.node].event), w.node.rank) for w in verdict.chain)[1]
             others = (rank for rank in verdict.ranks if rank != leader)
             return replace(verdict, ranks=(leader, *others))
-        sentence = verdict.sentence
-        if (
-            len(verdict.chain) > 1
-            and (waiting := self._open.get(verdict.chain[-2].node))
-            and waiting.event.call
-        ):
-            sentence += f": rank {waiting.event.rank} is in {full_text(waiting.event)}"
-        alike = {
-            wait.root.rank: wait.root
-            for wait in verdict.waits.values()
-            if wait.root and wait.root.kind == verdict.kind and wait.root.rank not in verdict.ranks
-        }
-        for root in alike.values():
-            sentence += f"; rank {root.rank} {root.text}"
+        roots: dict[int, str] = {}
+        for wait in (*verdict.chain[-1:], *verdict.waits.values()):
+            if wait.root and wait.root.kind == verdict.kind:
+                roots.setdefault(wait.root.rank, wait.root.text)
+        alike = [rank for rank in roots if rank not in verdict.ranks]
         blocked = tuple(rank for rank in verdict.blocked if rank not in alike)
-        return replace(verdict, sentence=sentence, ranks=(*verdict.ranks, *alike), blocked=blocked)
+        found = replace(verdict, ranks=(*verdict.ranks, *alike), blocked=blocked)
+        if verdict.kind == "stalled link":  # its text is a sentence by itself
+            texts = [verdict.sentence, *dict.fromkeys(roots[rank] for rank in alike)]
+            return replace(found, sentence=listed(list(dict.fromkeys(texts))))
+        first, *more = ranks_sentences({rank: roots[rank] for rank in found.ranks})
+        term = f"{TERMS[verdict.kind]}: " if verdict.kind in TERMS else ""
+        sentence = f"{term}{first}"
+        if blocked:
+            sentence += (
+                f"; {ranks_text(blocked)} wait{'s' * (len(blocked) == 1)} for {'it' if not alike else 'them'}"
+            )
+        if len(verdict.chain) > 1 and (waiting := self._open.get(verdict.chain[-2].node)):
+            rank = waiting.event.rank
+            if waiting.event.call and rank in blocked:
+                sentence += f": rank {rank} is in {full_text(waiting.event)}"
+        return replace(found, sentence=listed([sentence, *more]))
+
+    def _handled_by(self, verdict: Verdict) -> int | None:
+        """Of the ranks of a hang, the first that has caught an exception and has not gone on since."""
+        of_hang = (*verdict.ranks, *verdict.blocked)
+        return next((rank for rank in of_hang if self._caught(rank)), None)
+
+    def _caught(self, rank: int) -> Raised | None:
+        raised = self._signs.get(rank, NOBODY).raised
+        return raised if raised and raised.handled and not raised.secondary else None
+
+    def _not_gone_on(self, verdict: Verdict, rank: int) -> Verdict:
+        """The hang, told by the exception that led to it."""
+        raised = self._caught(rank)
+        assert raised
+        where = f" at {raised.op}" if raised.op else ""
+        thread = f" in thread {raised.lane}" if raised.lane not in ("", MAIN) else ""
+        mine = self._mine(rank)
+        now = (
+            f"it now waits in {full_text(self._open[mine[0]].event)}" if mine else "it has not gone on since"
+        )
+        blocked = tuple(sorted({*verdict.ranks, *verdict.blocked} - {rank}))
+        sentence = f"rank {rank} raised {raised.message}{where}{thread} and handled it; {now}"
+        if blocked:
+            sentence += f"; {ranks_text(blocked)} wait{'s' * (len(blocked) == 1)} for it"
+            others = (self._open[node] for other in blocked for node in self._mine(other))
+            if waiting := next(others, None):
+                sentence += f": rank {waiting.event.rank} is in {full_text(waiting.event)}"
+        return replace(
+            verdict, kind="exception", sentence=sentence, ranks=(rank,), peer=None, blocked=blocked
+        )
 
     # -- ranks as a whole
 
@@ -144,6 +204,9 @@ class RecordedEvents:
             root = root or Root("done", rank, text)
         is_through = not self._open
         still = self._still(last) if last or self._now is None else self._waited() - START_S
+        if self._signs.get(rank, NOBODY).phase == UNREAD:
+            text = "left a record that cannot be read"
+            root = Root("stuck" if self._now is None else "moving", rank, text)
         root = root or (Root("done", rank, text) if is_through else self._busy(rank, text, still))
         return Wait(Node(rank), root.text, still, root=root)
 
@@ -155,7 +218,7 @@ class RecordedEvents:
         """What is wrong with a rank as a whole."""
         signs = self._signs.get(rank, NOBODY)
         at = "".join(f", in {full_text(self._open[node].event)}" for node in self._mine(rank)[:1])
-        if signs.raised and not signs.raised.secondary:
+        if signs.raised and not signs.raised.secondary and not signs.raised.handled:
             where = f" at {signs.raised.op}" if signs.raised.op else ""
             waits = f"; it now waits in its handler{at}" if at and not signs.ended else ""
             return Root("exception", rank, f"raised {signs.raised.message}{where}{waits}")
@@ -164,9 +227,9 @@ class RecordedEvents:
             return Root("dead", rank, f"{signs.ended}{at or (last and f', after {full_text(last)}') or ''}")
         if signs.is_stopped:
             return Root("stopped", rank, f"is stopped by a signal or a debugger{at}")
-        return (
-            Root("lost peer", rank, f"lost its connection: {signs.raised.message}") if signs.raised else None
-        )
+        if signs.raised and not signs.raised.handled:
+            return Root("lost peer", rank, f"lost its connection: {signs.raised.message}")
+        return None
 
     def _nodes(self, rank: int, like: RecordedOp | None = None) -> Iterator[Node]:
         """What must end on a rank before it begins something: an op of that channel or group, else all that it waits
@@ -240,11 +303,13 @@ class RecordedEvents:
         done = self._ops.ended(op, peer, receives=event.kind == "send")
         verb, such = ("sent", "send") if event.kind == "recv" else ("received", "recv")
         after = f" after {full_text(last)}" if last else ""
+        some = f", with {done} such {such}{'s' * (done != 1)}," if done else ""
         text = (
-            f"has {'ended' if signs else 'done nothing more'}{after}, with {done} such {such}{'s' * (done != 1)}, "
-            f"and not {verb} the {_nth(op.number)}, for which rank {event.rank} {wait.text}"
+            f"has {'ended' if signs else 'done nothing more'}{after}{some} and not {verb} the {_nth(op.number)}, for "
+            f"which rank {event.rank} {wait.text}"
         )
-        return wait._replace(root=self._ripe(wait, Root(kind, peer, text, event.rank)))
+        root = Root(kind, peer, text, event.rank)
+        return wait._replace(root=root if signs else self._ripe(wait, root))  # what has ended does no more
 
     def _other_tag(self, op: RecordedOp, peer: int) -> Event | None:
         """What the other rank is in that would be the other end but for its tag."""
@@ -279,6 +344,9 @@ class RecordedEvents:
     def _met(self, wait: Wait, op: RecordedOp, parts: list[RecordedOp]) -> Wait:
         """All ranks are at this op, and none has ended it."""
         event = op.event
+        wait = wait._replace(
+            still_s=min(self._still(part.event) for part in parts)
+        )  # since the last of them came
         if op.is_queued and (earlier := self._earlier(parts)):
             return wait._replace(on=earlier)
         others = [part for part in parts if part is not op]
@@ -300,7 +368,7 @@ class RecordedEvents:
         """The end of a message that nobody waits for: backends give up an op whose handle has been dropped."""
         for part in parts:
             call = part.event.call
-            if call and call.is_async and not call.is_waited:
+            if call and call.is_async and not (call.is_waited or call.is_followed):
                 other = next(op.event for op in parts if op is not part)
                 is_send = part.event.kind == "send"
                 text = (
@@ -370,8 +438,7 @@ class RecordedEvents:
             last = self._last(gone[0])
             after = f" after {full_text(last)}" if last else ""
             said = f"has ended{after} and takes no part in {full_text(event)} of rank {event.rank}"
-            root = self._ripe(wait, Root("never joined", gone[0], said, event.rank))
-            return wait._replace(text=text, root=root)
+            return wait._replace(text=text, root=Root("never joined", gone[0], said, event.rank))
         on = dict.fromkeys(node for rank in behind for node in self._nodes(rank, op))
         return wait._replace(text=text, on=tuple(on))
 
@@ -387,6 +454,13 @@ class RecordedEvents:
             return Root("moving", rank, text)
         if rank not in self._signs:
             return Root("stuck", rank, f"{text}, and nothing more is known of it")
+        at = f", at {frame}" if frame else ""
+        does_nothing = not signs.cpu_moves and signs.answers is not False
+        if signs.outside and does_nothing:
+            return Root("idle", rank, f"{text} and waits for {signs.outside}{at}")
+        if signs.child and does_nothing:
+            since = seconds_text(still)
+            return Root("stuck in Python", rank, f"{text} and waits for {signs.child} ({since}){at}")
         return busy(rank, signs, text, still, 0.0, frame)
 
     def _ripe(self, wait: Wait, root: Root) -> Root:
@@ -402,6 +476,55 @@ class RecordedEvents:
         if event is None or self._now is None:
             return inf
         return (self._now - max(event.ready, event.start, event.met, event.end)) / 1e9
+
+
+def ranks_sentences(texts: Mapping[int, str]) -> list[str]:
+    """What is said of these ranks, for example `ranks 0–2 raised KeyError: 'ring'`: once for those of which it is the
+    same."""
+    alike: dict[str, list[int]] = {}
+    for rank, text in texts.items():
+        alike.setdefault(text, []).append(rank)
+    return [
+        f"{ranks_text(ranks)} {_of_several(text) if len(ranks) > 1 else text}"
+        for text, ranks in alike.items()
+    ]
+
+
+def _of_several(text: str) -> str:
+    """What a rank does, said of several."""
+    return _PLURAL.sub(_plural, text)
+
+
+_PLURAL = re.compile(
+    r"^(is|has|lost its)\b|(?<=[;,] )(it now waits)\b|(?<= and )(takes|waits|is)\b|(?<=waits in )its (handler)"
+)
+_PLURALS = {"is": "are", "has": "have", "lost its": "lost their", "it now waits": "they now wait"}
+
+
+def _plural(found: "re.Match[str]") -> str:
+    word = found[0]
+    return _PLURALS.get(word) or (word.removesuffix("s") if word in ("takes", "waits") else word)
+
+
+def merged_lines(lines: Iterable[str]) -> tuple[str, ...]:
+    """Lines such as `rank 3: is in …, for 2.1 s`, in which ranks that do the same for about as long share one."""
+    alike: dict[str, list[tuple[int, str]]] = {}
+    for line in lines:
+        rank, _, text = line.removeprefix("rank ").partition(": ")
+        alike.setdefault(without_durations(text), []).append((int(rank), text))
+    return tuple(
+        f"{rank_spans_text(rank for rank, _ in found)}: "
+        f"{_of_several(found[0][1]) if len(found) > 1 else found[0][1]}"
+        for found in alike.values()
+    )
+
+
+def without_durations(text: str) -> str:
+    """What a rank does, but not for how long: to compare."""
+    return _DURATION.sub("", text)
+
+
+_DURATION = re.compile(r", for [\d.]+ m?s|\(\d+(\.\d+)? s\)")
 
 
 SAME_BYTES = frozenset(

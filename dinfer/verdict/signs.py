@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dinfer.plan.ops import Op, Value
+from dinfer.trace.events import place_of
 
 BUSY = "busy"
 """instead of a lane's name: of a rank that does not answer, the thread that is in an op and not in the transport"""
@@ -28,7 +29,7 @@ class StackFrame(NamedTuple):
 
     def __str__(self) -> str:
         """For example `time.sleep(60)` in forward (model.py:12)."""
-        place = f"{self.file.rpartition('/')[2]}:{self.line}"
+        place = place_of(self.file, self.line)
         return f"`{self.text}` in {self.function} ({place})" if self.text else f"{self.function} ({place})"
 
 
@@ -44,13 +45,15 @@ class Came(NamedTuple):
 
 class Raised(NamedTuple):
     """An exception on a rank. `op`: the op that raised it, as text, if any; `secondary`: it follows from a lost peer;
-    `came`: the message that caused it."""
+    `came`: the message that caused it; `handled`: the program caught it and went on, so that it is a failure only if
+    the rank then does not come to where others wait for it."""
 
     message: str
     op: str = ""
     lane: str = ""
     secondary: bool = False
     came: Came | None = None
+    handled: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Signs:
     answered the last question; None: unknown. `frames`: by lane name; `medians`: seconds by op kind; `links`: seconds
     of a block, by the rank that sends it. `empty`: (lane, index) of transfers that ended without any bytes; `full`: of
     recvs that are known to have ended with theirs. `holder`: the lane whose thread keeps Python from answering, if that
-    is known."""
+    is known. `outside`, `child`: what it waits for that is no part of the run, in words, for example `a connection`,
+    and which of its child processes; "" if nothing says so."""
 
     positions: tuple[int, ...] = ()
     started: tuple[bool, ...] = ()
@@ -83,6 +87,8 @@ class Signs:
     links: Mapping[int, float] = field(default_factory=dict)
     empty: frozenset[tuple[int, int]] = frozenset()
     full: frozenset[tuple[int, int]] = frozenset()
+    outside: str = ""
+    child: str = ""
 
     @property
     def is_stopped(self) -> bool:

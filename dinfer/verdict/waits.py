@@ -8,7 +8,7 @@ from dinfer.plan.ops import Op
 HangKind = Literal[
     "exception", "dead", "stopped", "another plan", "other size", "wrong peer", "sent twice", "out of order",
     "never sent", "never received", "never joined", "cycle", "stuck in Python", "stuck in C", "stuck", "stalled link",
-    "lost peer", "computing", "slow rank", "slow link", "moving", "held", "paused", "done",
+    "lost peer", "computing", "slow rank", "slow link", "idle", "moving", "held", "paused", "done",
 ]  # fmt: skip
 """the kinds of roots, the worst first"""
 
@@ -18,7 +18,7 @@ HUNG = frozenset(KINDS[: KINDS.index("computing")])
 """kinds with which a run will not go on by itself"""
 
 SLOW = frozenset[HangKind]({"computing", "slow rank", "slow link"})
-"""kinds with which it goes on, but later"""
+"""kinds with which it goes on, but later; `idle`: once somebody outside of the run asks for something"""
 
 STUCK_S = 5.0
 

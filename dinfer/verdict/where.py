@@ -174,7 +174,10 @@ def link_text(rank: int, op: Op, sizes: KvBytes) -> str:
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
-    """`rank 1`, `ranks 0 and 2`, `ranks 0, 1 and 2`."""
+    """`rank 1`, `ranks 0 and 2`, `ranks 0, 1 and 2`; of more than three, as spans."""
+    ranks = set(ranks)
+    if len(ranks) > 3:
+        return rank_spans_text(ranks)
     *others, last = map(str, sorted(ranks))
     return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
 

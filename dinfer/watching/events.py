@@ -47,7 +47,7 @@ def _named(
     have these added. Of groups that a process made one after another under one name, the last has it: a rank that was
     started again has made that one alone."""
     size = max([1 + max(ranks, default=0), *(process.world_size or 0 for process in ranks.values())])
-    groups = {"": Group(tuple(range(size)))}
+    groups = {"": Group(tuple(range(size)))} if ranks else {}
     members: dict[str, set[tuple[int, ...]]] = {}
     for process in ranks.values():
         for name, group in process.groups.items():
@@ -81,12 +81,14 @@ def _event(
     key = keys.get((rank, op.group), op.group)
     call = CallRecord(
         group=key,
-        backend=groups[key].backend if key in groups else "",
+        backend=op.backend or (groups[key].backend if key in groups else ""),
         tag=op.tag or 0,
         shape=op.shape,
         dtype=op.dtype.removeprefix("torch."),
         is_async=op.is_async,
         is_waited=bool(op.waited_ns),
+        is_followed=op.is_followed,
+        number=op.number,
         file=op.waited_file if op.is_async and op.waited_line and not op.line else op.file,
         line=op.line or op.waited_line,
         function=op.function,

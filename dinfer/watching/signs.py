@@ -1,18 +1,20 @@
 """What is known of a watched process beside its ops: whether it lives, computes, is stopped, and where it stands."""
 
 import linecache
-import os
 import re
 import socket
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 
+from dinfer.trace.events import place_of
 from dinfer.verdict.signs import Raised, Signs, StackFrame
 from dinfer.watch.probe.records import RaisedError, StacksTaken, ThreadLook, WatchedProcess
+from dinfer.watching.outside import child_text, child_waited, descendants_of, outside_of
 
 WINDOW_S = 2.0
 """over which CPU time is measured"""
@@ -41,6 +43,8 @@ class _Sample:
     at: float
     cpu_s: float
     runnable: bool
+    children: Mapping[int, float] = field(default_factory=dict)
+    """CPU seconds of the processes that it has started, and these; looked at while it computes nothing itself"""
 
 
 @dataclass
@@ -70,18 +74,53 @@ class ProcessPulse:
         self.stopped_since = (self.stopped_since or now) if is_stopped else None
         is_busy = status in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
         self.samples.append(_Sample(now, times.user + times.system, is_busy))
+        if not self._computes:
+            self.samples[-1].children = _cpu_of(descendants_of(self.process.pid))
         while len(self.samples) > 2 and now - self.samples[1].at > WINDOW_S:
             self.samples.popleft()
 
+    def has_gone(self) -> bool:
+        """Whether it has vanished since it was last looked at."""
+        if self.process is None or self.gone is not None:
+            return False
+        try:
+            return self.process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.Error:
+            return True
+
     @property
     def cpu_moves(self) -> bool | None:
-        """Whether it computes; None: not known yet."""
+        """Whether it computes, or what it has started does; None: not known yet."""
+        return self._computes or self._children_compute
+
+    @property
+    def _computes(self) -> bool | None:
         if len(self.samples) < 2 or self.samples[-1].at - self.samples[0].at < WINDOW_S / 2:
             return None
         used = self.samples[-1].cpu_s - self.samples[0].cpu_s
         share = used / (self.samples[-1].at - self.samples[0].at)
         runnable = sum(sample.runnable for sample in self.samples) / len(self.samples)
         return share > CPU_SHARE or runnable > RUNNABLE
+
+    @property
+    def _children_compute(self) -> bool | None:
+        if self._computes is None:
+            return None
+        looked = [sample for sample in self.samples if sample.children]
+        if len(looked) < 2:
+            return False
+        first, last = looked[0].children, looked[-1].children
+        used = sum(last[pid] - first[pid] for pid in last.keys() & first.keys())
+        return used > CPU_SHARE * (looked[-1].at - looked[0].at)
+
+
+def _cpu_of(pids: Iterable[int]) -> dict[int, float]:
+    found = {}
+    for pid in pids:
+        with suppress(psutil.Error):
+            times = psutil.Process(pid).cpu_times()
+            found[pid] = times.user + times.system
+    return found
 
 
 def pulse_of(watched: WatchedProcess) -> ProcessPulse:
@@ -106,8 +145,11 @@ def signs_of(
     is_alive = not ended and phase != "done"
     beat_s = (now_ns - _last_sign(watched)) / 1e9 if now_ns else 0.0
     stopped = pulse is not None and pulse.stopped_since is not None and now - pulse.stopped_since >= 0.3
-    answers = None if not is_alive or stopped or now_ns is None else beat_s < MUTE_S
-    frames = frames_of(watched.stacks[-1]) if watched.stacks and is_alive else {}
+    here = watched.host == socket.gethostname() and now_ns is not None  # else its clock is another
+    answers = None if not is_alive or stopped or not here else beat_s < MUTE_S
+    taken = watched.stacks[-1] if watched.stacks and is_alive else None
+    thread = watched.ops[-1].thread if watched.ops else MAIN
+    waits_for_child = taken is not None and child_waited(taken, thread)
     return Signs(
         phase=phase,
         process="T" if stopped and is_alive else None,
@@ -115,7 +157,9 @@ def signs_of(
         answers=answers,
         ended=ended,
         raised=_raised(watched),
-        frames=frames,
+        frames=frames_of(taken, thread) if taken else {},
+        outside=outside_of(taken, thread) if taken else "",
+        child=child_text(watched.pid, here) if waits_for_child else "",
     )
 
 
@@ -131,6 +175,8 @@ def _ended(watched: WatchedProcess, pulse: ProcessPulse | None) -> tuple[str, st
     if how == "exit":
         return "", "done"
     if how == "exception":
+        if watched.exception and watched.exception.thread != MAIN:
+            return "", "done"  # a thread of it ended by one; the program itself went on to its end
         return "ended by its exception", "prefill"
     if how:  # os._exit(3)
         return ("", "done") if how.endswith("(0)") else (f"ended by {how}", "prefill")
@@ -141,20 +187,23 @@ def _ended(watched: WatchedProcess, pulse: ProcessPulse | None) -> tuple[str, st
 
 def _raised(watched: WatchedProcess) -> Raised | None:
     """The exception that ended it or one of its threads, or that it handles while it waits in an op."""
-    error = watched.exception or _handled(watched)
+    error, is_handled = watched.exception, False
+    if error is None or (error.thread != MAIN and watched.ended != "exception"):
+        error, is_handled = _handled(watched) or error, True
     if error is None:
         return None
     lines = error.message.strip().splitlines() or [""]
-    place = f"{os.path.basename(error.file)}:{error.line}" if error.line else ""
+    place = place_of(error.file, error.line) if error.line else ""
     is_lost = error.type.rpartition(".")[2] in _LOST_TYPES and bool(_LOST.search(error.message))
-    return Raised(f"{error.type}: {lines[0]}", op=place, lane=error.thread, secondary=is_lost)
+    said = f"{error.type}: {lines[0]}" if lines[0] else error.type
+    return Raised(said, op=place, lane=error.thread, secondary=is_lost, handled=is_handled)
 
 
 def _handled(watched: WatchedProcess) -> RaisedError | None:
     """The exception in whose handler the process waits."""
     waiting = {op.seq for op in watched.ops[-50:] if not op.done_ns and (op.waited_ns or not op.is_async)}
-    found = watched.handled[-1] if watched.handled else None
-    return found if found and found.seq in waiting and found.type not in _USUAL else None
+    found = (one for one in reversed(watched.handled) if one.seq in waiting and one.type not in _USUAL)
+    return next(found, None)
 
 
 _USUAL = frozenset({"StopIteration", "StopAsyncIteration", "GeneratorExit", "Empty", "KeyboardInterrupt"})
@@ -165,10 +214,10 @@ _LOST_TYPES = frozenset(
 )
 
 
-def frames_of(taken: StacksTaken) -> Mapping[str, StackFrame]:
-    """Where each thread with user code stands, the main thread first."""
+def frames_of(taken: StacksTaken, first: str = MAIN) -> Mapping[str, StackFrame]:
+    """Where each thread with user code stands: first the one of that name, then the main thread."""
     found = {}
-    for thread in taken.threads:
+    for thread in sorted(taken.threads, key=lambda one: one.name != first):
         if frame := _frame(thread):
             found[thread.name] = frame
     return found
@@ -206,7 +255,7 @@ def stack_text(taken: StacksTaken) -> str:
         if thread.user_frames or thread.name == MAIN:
             lines.append(f"thread {thread.name}:")
             for file, line, function, text in thread.frames[: max(thread.user_frames, 5)]:
-                lines.append(f"  {os.path.basename(file)}:{line} in {function}{f': {text}' if text else ''}")
+                lines.append(f"  {place_of(file, line)} in {function}{f': {text}' if text else ''}")
     return "\n".join(lines)
 
 
@@ -219,7 +268,16 @@ def as_plain(signs: Mapping[int, Signs]) -> dict[str, Any]:
             "stopped": its.is_stopped,
             "answers": its.answers,
             "cpu_moves": its.cpu_moves,
-            "raised": its.raised and [its.raised.message, its.raised.op, its.raised.secondary],
+            "raised": its.raised
+            and [
+                its.raised.message,
+                its.raised.op,
+                its.raised.secondary,
+                its.raised.handled,
+                its.raised.lane,
+            ],
+            "outside": its.outside,
+            "child": its.child,
             "frames": {name: list(frame[:4]) for name, frame in its.frames.items()},
         }
         for rank, its in signs.items()
@@ -237,10 +295,18 @@ def of_plain(values: Mapping[str, Any]) -> dict[int, Signs]:
             process="T" if its.get("stopped") else None,
             answers=its.get("answers"),
             cpu_moves=its.get("cpu_moves"),
-            raised=Raised(str(raised[0]), op=str(raised[1]), secondary=bool(raised[2])) if raised else None,
+            raised=_raised_of_plain(raised) if raised else None,
+            outside=str(its.get("outside", "")),
+            child=str(its.get("child", "")),
             frames={
                 str(name): StackFrame(str(at[0]), int(at[1]), str(at[2]), str(at[3]))
                 for name, at in its.get("frames", {}).items()
             },
         )
     return found
+
+
+def _raised_of_plain(value: Sequence[Any]) -> Raised:
+    """Traces that were written before lack the last two."""
+    message, op, secondary, handled, lane = (*value, False, "")[:5] if len(value) < 5 else value
+    return Raised(str(message), op=str(op), lane=str(lane), secondary=bool(secondary), handled=bool(handled))

@@ -2,14 +2,16 @@
 
 import os
 import sys
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .captures import captures
 from .endings import Endings
 from .imports import ImportWatch
 from .labels import enter_module
+from .paged import PagedCaches
 from .recorder import NO_GROUP, OpRecorder
 from .records import NOTHING
 from .stacks import dump_on_signal, dumps_still
@@ -27,7 +29,9 @@ class Probe:
     """What watches this process."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.recorder = OpRecorder(Path(folder).absolute(), on_open=self._on_open, on_fork=self._on_fork)
+        self.recorder = OpRecorder(
+            Path(folder).absolute(), on_open=self._on_open, on_fork=self._on_fork, on_off=self._on_off
+        )
         self._works = Works(self.recorder)
         self._hook: Any = None
         self._dump: int | None = None
@@ -36,6 +40,8 @@ class Probe:
         self._imports = ImportWatch()
         self._endings = Endings(self.recorder, self._imports, self._stop_thread)
         self._tensors = TensorWatch(self.recorder, self._imports)
+        captures.watch(self._imports)
+        PagedCaches(self._tensors, self._imports)
         self._imports.add(_C10D, self._found_c10d)
         self._imports.add("transformers.modeling_layers", self._found_layers)
 
@@ -51,6 +57,7 @@ class Probe:
         for owner, name, by, before in reversed(self._restore):
             if getattr(owner, name, None) is by:
                 setattr(owner, name, before)
+        captures.unwatch()
         self._works.clear()
         self.recorder.close()
 
@@ -74,8 +81,12 @@ class Probe:
             self._dump = None
             records.lines.write("dump", signal=None)
 
+    def _on_off(self) -> None:
+        self._works.clear()
+
     def _on_fork(self) -> None:
         self._thread = None  # threads are not forked; the first op starts one
+        captures.clear()
         self._works.clear()
         self._tensors.clear()
 
@@ -178,7 +189,7 @@ class Probe:
             kind = getattr(module, "GradientCheckpointingLayer", None)
             if kind is None:  # an older transformers
                 return
-            by = _within_layer(kind.__call__, torch.compiler.is_compiling)
+            by = _within_layer(kind.__call__, torch.compiler.is_compiling, self._tensors)
             if "__call__" in vars(kind):
                 self._restore.append((kind, "__call__", by, vars(kind)["__call__"]))
             else:
@@ -188,8 +199,9 @@ class Probe:
             self.recorder.problem(f"layers of transformers are not told apart: {error}")
 
 
-def _within_layer(call: Any, is_compiling: Any) -> Any:
+def _within_layer(call: Any, is_compiling: Any, tensors: TensorWatch) -> Any:
     """Calls a decoder layer, and says meanwhile which one it is. A compiler must not see that."""
+    compares = tensors.compares
 
     @wraps(call)
     def called(layer: Any, *args: Any, **options: Any) -> Any:
@@ -200,6 +212,8 @@ def _within_layer(call: Any, is_compiling: Any) -> Any:
             return call(layer, *args, **options)
         before = enter_module(number)
         try:
+            if compares:
+                return tensors.layer_called(number, partial(call, layer, *args, **options), args, options)
             return call(layer, *args, **options)
         finally:
             enter_module(before)

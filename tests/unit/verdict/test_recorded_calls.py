@@ -221,3 +221,138 @@ def test_a_large_message_has_the_time_that_it_needs() -> None:
     ops.recv(1, 0, open=True, shape=big)
     assert explain_events(ops.events, groups=ops.groups, now=int(60e9)).kind == "moving"
     assert explain_events(ops.events, groups=ops.groups, now=int(600e9)).kind == "stalled link"
+
+
+def test_ranks_that_raise_the_same_are_told_at_once() -> None:
+    same = Signs(raised=Raised("KeyError: 'ring'", op="infer.py:118"), ended="ended by its exception")
+    for n, ranks in ((3, "ranks 0, 1 and 2"), (16, "ranks 0–15")):
+        ops = MadeOps(n)
+        verdict = explained(ops, dict.fromkeys(range(n), same))
+        assert (verdict.kind, verdict.ranks) == ("exception", tuple(range(n)))
+        assert verdict.sentence == f"{ranks} raised KeyError: 'ring' at infer.py:118"
+        assert verdict.lines == (f"ranks 0–{n - 1}: raised KeyError: 'ring' at infer.py:118",)
+
+
+def test_of_ranks_that_raise_other_things_the_first_are_told() -> None:
+    signs = {
+        rank: Signs(raised=Raised(f"ValueError: {rank}"), ended="ended by its exception") for rank in range(8)
+    }
+    sentence = explained(MadeOps(8), signs).sentence
+    assert (
+        sentence
+        == "rank 0 raised ValueError: 0; rank 1 raised ValueError: 1; rank 2 raised ValueError: 2; and 5 more"
+    )
+
+
+def test_several_ranks_are_told_in_the_plural() -> None:
+    ops = MadeOps(16)
+    for rank in range(16):
+        if rank not in (3, 4):
+            ops.add(rank, "all_reduce", open=True)
+    stopped = explained(ops, {rank: Signs(process="T" if rank in (3, 4) else "S") for rank in range(16)})
+    assert stopped.sentence.startswith(
+        "ranks 3 and 4 are stopped by a signal or a debugger; ranks 0–2, 5–15 wait for them: rank 0 is in"
+    )
+    assert len(stopped.lines) == 15  # their lines of code differ
+
+
+def test_of_a_long_cycle_its_beginning_and_end_are_told() -> None:
+    ops = MadeOps(16)
+    for rank in range(16):
+        ops.send(rank, (rank + 1) % 16, open=True)
+    sentence = explained(ops).sentence
+    assert sentence.count("`send -> ") == 4
+    assert "and so on, 12 ranks; rank 15 is in `send -> 0`" in sentence
+
+
+@pytest.mark.parametrize("signs", [Signs(frames={"main": SLEEPS}, cpu_moves=False), Signs(answers=False)])
+def test_a_rank_for_which_nobody_waits_hangs_nobody(signs: Signs) -> None:
+    """It serves, or sleeps, while two others send to each other."""
+    ops = MadeOps(3)
+    ops.message(0, 1)
+    ops.send(1, 0, open=True)
+    ops.recv(0, 1, open=True, at=3600.0)
+    found = explain_events(ops.events, {0: Signs(), 1: Signs(), 2: signs}, int(3601e9), ops.groups)
+    assert (found.kind, found.is_hung) == ("moving", False), found
+    ops.add(1, "barrier", open=True)
+    found = explain_events(ops.events, {0: Signs(), 1: Signs(), 2: signs}, int(7200e9), ops.groups)
+    assert found.rank == 2
+    assert found.is_hung
+
+
+def test_a_rank_that_waits_for_a_request_is_idle_and_said_to_be() -> None:
+    """As a serving engine does: its workers wait for what rank 0 will broadcast."""
+    ops = MadeOps(3)
+    ops.all("broadcast", 0, 1, 2)
+    ops.all("broadcast", 1, 2, open=True)
+    accepts = StackFrame("/code/serve.py", 9, "serve", "sock.accept()")
+    idle = Signs(frames={"MainThread": accepts}, cpu_moves=False, outside="a connection")
+    found = explain_events(ops.events, {0: idle, 1: Signs(), 2: Signs()}, int(90e9), ops.groups)
+    assert (found.kind, found.ranks, found.is_hung) == ("idle", (0,), False), found
+    assert (
+        "waits for a connection, at `sock.accept()` in serve (serve.py:9); ranks 1 and 2 wait for it"
+        in found.sentence
+    )
+
+
+def test_a_rank_that_waits_for_its_child_is_told_so() -> None:
+    ops = MadeOps(2)
+    ops.all("barrier", 0, 1)
+    ops.add(0, "barrier", open=True)
+    frame = StackFrame("/code/a.py", 9, "main", "subprocess.run(command)")
+    waits = Signs(frames={"MainThread": frame}, cpu_moves=False, child="its child process 77 (sleep)")
+    found = explained(ops, {0: Signs(), 1: waits})
+    assert_verdict(found, "stuck in Python", (1,), "waits for its child process 77 (sleep)", "a.py:9")
+
+
+def test_an_exception_that_is_handled_is_told_only_once_the_run_hangs() -> None:
+    ops = MadeOps(3)
+    ops.message(0, 1)
+    ops.group("pair", 0, 1)
+    ops.add(1, "barrier", open=True, group="pair")
+    handled = Raised("ValueError: a shape", op="rank1.py:7", handled=True)
+    signs = {0: Signs(cpu_moves=True), 1: Signs(raised=handled), 2: Signs()}
+    assert explain_events(ops.events, signs, int(60e9), ops.groups).kind == "computing"
+    ops.add(0, "all_reduce", open=True)
+    ops.add(2, "all_reduce", open=True)
+    assert_verdict(
+        explain_events(ops.events, {0: Signs(), 1: signs[1], 2: Signs()}, int(60e9), ops.groups),
+        "exception",
+        (1,),
+        "raised ValueError: a shape at rank1.py:7 and handled it; it now waits in `barrier`",
+        "ranks 0 and 2 wait for it: rank 0 is in `all_reduce`",
+    )
+
+
+def test_an_exception_that_ended_a_thread_is_told_if_the_rank_does_not_go_on() -> None:
+    ops = MadeOps(2)
+    ops.all("barrier", 0, 1)
+    lost = Raised("KeyError: 3", op="a.py:7", lane="sender", handled=True)
+    waits = Signs(frames={"MainThread": SLEEPS}, cpu_moves=False, raised=lost)
+    assert explained(ops, {0: Signs(), 1: waits}).kind == "done"
+    ops.recv(0, 1, open=True)
+    assert_verdict(
+        explained(ops, {0: Signs(), 1: waits}),
+        "exception",
+        (1,),
+        "rank 1 raised KeyError: 3 at a.py:7 in thread sender and handled it; it has not gone on since",
+    )
+
+
+def test_what_a_rank_that_has_ended_did_not_do_is_missing_at_once() -> None:
+    ops = MadeOps(2)
+    ops.message(0, 1)
+    ops.recv(1, 0, open=True)
+    signs = {0: DONE, 1: Signs()}
+    assert explain_events(ops.events, signs, int(2.1e9), ops.groups).kind == "never sent"
+    ops.events.pop()
+    ops.add(1, "barrier", open=True)
+    assert explain_events(ops.events, signs, int(3.1e9), ops.groups).kind == "never joined"
+
+
+def test_a_link_has_its_time_from_when_the_later_end_came() -> None:
+    ops = MadeOps(2)
+    ops.send(0, 1, open=True, at=1.0)
+    ops.recv(1, 0, open=True, at=3600.0)
+    assert explain_events(ops.events, groups=ops.groups, now=int(3601e9)).kind == "moving"
+    assert explain_events(ops.events, groups=ops.groups, now=int(3610e9)).kind == "stalled link"

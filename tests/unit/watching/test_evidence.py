@@ -7,7 +7,9 @@ from dinfer.verdict.signs import Signs
 from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedProcess
 from dinfer.watching.alarm import CONFIRM_S, HangAlarm
 from dinfer.watching.events import trace_of
-from dinfer.watching.evidence import Evidence, before_they_were_killed, of_trace, told_apart
+from dinfer.watching.evidence import Evidence
+from dinfer.watching.failures import before_they_were_killed, told_apart
+from dinfer.watching.given import of_trace
 from dinfer.watching.signs import ProcessPulse, dumped_frame, signs_of
 from tests.support.made_processes import SECOND, op, process, raised
 
@@ -87,6 +89,7 @@ def test_a_lost_connection_is_no_cause() -> None:
 
 def test_a_handled_exception_counts_while_its_handler_waits() -> None:
     handling = process(1, op(1, "barrier", 2), handled=[raised("a shape", 2)])
+    assert evidence(process(0, op(0, "recv", 1, peer=1)), handling, now=2.5).problem is None
     found = evidence(process(0, op(0, "recv", 1, peer=1)), handling, now=9).problem
     assert found
     assert (found.kind, found.ranks) == ("exception", (1,))

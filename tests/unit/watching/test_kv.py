@@ -1,7 +1,7 @@
 """KV of other people's code, by the digests of its rows."""
 
 from dinfer.watch.probe.rows import RowsTaken
-from dinfer.watching.kv import WatchedKv
+from dinfer.watching.kv import HeldRows, WatchedKv, layers_of
 
 
 def rows(start: int, *digests: int, layer: int = 0, cache: int = 1, chunk: int | None = None) -> RowsTaken:
@@ -9,42 +9,111 @@ def rows(start: int, *digests: int, layer: int = 0, cache: int = 1, chunk: int |
     return RowsTaken("kv", cache, layer, chunk, start, (taken,), 0, 0, "float32", (1, 2, len(digests), 8))
 
 
+def kv(taken: dict[int, list[RowsTaken]]) -> WatchedKv:
+    return WatchedKv({rank: layers_of(rows) for rank, rows in taken.items()})
+
+
 def test_ranks_that_hold_the_same_differ_in_nothing() -> None:
     held = [rows(0, 1, 2, 3), rows(3, 4), rows(0, 7, 8, layer=1)]
-    found = WatchedKv({0: held, 1: held})
+    found = kv({0: held, 1: held})
     assert found.diff() == []
     assert found.table().rows == [("0", "0", "4", "4"), ("1", "0", "2", "2")]
 
 
 def test_rows_that_one_rank_adds_twice() -> None:
     once, twice = [rows(0, 1, 2, 3)], [rows(0, 1, 2, 3), rows(3, 1, 2, 3, chunk=0)]
-    (repeated,) = WatchedKv({0: once, 1: twice}).diff()
+    (repeated,) = kv({0: once, 1: twice}).diff()
     assert (repeated.kind, repeated.ranks, repeated.layer, repeated.chunk) == ("rows repeated", (1,), 0, 0)
-    assert "rows 3–5" in repeated.text
+    assert repeated.text == "rank 1 holds 6 rows of layer 0, rank 0 3: rows 3–5 repeat rows 0–2"
 
 
 def test_a_rank_that_lacks_rows() -> None:
-    (missing,) = WatchedKv({0: [rows(0, 1, 2, 3)], 1: [rows(0, 1, 2, 3), rows(3, 4)]}).diff()
+    (missing,) = kv({0: [rows(0, 1, 2, 3)], 1: [rows(0, 1, 2, 3), rows(3, 4)]}).diff()
     assert (missing.kind, missing.ranks) == ("rows missing", (0, 1))
 
 
 def test_a_row_that_differs_between_ranks() -> None:
-    (one,) = WatchedKv({0: [rows(0, 1, 2, 3)], 1: [rows(0, 1, 9, 3)]}).diff()
+    (one,) = kv({0: [rows(0, 1, 2, 3)], 1: [rows(0, 1, 9, 3)]}).diff()
     assert (one.kind, one.ranks, one.layer) == ("rows differ", (1, 0), 0)
     assert "1 of 3 rows" in one.text
     assert "token 1" in one.text
 
 
 def test_ranks_that_split_heads_are_not_compared() -> None:
-    assert WatchedKv({0: [rows(0, 1, 2, 3)], 1: [rows(0, 5, 6, 7)]}).diff() == []
+    assert kv({0: [rows(0, 1, 2, 3)], 1: [rows(0, 5, 6, 7)]}).diff() == []
 
 
 def test_only_the_newest_cache_counts() -> None:
     """A second prompt begins anew."""
-    found = WatchedKv({0: [rows(0, 1, 2, cache=1), rows(0, 1, 2, cache=2)]})
+    found = kv({0: [rows(0, 1, 2, cache=1), rows(0, 1, 2, cache=2)]})
     assert found.diff() == []
     assert found.table().rows == [("0", "0", "2")]
 
 
 def test_equal_tokens_that_are_written_to_their_place_again_are_no_repetition() -> None:
-    assert WatchedKv({0: [rows(0, 1, 2), rows(0, 1, 2)]}).diff() == []
+    assert kv({0: [rows(0, 1, 2), rows(0, 1, 2)]}).diff() == []
+
+
+def test_rows_take_a_few_bytes_each_whatever_their_number() -> None:
+    """A long decode adds a row at a time."""
+    import tracemalloc
+
+    tracemalloc.start()
+    layers = layers_of(rows(at, at * 7919 + 2**60) for at in range(50_000))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(layers[0, 0].rows) == 50_000
+    assert held < 50_000 * 24
+
+
+def test_rows_are_kept_by_position() -> None:
+    held, other = HeldRows(), HeldRows()
+    held.put(5, [(1, 2), (3, 4)])
+    held.put(2, [(9, 9)])
+    held.put(6, [(7, 7)])
+    assert (len(held), 2 in held, 3 in held, 6 in held) == (3, True, False, True)
+    other.put(5, [(1, 2), (3, 4)])
+    assert (held[5], held[2], list(held)) == ((1, 2), (9, 9), [2, 5, 6])
+    assert held != other
+    held.put(2**31 - 1, [(1, 1)])
+    assert (len(held), held.dropped) == (3, 1)  # no row of a cache is there
+
+
+def test_rows_that_a_rank_alone_repeats() -> None:
+    (repeated,) = kv({1: [rows(0, 1, 2, 3), rows(3, 1, 2, 3, chunk=4)]}).diff()
+    assert (repeated.kind, repeated.ranks, repeated.chunk) == ("rows repeated", (1,), 4)
+    assert repeated.text == "rank 1: rows 3–5 of layer 0 repeat rows 0–2"
+
+
+def test_the_same_in_several_layers_is_one_finding() -> None:
+    once = [rows(0, 1, 2, layer=n) for n in (0, 1, 2, 5)]
+    twice = [one for n in (0, 1, 2, 5) for one in (rows(0, 1, 2, layer=n), rows(2, 1, 2, layer=n))]
+    (repeated,) = kv({0: once, 1: once, 2: twice}).diff()
+    assert repeated.text == "rank 2 holds 4 rows of layers 0–2, 5, ranks 0 and 1 2: rows 2–3 repeat rows 0–1"
+    assert (repeated.ranks, repeated.layer) == ((2,), 0)
+
+
+def test_a_chunk_that_holds_the_chunk_before() -> None:
+    right = [rows(0, 1, 2, 3), rows(3, 4, 5, 6)]
+    (stale,) = kv({0: right, 1: right, 2: [rows(0, 1, 2, 3), rows(3, 1, 2, 3, chunk=1)]}).diff()
+    assert (stale.kind, stale.ranks, stale.chunk) == ("rows stale", (2,), 1)
+    assert stale.text == "rank 2 in layer 0: stale: rows 3–5 hold rows 0–2 of the chunk before"
+
+
+def test_rows_that_lie_one_place_later() -> None:
+    right, late = [rows(0, 1, 2, 3, 4, 5)], [rows(0, 9, 1, 2, 3, 4)]
+    found = kv({0: right, 1: right, 2: late}).diff()
+    assert [(one.kind, one.ranks) for one in found] == [("rows shifted", (2,)), ("rows differ", (2, 0))]
+    assert found[0].text == "rank 2 in layer 0: rows 1–4 are shifted by +1"
+
+
+def test_most_ranks_are_taken_to_be_right() -> None:
+    (one,) = kv({0: [rows(0, 1, 9, 3)], 1: [rows(0, 1, 2, 3)], 2: [rows(0, 1, 2, 3)]}).diff()
+    assert (one.kind, one.ranks) == ("rows differ", (0, 1))
+
+
+def test_a_row_missing_in_the_middle_moves_those_behind_it() -> None:
+    found = kv({0: [rows(0, 1, 2, 3, 4)], 1: [rows(0, 1, 3, 4)]}).diff()
+    assert [one.kind for one in found] == ["rows shifted", "rows missing"]
+    assert "rows 1–2 should be rows 2–3: shifted, 1 earlier" in found[0].text
+    assert "row 1 of the others is missing" in found[1].text

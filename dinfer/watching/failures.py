@@ -1,0 +1,68 @@
+"""Which of several failures came first, and what the ranks did before all were killed."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from dinfer.verdict.signs import Raised, Signs
+from dinfer.watch.probe.records import WatchedProcess
+from dinfer.watching.evidence import Evidence
+
+FAILED_TOGETHER_NS = 200_000_000
+"""of two ranks that fail, one that does so later than this has lost the other, or the launcher has ended it"""
+
+UNSEEN_NS = 1_000_000_000
+"""for so long a process may have lived after its heart was last seen to beat, and said nothing"""
+
+
+def told_apart(
+    signs: Mapping[int, Signs], ranks: Mapping[int, WatchedProcess], gone: Mapping[int, float]
+) -> dict[int, Signs]:
+    """The signs, in which only the first failure is one: ranks that fail later have lost the first, or its launcher has
+    ended them."""
+    times: dict[int, float] = {}
+    for rank, its in signs.items():
+        if rank not in ranks:
+            continue  # nothing of it could be read
+        error = ranks[rank].exception
+        if its.raised and its.raised.handled:
+            error = None
+        if its.raised and not its.raised.secondary and error:
+            times[rank] = error.at_ns
+        elif its.ended:
+            times[rank] = error.at_ns if error else ranks[rank].heartbeat_ns + UNSEEN_NS
+    own = {
+        rank: at
+        for rank, at in times.items()
+        if not (raised := signs[rank].raised) or raised.handled or not raised.secondary
+    }
+    if not own:
+        return dict(signs)
+    first = min(own.values())
+    early = min(gone.values(), default=0.0)
+    found = {}
+    for rank, its in signs.items():
+        is_later = rank in times and times[rank] > first + FAILED_TOGETHER_NS
+        if its.ended and (not its.raised or its.raised.handled) and rank in gone and gone[rank] > early:
+            is_later = True
+        if is_later and rank in own and len(own) > 1:
+            what = its.raised.message if its.raised else its.ended
+            found[rank] = replace(
+                its, ended="", raised=Raised(f"{what}, after another rank failed", secondary=True)
+            )
+        elif its.raised and its.raised.secondary and not its.raised.handled:
+            found[rank] = replace(its, ended="")
+        else:
+            found[rank] = its
+    return found
+
+
+def before_they_were_killed(found: Evidence) -> Evidence:
+    """The evidence of when all ranks were killed together, if they hung by then: somebody has ended the hang."""
+    beats = [process.heartbeat_ns for process in found.processes.values()]
+    is_killed = all(one.ended is None and one.exception is None for one in found.processes.values())
+    is_all = all(its.ended or (its.raised and not its.raised.handled) for its in found.signs.values())
+    if not (beats and is_all and is_killed) or max(beats) - min(beats) > UNSEEN_NS:
+        return found
+    signs = {rank: replace(its, ended="", raised=None) for rank, its in found.signs.items()}
+    earlier = replace(found, signs=signs, now_ns=max(beats))
+    return earlier if earlier.problem and not earlier.problem.kind.startswith("stuck") else found

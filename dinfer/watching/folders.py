@@ -1,0 +1,247 @@
+"""Looks at the folders that watched processes write to, again and again, and asks the processes where they stand."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from dinfer.verdict.recorded import UNREAD
+from dinfer.verdict.signs import Signs, StackFrame
+from dinfer.watch.probe.reading import Reader, ask_stacks
+from dinfer.watch.probe.records import RecordsError, WatchedProcess
+from dinfer.watch.probe.rows import RowsTaken, each_rows
+from dinfer.watch.probe.stacks import DUMP_SIGNAL
+from dinfer.watching.clocks import on_one_clock
+from dinfer.watching.events import ranks_of, trace_of
+from dinfer.watching.evidence import Evidence
+from dinfer.watching.failures import told_apart
+from dinfer.watching.jobs import Job, jobs_of
+from dinfer.watching.kv import WatchedKv, layers_of
+from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, pulse_of, signs_of
+
+T = TypeVar("T")
+
+MOST_DUMPED = 1 << 18
+"""characters of a dump of stacks that are read, the last"""
+
+
+ASKED_S, SELDOM_S = 0.5, 60.0
+"""seconds between two questions to one process: the least, and the most"""
+
+
+class Key(NamedTuple):
+    """What tells a process from all others that are looked at."""
+
+    host: str
+    pid: int
+    name: str
+
+
+def _key(process: WatchedProcess) -> Key:
+    return Key(process.host, process.pid, process.name)
+
+
+class Watched:
+    """Folders of watched processes, looked at again and again. `one_job`: all processes are ranks of one world."""
+
+    def __init__(
+        self, folders: Iterable[str | Path], command: Sequence[str] = (), *, one_job: bool = False
+    ) -> None:
+        self._readers = {Path(folder): Reader(folder) for folder in folders}
+        self._command, self._one_job = command, one_job
+        self._folders: dict[Key, Path] = {}
+        """where the files of each process are"""
+        self._pulses: dict[Key, ProcessPulse] = {}
+        self._asked: dict[Key, tuple[float, int, int]] = {}
+        self._mute: set[Key] = set()
+        self._dumped: set[Key] = set()
+        self._seen: dict[Key, int] = {}
+        self.unreadable: list[str] = []
+
+    def look(self, *, live: bool = True) -> list[Evidence]:
+        """What is known now: of each job, the oldest first; at least one, which may be empty. `live`: the processes may
+        be asked, as they are of this host; else the record is all."""
+        self._seen = self._sizes()
+        processes, unread, unknown = self._read()
+        processes, skewed = on_one_clock(processes)
+        now, now_ns = time.monotonic(), time.time_ns() if live else None
+        for process in processes:
+            self._pulse(process).look(now)
+        if self._one_job:
+            jobs = [Job("", "", ranks_of(processes))]
+        else:
+            jobs = jobs_of(processes, self._is_over) or [Job("", "", {})]
+        self._mute = set()
+        notes = (*self.unreadable, *skewed)
+        return [self._of_job(job, unread, unknown, notes, now, now_ns) for job in jobs]
+
+    def _read(self) -> tuple[list[WatchedProcess], set[Key], bool]:
+        """All processes; which of them are those whose ops could not be read; whether of some nothing could."""
+        found: list[WatchedProcess] = []
+        unread, unknown = set[Key](), False
+        self.unreadable = []
+        begun: dict[Key, int] = {}
+        for folder, reader in self._readers.items():
+            try:
+                processes = reader.read_all()
+            except RecordsError as error:
+                self.unreadable.append(str(error))
+                continue
+            self.unreadable += reader.broken.values()
+            known = {process.name for process in processes}
+            unknown = unknown or not reader.broken.keys() <= known
+            for process in processes:
+                key = _key(process)
+                if key in begun:  # one folder, and a copy of it
+                    if process.started_ns != begun[key]:
+                        self.unreadable.append(
+                            f"{folder / process.name} is of another process than that of the same name in "
+                            f"{self._folders[key]}, and left out: explain it by itself"
+                        )
+                    continue
+                begun[key] = process.started_ns
+                found.append(process)
+                self._folders[key] = folder
+                if process.name in reader.broken:
+                    unread.add(key)
+        return found, unread, unknown
+
+    def _of_job(
+        self,
+        job: Job,
+        unread: set[Key],
+        unknown: bool,
+        notes: tuple[str, ...],
+        now: float,
+        now_ns: int | None,
+    ) -> Evidence:
+        ranks = job.ranks
+        signs = {
+            rank: _fresh(signs_of(one, self._pulse(one), now, now_ns), one) for rank, one in ranks.items()
+        }
+        for rank, process in ranks.items():
+            if _key(process) in unread:
+                signs[rank] = Signs(phase=UNREAD)
+            if signs[rank].answers is False:
+                self._mute.add(_key(process))
+                if _key(process) in self._dumped and (frame := self._dump_frame(process)):
+                    signs[rank] = replace(signs[rank], frames={MAIN: frame})
+        if unknown:
+            size = max((process.world_size or 0 for process in ranks.values()), default=0)
+            signs |= {rank: Signs(phase=UNREAD) for rank in range(size) if rank not in ranks}
+        gone = {rank: at for rank, one in ranks.items() if (at := self._pulse(one).gone) is not None}
+        trace = trace_of(ranks, self._command)
+        told = told_apart(signs, ranks, gone)
+        return Evidence(trace, told, now_ns, ranks, job=job.name, key=job.key, notes=notes)
+
+    def _pulse(self, process: WatchedProcess) -> ProcessPulse:
+        key = _key(process)
+        if key not in self._pulses:
+            self._pulses[key] = pulse_of(process)
+        return self._pulses[key]
+
+    def _is_over(self, process: WatchedProcess) -> bool:
+        """Of a process of another host, its last sign of life says it."""
+        pulse = self._pulse(process)
+        return process.ended is not None or pulse.gone is not None or pulse.process is None
+
+    def has_news(self) -> bool:
+        """Whether, since the last look, a process has ended or written a line. Much cheaper than a look."""
+        pulses = (self._pulses[key] for key in self._folders if key in self._pulses)
+        return any(pulse.has_gone() for pulse in pulses) or self._sizes() != self._seen
+
+    def _sizes(self) -> dict[Key, int]:
+        """Of the lines of each process."""
+        found = {}
+        for key, folder in self._folders.items():
+            with suppress(OSError):
+                found[key] = (folder / f"{key.name}.jsonl").stat().st_size
+        return found
+
+    def living(self, patience_s: float) -> list[int]:
+        """The numbers of the watched processes of this host that still run after so many seconds."""
+        until = time.monotonic() + patience_s
+        while found := [
+            pulse.process.pid
+            for pulse in self._pulses.values()
+            if pulse.process and pulse.gone is None and not pulse.has_gone()
+        ]:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.02)
+        return found
+
+    def kv(self, found: Evidence) -> WatchedKv:
+        """The rows of KV that the ranks have added so far, by their digests."""
+        return WatchedKv(self._of_rows(found, layers_of))
+
+    def rows(self, found: Evidence) -> dict[int, list[RowsTaken]]:
+        """All that was taken of rows of KV and of tapped tensors so far, by rank. It may be much."""
+        return self._of_rows(found, list)
+
+    def _of_rows(self, found: Evidence, take: Callable[[Iterator[RowsTaken]], T]) -> dict[int, T]:
+        """What `take` makes of each rank's rows, where that is anything."""
+        made = {}
+        for rank, process in found.processes.items():
+            try:
+                made[rank] = take(each_rows(self._folders[_key(process)], process))
+            except RecordsError as error:
+                self.unreadable.append(str(error))
+        return {rank: one for rank, one in made.items() if one}
+
+    def ask(self, processes: Iterable[WatchedProcess]) -> None:
+        """Have these processes write where their threads stand, for a later look: each at most twice a second, and less
+        often the more often it was asked, since a process answers no more than a few hundred times."""
+        now = time.monotonic()
+        for process in processes:
+            op = process.ops[-1].seq if process.ops else -1
+            key = _key(process)
+            asked, times, at = self._asked.get(key, (-1.0, 0, op))
+            times = times if at == op else 0
+            if now - asked < min(ASKED_S * 1.1 ** min(times, 100), SELDOM_S):
+                continue
+            self._asked[key] = (now, times + 1, op)
+            with suppress(RecordsError):  # it is just ending
+                ask_stacks(self._folders[key], process)
+            if key in self._mute - self._dumped and _takes_dumps(process):
+                self._dumped.add(key)  # Python does not answer; C code does, on a signal
+                with suppress(OSError):
+                    os.kill(process.pid, process.dump or 0)
+
+    def _dump_frame(self, process: WatchedProcess) -> StackFrame | None:
+        try:
+            text = (self._folders[_key(process)] / f"{process.name}.dump").read_text(
+                encoding="utf-8", errors="replace"
+            )
+        except OSError:
+            return None
+        return dumped_frame(text[-MOST_DUMPED:])
+
+
+def _takes_dumps(process: WatchedProcess) -> bool:
+    """Whether the process of that number, on this host, is still one that takes the signal: any other would end."""
+    if (
+        DUMP_SIGNAL is None
+        or process.dump != DUMP_SIGNAL
+        or process.host != socket.gethostname()
+        or process.pid <= 1
+    ):
+        return False
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (DUMP_SIGNAL - 1) & 1)
+
+
+def _fresh(signs: Signs, process: WatchedProcess) -> Signs:
+    """Without stacks that are older than the rank's last op."""
+    last = max((max(op.issued_ns, op.done_ns) for op in process.ops[-50:]), default=0)
+    if not process.stacks or process.stacks[-1].at_ns < last:
+        return replace(signs, frames={}, outside="", child="")
+    return signs
