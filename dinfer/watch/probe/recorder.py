@@ -207,6 +207,13 @@ class OpRecorder:
         if self._on_open:
             self._on_open()
 
+    def meant_to_be(self, rank: int) -> None:
+        """Which rank this process asks to be. Where it is not in the environment, nothing else tells whose failure to
+        join it is."""
+        records = self.open()
+        if records is not None:
+            records.lines.write("meant", rank=rank)
+
     def say_hook(self, hook: str, torch: str) -> None:
         """How ops are seen from now on."""
         self.hook, self.torch = hook, torch

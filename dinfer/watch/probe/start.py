@@ -22,6 +22,8 @@ from .works import Works
 
 VARIABLE = "DINFER_WATCH"
 _C10D = "torch.distributed.distributed_c10d"
+_RANK = 4
+"""the argument `rank` of init_process_group, where it has no name"""
 
 
 class Probe:
@@ -143,6 +145,9 @@ class Probe:
         @wraps(before)
         def init_process_group(*args: Any, **options: Any) -> Any:
             self._hook_ops()
+            rank = options.get("rank", args[_RANK] if len(args) > _RANK else None)
+            if isinstance(rank, int) and rank >= 0:
+                self.recorder.meant_to_be(rank)
             pending = self.recorder.issued(
                 "init_group", NO_GROUP, NOTHING, NOTHING, (), False, sys._getframe(1)
             )
