@@ -143,6 +143,11 @@ class Config:
         if self.top_p <= 0:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1: all tokens).")
 
+    @property
+    def wants_graphs(self) -> bool:
+        """Whether layers are to run as CUDA graphs where the model allows it."""
+        return self.kernels != "exact" and bool(self.gpu_ids)
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """A config from parameter names and values; values may be text. Raises ConfigError."""

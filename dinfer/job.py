@@ -13,7 +13,7 @@ from dinfer.config import Config, ConfigError
 from dinfer.display import html_text
 from dinfer.errors import ipython
 from dinfer.model.checkpoint import Spec, check, check_unchanged
-from dinfer.model.memory import check_memory
+from dinfer.model.memory import MemoryDemand, check_memory
 from dinfer.model.text import encode, load_tokenizer
 from dinfer.plan.custom import CustomSchedule, custom_plan
 from dinfer.plan.lower import lower
@@ -202,7 +202,10 @@ def _check_memory(config: Config, spec: Spec, tokens: int, ranks: Sequence[int])
     length = min(tokens + config.max_new_tokens, spec.max_positions)
     devices = Counter(f"cuda:{config.gpu_ids[r]}" if config.gpu_ids else "cpu" for r in ranks)
     for device, count in devices.items():
-        check_memory(spec, config.dtype, length, count, device, config.chunk_size)
+        wanted = MemoryDemand(
+            spec, config.dtype, length, count, device, config.chunk_size, config.wants_graphs
+        )
+        check_memory(wanted)
 
 
 def threads_per_rank(world_size: int) -> int:

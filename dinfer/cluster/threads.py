@@ -12,7 +12,7 @@ from dinfer.cluster.ranks import Ranks, update
 from dinfer.engine.board import BOARD_BYTES, Board, Phase, Stand
 from dinfer.errors import NotPossible
 from dinfer.messages import Command, JoinGroup, Lanes, OpenStore, RankReport, Status, StoreAddress
-from dinfer.rank.commands import answer
+from dinfer.rank.commands import OnThread, answer
 from dinfer.rank.service import RankService
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import Gate
@@ -33,7 +33,12 @@ class LocalRanks(Ranks):
         self.exchange = Exchange(world_size, self.gate)
         self._recorders: dict[int, tuple[Recorder, list[int] | None]] = {}
         self._closing = threading.Event()
-        self._slow = [ThreadPoolExecutor(1, f"dinfer rank {rank}") for rank in range(world_size)]
+        self.pools = {
+            (rank, thread): ThreadPoolExecutor(1, f"dinfer rank {rank}{suffix}")
+            for rank in range(world_size)
+            for thread, suffix in ((OnThread.SLOW, ""), (OnThread.LOOKING, " looking"))
+        }
+        """what carries out the commands of each rank that are not carried out at once"""
         ends = [_End(self, rank) for rank in range(world_size)]
         self.hosts = [
             RankService(rank, end, end, board=_NotifyingBoard(self, rank), gate=self.gate)
@@ -72,7 +77,7 @@ class LocalRanks(Ranks):
         self.exchange.close()
         for host in self.hosts:
             host.close()
-        for pool in self._slow:
+        for pool in self.pools.values():
             pool.shutdown(wait=False)
         self._pump_thread.join(1)
 
@@ -80,8 +85,8 @@ class LocalRanks(Ranks):
 
     def _send(self, rank: int, command: Command[Any], number: int) -> None:
         handler = self._tables[rank].get(type(command))
-        if handler and handler.slow:
-            self._slow[rank].submit(self._reply, rank, command, number)
+        if handler and handler.thread:
+            self.pools[rank, handler.thread].submit(self._reply, rank, command, number)
         else:
             self._reply(rank, command, number)
 

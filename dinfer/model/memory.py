@@ -21,25 +21,39 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """bytes of one number, by dtype"""
 
 
+GRAPH_BYTES = 18 << 20
+"""what the CUDA graph of one layer takes, and its share of what was compiled: measured on one H200 (Qwen3-4B's shape,
+36 layers, chunks of 128: 0.62 GiB for one kind of graphs)"""
+
+
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What one rank needs, in bytes: weights, KV, and hidden states including the working memory of a layer."""
+    """What one rank needs, in bytes: weights, KV, hidden states including the working memory of a layer, and, where
+    layers run as CUDA graphs, these."""
 
     weights_bytes: int
     kv_bytes: int
     hidden_bytes: int
+    graphs_bytes: int = 0
 
     @property
     def total(self) -> int:
         """The sum, in bytes."""
-        return self.weights_bytes + self.kv_bytes + self.hidden_bytes
+        return self.weights_bytes + self.kv_bytes + self.hidden_bytes + self.graphs_bytes
+
+    def __str__(self) -> str:
+        """Each part, for example `weights 7.5 GiB, KV 144.0 MiB, hidden states 4.9 MiB`."""
+        graphs = f", graphs {size_text(self.graphs_bytes)}" if self.graphs_bytes else ""
+        kv, hidden = size_text(self.kv_bytes), size_text(self.hidden_bytes)
+        return f"weights {size_text(self.weights_bytes)}, KV {kv}, hidden states {hidden}{graphs}"
 
 
-def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0) -> MemoryNeed:
+def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0, *, graphs: bool = False) -> MemoryNeed:
     """What a rank needs in `dtype` ("auto": the checkpoint's) for `tokens` tokens of prompt and decode.
 
     `hidden_bytes` covers the hidden states that enter the stage, which are kept for going back, and, with a
-    `chunk_size`, the working memory of a layer for the last chunk. Raises `ModelError` for an unknown dtype.
+    `chunk_size`, the working memory of a layer for the last chunk. `graphs`: layers run as CUDA graphs. Raises
+    `ModelError` for an unknown dtype.
     """
     name = _resolved(spec, dtype)
     if name not in BYTES:
@@ -49,27 +63,25 @@ def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0) -> MemoryNeed
         weights_bytes=spec.parameters * size,
         kv_bytes=tokens * spec.layers * 2 * spec.kv_heads * spec.head_dim * size,
         hidden_bytes=tokens * spec.hidden_size * size + _working(spec, size, tokens, min(chunk_size, tokens)),
+        graphs_bytes=spec.layers * GRAPH_BYTES if graphs else 0,
     )
 
 
-def check_memory(
-    spec: Spec, dtype: str, tokens: int, ranks_here: int, device: str = "cpu", chunk_size: int = 0
-) -> None:
-    """Raise `ModelError` if `ranks_here` ranks, all on `device`, need more memory than is free there.
+def check_memory(wanted: "MemoryDemand") -> None:
+    """Raise `ModelError` if ranks need more memory than is free on their device.
 
     Call it once for all ranks, before the first of them loads.
     """
-    available = free(device)
-    wanted = MemoryDemand(spec, dtype, tokens, ranks_here, device, chunk_size)
+    available = free(wanted.device)
     if (total := wanted.bytes()) <= available:
         return
-    one = need(spec, dtype, tokens, chunk_size)
-    shared = " (one copy for all)" if ranks_here > 1 and wanted.shares_weights else ""
+    spec, ranks = wanted.spec, wanted.ranks
+    shared = " One copy of the weights is for all." if ranks > 1 and wanted.shares_weights else ""
     asked = (
-        f"{ranks_here} rank{'s' * (ranks_here > 1)} on {device} with {tokens:,} tokens in {_resolved(spec, dtype)} "
-        f"need {size_text(total)}; {size_text(available)} are free, {size_text(total - available)} too little. "
-        f"Each rank holds all {spec.layers} layers, for decode: weights {size_text(one.weights_bytes)}{shared}, "
-        f"KV {size_text(one.kv_bytes)}, hidden states {size_text(one.hidden_bytes)}. "
+        f"{ranks} rank{'s' * (ranks > 1)} on {wanted.device} with {wanted.tokens:,} tokens in "
+        f"{_resolved(spec, wanted.dtype)} need {size_text(total)}; {size_text(available)} are free, "
+        f"{size_text(total - available)} too little. "
+        f"Each rank holds all {spec.layers} layers, for decode: {wanted.of_a_rank}.{shared} "
     )
     if remedies := _remedies(wanted, available):
         raise ModelError(f"{asked}One of these would be enough: {'; '.join(remedies)}.")
@@ -80,21 +92,27 @@ def check_memory(
 
 @dataclass(frozen=True)
 class MemoryDemand:
-    """What `ranks` ranks that share one device need together."""
+    """What `ranks` ranks that share one device need together. `graphs`: their layers run as CUDA graphs."""
 
     spec: Spec
     dtype: str
     tokens: int
-    ranks: int
-    device: str
-    chunk_size: int
+    ranks: int = 1
+    device: str = "cpu"
+    chunk_size: int = 0
+    graphs: bool = False
+
+    @property
+    def of_a_rank(self) -> MemoryNeed:
+        """What each of the ranks needs."""
+        return need(self.spec, self.dtype, self.tokens, self.chunk_size, graphs=self.graphs)
 
     def bytes(self, **changes: Any) -> int:
         """The bytes needed, with any of these fields changed."""
         that = replace(self, **changes)
-        one = need(that.spec, that.dtype, that.tokens, that.chunk_size)
+        one = that.of_a_rank
         copies = 1 if that.shares_weights else that.ranks
-        return copies * one.weights_bytes + that.ranks * (one.kv_bytes + one.hidden_bytes)
+        return copies * one.weights_bytes + that.ranks * (one.total - one.weights_bytes)
 
     @property
     def shares_weights(self) -> bool:
@@ -121,13 +139,11 @@ def _working(spec: Spec, size: int, tokens: int, chunk: int) -> int:
 def out_of_memory_text(one: MemoryDemand, asked: int | None, available: int | None) -> str:
     """The message for a rank that ran out of memory: the failed allocation, what was free, and each single change that
     would do. `asked` and `available` are bytes, None if unknown."""
-    parts = need(one.spec, one.dtype, one.tokens, one.chunk_size)
     size = "an unknown amount" if asked is None else size_text(asked)
     known = "" if available is None else f", {size_text(available)} were free"
     text = (
-        f"Out of memory on {one.device}: {size} was asked for{known}. By calculation this rank needs weights "
-        f"{size_text(parts.weights_bytes)}, KV {size_text(parts.kv_bytes)}, hidden states "
-        f"{size_text(parts.hidden_bytes)}. "
+        f"Out of memory on {one.device}: {size} was asked for{known}. By calculation this rank needs "
+        f"{one.of_a_rank}. "
     )
     # An allocation may fail although memory is free: by a limit of the process, or by fragmentation.
     short = asked if asked is None or available is None or available >= asked else asked - available
@@ -151,6 +167,8 @@ def _remedies(wanted: MemoryDemand, available: int) -> list[str]:
     ways = []
     if (half := wanted.bytes(dtype="bfloat16")) <= available:
         ways.append(f"dtype bfloat16 (needs {size_text(half)})")
+    if wanted.graphs and (slower := wanted.bytes(graphs=False)) <= available:
+        ways.append(f"kernels exact (slower, needs {size_text(slower)})")
     if tokens := largest("tokens", wanted.tokens - 1):
         ways.append(f"prompt and new tokens together at most {tokens:,}, {wanted.tokens - tokens:,} fewer")
     if chunk := largest("chunk_size", wanted.chunk_size - 1):

@@ -1,10 +1,11 @@
 """Command tables: which function of a rank carries out which command.
 
 A quick command is carried out at once, whatever the rank is doing; a slow one (loading, decoding) on a thread of its
-own, where slow ones run one after another.
+own, where slow ones run one after another. What only looks has another thread: KV can be read while decode is blocked.
 """
 
 from collections.abc import Callable, Iterable
+from enum import StrEnum
 from typing import Any, NamedTuple, TypeVar
 
 from dinfer.messages import Answer, Command, Ok, RankReport, Refused, Reply
@@ -13,13 +14,19 @@ from dinfer.rank.failure import error_text
 C = TypeVar("C", bound=Command[Any])
 
 
+class OnThread(StrEnum):
+    """The threads of a rank on which commands are carried out that are not carried out at once."""
+
+    SLOW = "slow commands"
+    LOOKING = "looking"
+
+
 class Handler(NamedTuple):
-    """What carries out commands of one type: returns the answer, None for Ok. `slow`: it may wait for files, devices
-    or other ranks."""
+    """What carries out commands of one type: returns the answer, None for Ok. `thread`: None for at once."""
 
     kind: type[Command[Any]]
     function: Callable[[Any], Answer | None]
-    slow: bool
+    thread: OnThread | None = None
 
 
 CommandTable = dict[type[Command[Any]], Handler]
@@ -27,12 +34,17 @@ CommandTable = dict[type[Command[Any]], Handler]
 
 def quick(kind: type[C], function: Callable[[C], Answer | None]) -> Handler:
     """Carry out these commands at once."""
-    return Handler(kind, function, slow=False)
+    return Handler(kind, function)
 
 
 def slow(kind: type[C], function: Callable[[C], Answer | None]) -> Handler:
-    """Carry out these commands on the thread for slow ones."""
-    return Handler(kind, function, slow=True)
+    """Carry out these commands, which may wait for files, devices or other ranks, on the thread for slow ones."""
+    return Handler(kind, function, OnThread.SLOW)
+
+
+def looking(kind: type[C], function: Callable[[C], Answer | None]) -> Handler:
+    """Carry out these commands, which compute and change nothing, on the thread for looking."""
+    return Handler(kind, function, OnThread.LOOKING)
 
 
 def table_of(handlers: Iterable[Handler]) -> CommandTable:

@@ -34,7 +34,7 @@ from dinfer.messages import (
     unpack_command,
     unpack_request,
 )
-from dinfer.rank.commands import CommandTable, answer, quick, table_of
+from dinfer.rank.commands import CommandTable, OnThread, answer, quick, table_of
 from dinfer.rank.debugger import undebugged
 from dinfer.rank.frames import FrameReader, send_frames
 from dinfer.rank.pyspy import let_look
@@ -44,6 +44,9 @@ from dinfer.rank.watcher import MEMORY_BYTES, RECORDER_BYTES
 CLOSING_S = 10.0
 
 C = TypeVar("C", bound=Command[Any])
+
+Tasks = queue.SimpleQueue[tuple[int, Command[Any]] | None]
+"""requests for one thread, by number; None ends it"""
 
 
 @cache
@@ -61,8 +64,8 @@ class RankMemory:
         self.descriptor = anonymous_file(MEMORY_BYTES)
         memory = map_file(self.descriptor, MEMORY_BYTES)
         self.board, self.recorder = Board(memory), memory[-RECORDER_BYTES:]
-        self.slow = threading.Lock()
-        """held while a slow command is carried out, whichever session sent it"""
+        self.busy = {thread: threading.Lock() for thread in OnThread}
+        """each held while a command of this kind is carried out, whichever session sent it"""
 
     def close(self) -> None:
         """No further watcher will share it."""
@@ -87,7 +90,7 @@ class Control:
         self._closing = False
         self.table: CommandTable = {}
         """the commands that it answers"""
-        self._slow: queue.SimpleQueue[tuple[int, Command[Any]] | None] = queue.SimpleQueue()
+        self._tasks: dict[OnThread, Tasks] = {thread: queue.SimpleQueue() for thread in OnThread}
         self._questions = itertools.count(1)
         self._awaited = awaited
         self._came: dict[object, Command[Any]] = {}
@@ -108,7 +111,10 @@ class Control:
         with self.watcher.stdin as pipe:
             pipe.write(msgspec.msgpack.encode(link))
         threading.Thread(target=self._listen, name="control", daemon=True).start()
-        threading.Thread(target=self._work, name="control, slow commands", daemon=True).start()
+        for thread in OnThread:
+            threading.Thread(
+                target=self._work, args=(thread,), name=f"control, {thread}", daemon=True
+            ).start()
 
     def report(self, report: RankReport) -> None:
         """Tell the session something; returns once it is on its way. Raises OSError where the watcher has ended."""
@@ -160,7 +166,8 @@ class Control:
             while (came := reader.read()) is not None:
                 for frames in came:
                     self._hear(frames[0])
-        self._slow.put(None)
+        for tasks in self._tasks.values():
+            tasks.put(None)
 
     def _hear(self, frame: bytes) -> None:
         request = unpack_request(frame)
@@ -175,14 +182,14 @@ class Control:
             with self._news:
                 self._came[key] = command
                 self._news.notify_all()
-        elif handler and handler.slow:
-            self._slow.put((request.number, command))
+        elif handler and handler.thread:
+            self._tasks[handler.thread].put((request.number, command))
         else:
             self._send(answer(self.table, request.number, command))
 
-    def _work(self) -> None:
-        while task := self._slow.get():
-            with self.memory.slow:
+    def _work(self, thread: OnThread) -> None:
+        while task := self._tasks[thread].get():
+            with self.memory.busy[thread]:
                 if not self._closing:
                     self._send(answer(self.table, *task))
 

@@ -15,7 +15,7 @@ from dinfer import messages
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.measure import per_head
 from dinfer.model.attention import attention, hidden_before
-from dinfer.rank.commands import Handler, slow
+from dinfer.rank.commands import Handler, looking
 from dinfer.rank.decode import PromptOnRank
 from dinfer.rank.inventory import Inventory
 
@@ -27,27 +27,27 @@ KEPT = 4
 
 
 def inspect_commands(rank: int, prompt: Callable[[], PromptOnRank]) -> list[Handler]:
-    """They are slow: they compute on the rank's device, and a session asks them of a rank that stands. `prompt` raises
-    RuntimeError where there is none."""
+    """A session asks them of a rank that stands, or that is blocked in decode. `prompt` raises RuntimeError where there
+    is none."""
     found = Inspection(rank, prompt)
     return [
-        slow(messages.ListKv, found.spans),
-        slow(messages.DigestKv, found.digests),
-        slow(messages.ReadNotedKv, found.ledger),
-        slow(messages.ReadNotedRows, found.ledger_rows),
-        slow(messages.DigestRows, found.row_digests),
-        slow(messages.ReadRows, found.rows),
-        slow(messages.ReadKvPart, found.part),
-        slow(messages.SummarizeKv, found.summary),
-        slow(messages.ListHidden, found.hidden_spans),
-        slow(messages.ReadHidden, found.hidden),
-        slow(messages.SummarizeHidden, found.hidden_summary),
-        slow(messages.ReadAttention, found.attention),
-        slow(messages.ReadBlocks, found.blocks),
-        slow(messages.ReadFinalHidden, found.final),
-        slow(messages.ReadNotes, found.notes),
-        slow(messages.ReadEdit, found.edit),
-        slow(messages.ReadMore, found.more),
+        looking(messages.ListKv, found.spans),
+        looking(messages.DigestKv, found.digests),
+        looking(messages.ReadNotedKv, found.ledger),
+        looking(messages.ReadNotedRows, found.ledger_rows),
+        looking(messages.DigestRows, found.row_digests),
+        looking(messages.ReadRows, found.rows),
+        looking(messages.ReadKvPart, found.part),
+        looking(messages.SummarizeKv, found.summary),
+        looking(messages.ListHidden, found.hidden_spans),
+        looking(messages.ReadHidden, found.hidden),
+        looking(messages.SummarizeHidden, found.hidden_summary),
+        looking(messages.ReadAttention, found.attention),
+        looking(messages.ReadBlocks, found.blocks),
+        looking(messages.ReadFinalHidden, found.final),
+        looking(messages.ReadNotes, found.notes),
+        looking(messages.ReadEdit, found.edit),
+        looking(messages.ReadMore, found.more),
     ]
 
 

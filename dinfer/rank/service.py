@@ -30,7 +30,7 @@ from dinfer.plan.ops import Op
 from dinfer.plan.plan import parse_plan
 from dinfer.rank.agreement import agree, facts_of
 from dinfer.rank.batch import warm_up
-from dinfer.rank.commands import CommandTable, quick, slow, table_of
+from dinfer.rank.commands import CommandTable, looking, quick, slow, table_of
 from dinfer.rank.decode import PromptOnRank, TokenFailed, Tokens
 from dinfer.rank.failure import describe
 from dinfer.rank.faults import fault_commands, misbehave_commands
@@ -116,7 +116,7 @@ class RankService:
             slow(messages.StartDecode, self._decode),
             quick(messages.LimitDecode, self._limit_decode),
             slow(messages.StepBackDecode, self._step_back_decode),
-            slow(messages.HashKv, self._hash_kv),
+            looking(messages.HashKv, self._hash_kv),
             quick(messages.DrainChannels, self._drain),
             slow(messages.LeaveGroup, self._leave),
             quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),

@@ -6,6 +6,7 @@ collective.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -63,12 +64,22 @@ class Group(NamedTuple):
     backend: str = ""
 
 
+_CELL = re.compile(r"/ipykernel_\d+/\d+\.py$")
+"""the file that ipykernel makes up for a notebook's cell"""
+
+
+def place_of(file: str, line: int) -> str:
+    """For example `infer.py:31`; `cell:31` in a notebook's cell."""
+    return f"{'cell' if _CELL.search(file) else file.rpartition('/')[2]}:{line}"
+
+
 @dataclass(frozen=True, slots=True)
 class CallRecord:
     """A recorded call into torch.distributed, beside its event. `group`: the key in the trace's groups; `number`: its
-    place among the collectives of its group on this rank; None: as counted from the events. `is_waited`: somebody
-    waits, or has waited, for it. `shape`, `dtype`: of the tensor, if known; `file`, `line`, `function`: of the user's
-    code that called."""
+    place on this rank among the messages of its link, or the collectives of its group; None: as counted from the
+    events; below 0: it meets no other op. `is_waited`: somebody waits, or has waited, for it; `is_followed`:
+    somebody has taken its future, and may act on its end without waiting. `shape`, `dtype`: of the
+    tensor, if known; `file`, `line`, `function`: of the user's code that called."""
 
     group: str
     backend: str = ""
@@ -77,6 +88,7 @@ class CallRecord:
     dtype: str = ""
     is_async: bool = False
     is_waited: bool = True
+    is_followed: bool = False
     number: int | None = None
     file: str = ""
     line: int = 0
@@ -85,7 +97,7 @@ class CallRecord:
     @property
     def place(self) -> str:
         """For example `infer.py:31`; empty if the line is unknown."""
-        return f"{self.file.rpartition('/')[2]}:{self.line}" if self.line else ""
+        return place_of(self.file, self.line) if self.line else ""
 
     @property
     def tensor(self) -> str:

@@ -58,7 +58,8 @@ class Findings:
     returns them; `plan`: the plan's text, if the user has made the plan. `corrupt`: blocks whose bytes have changed on
     the wire or in memory; `nonfinite`: the first NaN or Inf; `marks`: what is known of single blocks: rank, chunk,
     layer, kind ("armed", "differs", "corrupt", "nonfinite": in K or V, "nonfinite hidden": in
-    the hidden state after the block) and text. `commands`: how to repeat this run, by where to type it."""
+    the hidden state after the block) and text. `commands`: how to repeat this run, by where to type it. `warnings`:
+    what went wrong in a watched program though nothing stopped it."""
 
     made: str = ""
     state: str = ""
@@ -88,6 +89,7 @@ class Findings:
     text: str | None = None
     chunk_texts: tuple[str, ...] = ()
     environment: dict[str, str] | None = None
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values as JSON has them, with lists for tuples."""

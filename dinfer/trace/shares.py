@@ -11,15 +11,16 @@ from itertools import accumulate
 from math import floor
 from typing import NamedTuple
 
-from dinfer.trace.events import COLLECTIVES, COMPUTE
+from dinfer.trace.events import COLLECTIVES
 from dinfer.trace.intervals import Interval, common, length, minus, seconds, union
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Transfer, by_link, transfers
 
 
 def pauses(trace: Trace) -> list[Interval]:
-    """The times of at least 10 ms in which no rank had an op that was allowed to start."""
-    return trace.once(_pauses)
+    """The times of at least 10 ms in which no rank had an op that was allowed to start. A watched program has none: it
+    works, then."""
+    return [] if trace.is_watched else trace.once(_pauses)
 
 
 def _pauses(trace: Trace) -> list[Interval]:
@@ -56,9 +57,10 @@ def _without_pauses(trace: Trace) -> Trace:
 class Share(NamedTuple):
     """One rank's prefill, split into disjoint intervals of the trace's clock.
 
-    `compute`: it computed. Otherwise `wire`: it sent or received data. Otherwise `wait`: data was ready, at this rank
-    or for it, and one side had not come. Otherwise `bubble`: it had nothing to do until another rank had computed
-    something. `hidden`: data on the wire while it computed; a part of `compute`.
+    `compute`: it computed, or, of a watched program, was in no op of torch.distributed. Otherwise `wire`: it sent or
+    received data. Otherwise `wait`: data was ready, at this rank or for it, and one side had not come. Otherwise
+    `bubble`: it had nothing to do until another rank had computed something. `hidden`: data on the wire while it
+    computed; a part of `compute`.
     """
 
     rank: int
@@ -191,14 +193,13 @@ def _shares(trace: Trace) -> Shares:
 def _share(trace: Trace, rank: int, of_rank: list[Transfer], stopped: list[Interval]) -> Share:
     """`of_rank`: the transfers from it and to it."""
     mine = list(trace.prefill(rank))
-    began, ended = trace.began, max((event.end for event in mine), default=trace.began)
-    prefill = minus([(began, ended)], stopped)
-    computing = union((event.met, event.end) for event in mine if event.kind in COMPUTE)
+    prefill = minus([(trace.began, trace.ended(rank))], stopped)
     together = [event for event in mine if event.kind in COLLECTIVES]
     moving = union([*((t.met, t.end) for t in of_rank), *((e.met, e.end) for e in together)])
     ready = union(
         [*((t.offered, t.met) for t in of_rank if t.met > t.offered), *((e.start, e.met) for e in together)]
     )
+    computing = trace.computing(rank)
     compute, rest = common(prefill, computing), minus(prefill, computing)
     wire, rest = common(rest, moving), minus(rest, moving)
     wait, bubble = common(rest, ready), minus(rest, ready)

@@ -13,9 +13,12 @@ from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
 from dinfer.errors import excerpt
 from dinfer.trace.events import COMPUTE, Event, prefill_events
 from dinfer.trace.export import TraceError, export
-from dinfer.trace.intervals import minus, seconds, union
+from dinfer.trace.intervals import Interval, minus, seconds, union
 
 T = TypeVar("T")
+
+LOOKED = "looked_ns"
+"""the key of `about` for when a watched program was last looked at, in nanoseconds of the events' clock"""
 
 ABOUT_RANKS = {
     "prefill s": "seconds from the first op of the run, on any rank, to this rank's last of prefill",
@@ -28,6 +31,16 @@ ABOUT_RANKS = {
     "received MB": "megabytes of payload that this rank received",
 }
 """what the columns of a table of ranks mean"""
+
+ABOUT_WATCHED = {
+    "run s": "seconds from the first op on any rank to this rank's last",
+    "own code s": "seconds in which this rank was in no op of torch.distributed, but did its own work or waited",
+    **{name: ABOUT_RANKS[name] for name in ("waiting s", "wire s", "sent MB", "received MB")},
+}
+"""the same of other people's programs, of which only ops of torch.distributed are recorded"""
+
+NAMES_WATCHED = {"run s": "prefill s", "own code s": "compute s"}
+"""where a figure of such a program is found in `RankFigures`"""
 
 OVERLAP = (
     "exposed sync: moved KV and computed nothing; waiting, wire: a lane waited for a peer, or a message was on the "
@@ -92,13 +105,25 @@ class Trace(Tidy, Composed):
     def _parts(self) -> Iterable[str | Displayable]:
         yield f"trace of {len(self.events):,} events: .events has them, .plot() draws them, .export() writes a file"
         if self.events:
-            yield rank_table(figures._asdict() for figures in map(self.rank_figures, self.ranks))
-            yield OVERLAP
+            found = [figures._asdict() for figures in map(self.rank_figures, self.ranks)]
+            yield rank_table(found, ABOUT_WATCHED if self.is_watched else ABOUT_RANKS)
+            if not self.is_watched:
+                yield OVERLAP
 
     @property
     def ranks(self) -> list[int]:
         """The ranks with events, in order."""
         return sorted(self._by_rank)
+
+    @cached_property
+    def is_watched(self) -> bool:
+        """Whether it is of somebody else's program, of which only the ops of torch.distributed are known."""
+        return any(event.call is not None for event in self.events)
+
+    @property
+    def span(self) -> str:
+        """What the times of its ranks are of: "prefill", or "the run" of somebody else's program."""
+        return "the run" if self.is_watched else "prefill"
 
     @cached_property
     def _by_rank(self) -> dict[int, list[Event]]:
@@ -134,12 +159,12 @@ class Trace(Tidy, Composed):
         if not mine:
             raise TraceError(f"rank {rank} has no events in this trace; ranks with events: {self.ranks}.")
         prefill = list(self.prefill(rank))
-        compute = union((e.met, e.end) for e in prefill if e.kind in COMPUTE)
+        compute = self.computing(rank)
         sync = union((e.met, e.end) for e in prefill if e.what == "kv")
         transfers = [e for e in prefill if e.kind in ("send", "recv")]
         return RankFigures(
             rank=rank,
-            prefill_s=(max((e.end for e in prefill), default=self.began) - self.began) / 1e9,
+            prefill_s=(self.ended(rank) - self.began) / 1e9,
             compute_s=seconds(compute),
             exposed_sync_s=seconds(minus(sync, compute)),
             decode_s=sum(e.busy for e in mine if e.kind == "decode") / 1e9,
@@ -149,6 +174,31 @@ class Trace(Tidy, Composed):
             received_bytes=sum(e.bytes for e in transfers if e.kind == "recv"),
             check_s=sum(e.busy for e in mine if e.kind == "check") / 1e9,
         )
+
+    def computing(self, rank: int) -> list[Interval]:
+        """When a rank computed, in prefill. What a watched program computes is in no event: there it is all time in
+        which it was in no op."""
+        mine = list(self.prefill(rank))
+        if not self.is_watched:
+            return union((event.met, event.end) for event in mine if event.kind in COMPUTE)
+        busy = union(
+            [*((event.start, event.end) for event in mine), *(span for _, span in self.unended(rank))]
+        )
+        return minus([(self.began, self.ended(rank))], busy)
+
+    def unended(self, rank: int) -> list[tuple[Event, Interval]]:
+        """The ops of a watched program in which this rank was when it was last looked at, and since when until then."""
+        until = self.about.get(LOOKED) or 0
+        return [
+            (event, (event.start, until))
+            for event in self._of(rank)
+            if event.call and event.call.is_waited and not event.end and event.start < until
+        ]
+
+    def ended(self, rank: int) -> int:
+        """When this rank's prefill ended, or, of a watched program that hangs, when it was last looked at."""
+        ends = [event.end for event in self.prefill(rank)] + [end for _, (_, end) in self.unended(rank)]
+        return max(ends, default=self.began)
 
     @cached_property
     def began(self) -> int:
@@ -226,20 +276,20 @@ class Trace(Tidy, Composed):
         return plotted("layers", self)
 
 
-def rank_table(ranks: Iterable[Mapping[str, Any]]) -> Table:
-    """The figures of ranks, each as `RankFigures._asdict()` has them; `device` may be added."""
+def rank_table(ranks: Iterable[Mapping[str, Any]], about: Mapping[str, str] = ABOUT_RANKS) -> Table:
+    """The figures of ranks, each as `RankFigures._asdict()` has them; `device` may be added. `about`: the columns."""
     found = list(ranks)
     devices = ["device"] * any("device" in rank for rank in found)
-    columns = ["rank", *devices, *ABOUT_RANKS]
+    columns = ["rank", *devices, *about]
     rows = [
-        [rank["rank"], *(rank[name] for name in devices), *(_cell(rank, column) for column in ABOUT_RANKS)]
+        [rank["rank"], *(rank[name] for name in devices), *(_cell(rank, column) for column in about)]
         for rank in found
     ]
-    return Table(columns, rows, about=ABOUT_RANKS)
+    return Table(columns, rows, about=dict(about))
 
 
 def _cell(rank: Mapping[str, Any], column: str) -> str:
     """`exposed sync s` is the value of `exposed_sync_s`, `sent MB` that of `sent_bytes`."""
-    name, _, unit = column.rpartition(" ")
+    name, _, unit = NAMES_WATCHED.get(column, column).rpartition(" ")
     name = name.replace(" ", "_")
     return f"{rank[f'{name}_bytes'] / 1e6:.3f}" if unit == "MB" else f"{rank[f'{name}_s']:.3f}"

@@ -153,7 +153,7 @@ def _never_received(ops: MatchedOps, over: set[int]) -> Iterator[OpFinding]:
     for rank in over:
         for op in ops.by_rank[rank]:
             is_message = op.event.kind in ("send", "recv") and op.event.call and ops.is_matchable(op)
-            if is_message and op.event.peer in over and ops.other_end(op) is None:
+            if is_message and op.event.peer in over and _is_missing(ops, op):
                 missing[op.channel, op.side].append(op)
     for found in missing.values():
         first = found[0]
@@ -168,13 +168,18 @@ def _never_received(ops: MatchedOps, over: set[int]) -> Iterator[OpFinding]:
         yield OpFinding(one.kind, (event.peer, event.rank), text, one.layer, one.chunk, one.line)
 
 
+def _is_missing(ops: MatchedOps, op: RecordedOp) -> bool:
+    assert op.event.peer is not None
+    return ops.is_missing(op, op.event.peer, receives=op.event.kind == "send")
+
+
 def _never_waited(ops: MatchedOps, over: set[int]) -> Iterator[OpFinding]:
     """Async ops for whose end nobody waited, by the line that issued them."""
     by_line: defaultdict[tuple[int, str, str], list[RecordedOp]] = defaultdict(list)
     for rank in over:
         for op in ops.by_rank[rank]:
             call = op.event.call
-            if call and call.is_async and not call.is_waited:
+            if call and call.is_async and not (call.is_waited or call.is_followed):
                 by_line[rank, call.place, op.event.kind].append(op)
     for found in by_line.values():
         event = found[0].event
@@ -209,7 +214,11 @@ def _uneven_groups(ops: MatchedOps) -> Iterator[OpFinding]:
         if some.event.kind not in MAKING:
             continue
         expected = set(ops.ranks_of(some))
-        if absent := sorted(rank for rank in expected - set(parts) if ops.by_rank.get(rank)):
+        if absent := [
+            rank
+            for rank in sorted(expected - set(parts))
+            if ops.by_rank.get(rank) and ops.is_missing(some, rank)
+        ]:
             if not any(op.is_open for op in parts.values()):
                 continue
             text = f"{ranks_text(parts)} called {full_text(some.event)}, and {ranks_text(absent)} did not"

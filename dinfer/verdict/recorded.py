@@ -368,7 +368,7 @@ class RecordedEvents:
         """The end of a message that nobody waits for: backends give up an op whose handle has been dropped."""
         for part in parts:
             call = part.event.call
-            if call and call.is_async and not call.is_waited:
+            if call and call.is_async and not (call.is_waited or call.is_followed):
                 other = next(op.event for op in parts if op is not part)
                 is_send = part.event.kind == "send"
                 text = (

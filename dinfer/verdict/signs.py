@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dinfer.plan.ops import Op, Value
+from dinfer.trace.events import place_of
 
 BUSY = "busy"
 """instead of a lane's name: of a rank that does not answer, the thread that is in an op and not in the transport"""
@@ -28,7 +29,7 @@ class StackFrame(NamedTuple):
 
     def __str__(self) -> str:
         """For example `time.sleep(60)` in forward (model.py:12)."""
-        place = f"{self.file.rpartition('/')[2]}:{self.line}"
+        place = place_of(self.file, self.line)
         return f"`{self.text}` in {self.function} ({place})" if self.text else f"{self.function} ({place})"
 
 

@@ -81,12 +81,14 @@ def _event(
     key = keys.get((rank, op.group), op.group)
     call = CallRecord(
         group=key,
-        backend=groups[key].backend if key in groups else "",
+        backend=op.backend or (groups[key].backend if key in groups else ""),
         tag=op.tag or 0,
         shape=op.shape,
         dtype=op.dtype.removeprefix("torch."),
         is_async=op.is_async,
         is_waited=bool(op.waited_ns),
+        is_followed=op.is_followed,
+        number=op.number,
         file=op.waited_file if op.is_async and op.waited_line and not op.line else op.file,
         line=op.line or op.waited_line,
         function=op.function,

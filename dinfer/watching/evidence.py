@@ -11,7 +11,7 @@ from functools import cached_property
 from dinfer.trace.events import Event, Group
 from dinfer.trace.findings import Findings, RankFinding, with_findings
 from dinfer.trace.flight import groups_of
-from dinfer.trace.trace import Trace
+from dinfer.trace.trace import LOOKED, Trace
 from dinfer.verdict.completed import OpFinding, findings_of_events
 from dinfer.verdict.recorded import UNREAD, explain_events, full_text
 from dinfer.verdict.signs import Signs
@@ -21,7 +21,7 @@ from dinfer.watch.probe.records import WatchedProcess
 from dinfer.watching.kv import WatchedKv
 from dinfer.watching.signs import as_plain, stack_text
 
-SIGNS, HOSTS, NOW, JOB = "signs", "hosts", "looked_ns", "job"
+SIGNS, HOSTS, NOW, JOB = "signs", "hosts", LOOKED, "job"
 """keys of a trace's `about`: what was known of the ranks when it ended, where they ran, when that was, and of which of
 several jobs it is"""
 
@@ -124,11 +124,11 @@ class Evidence:
         made = Findings(
             made=time.strftime("%Y-%m-%d %H:%M:%S"),
             state=state or ("hung" if verdict else "done"),
-            failure=str(verdict) if verdict else "",
+            failure=str(replace(verdict, stacks={})) if verdict else "",  # stacks are those of the ranks
             ranks=tuple(
                 RankFinding(rank, host=about[HOSTS].get(str(rank), ""), log=self.stack(rank))
                 for rank in self.ranks
             ),
-            message="\n".join(one.text for one in self.findings),
+            warnings=tuple(one.text for one in self.findings),
         )
         return with_findings(replace(self.trace, about=about), made)

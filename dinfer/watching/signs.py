@@ -1,7 +1,6 @@
 """What is known of a watched process beside its ops: whether it lives, computes, is stopped, and where it stands."""
 
 import linecache
-import os
 import re
 import socket
 from collections import deque
@@ -12,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from dinfer.trace.events import place_of
 from dinfer.verdict.signs import Raised, Signs, StackFrame
 from dinfer.watch.probe.records import RaisedError, StacksTaken, ThreadLook, WatchedProcess
 from dinfer.watching.outside import child_text, child_waited, descendants_of, outside_of
@@ -193,7 +193,7 @@ def _raised(watched: WatchedProcess) -> Raised | None:
     if error is None:
         return None
     lines = error.message.strip().splitlines() or [""]
-    place = f"{os.path.basename(error.file)}:{error.line}" if error.line else ""
+    place = place_of(error.file, error.line) if error.line else ""
     is_lost = error.type.rpartition(".")[2] in _LOST_TYPES and bool(_LOST.search(error.message))
     said = f"{error.type}: {lines[0]}" if lines[0] else error.type
     return Raised(said, op=place, lane=error.thread, secondary=is_lost, handled=is_handled)
@@ -260,7 +260,7 @@ def stack_text(taken: StacksTaken) -> str:
         if thread.user_frames or thread.name == MAIN:
             lines.append(f"thread {thread.name}:")
             for file, line, function, text in thread.frames[: thread.user_frames or 5]:
-                lines.append(f"  {os.path.basename(file)}:{line} in {function}{f': {text}' if text else ''}")
+                lines.append(f"  {place_of(file, line)} in {function}{f': {text}' if text else ''}")
     return "\n".join(lines)
 
 

@@ -1,8 +1,10 @@
 """What the probe costs in a watched process: for each op on torch's fake backend, where an op takes no time of its own,
 and for each layer of a model whose KV it digests.
 
-CPU seconds of one core, the best of many short rounds. Run as `python tests/benchmarks/bench_probe.py` from the root.
-Not a test: times are never asserted.
+Microseconds of CPU time of the calling thread, and of wall time beside it, which others use, too: medians of trials that
+take turns, watched and not, so that what else the machine does meets both. Run as
+`python tests/benchmarks/bench_probe.py` from the root; with `--full-ring` once so many ops are recorded that old ones
+make room. Not a test: times are never asserted.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from time import thread_time
+from statistics import median
+from time import perf_counter, thread_time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -23,9 +26,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import DynamicCache, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from dinfer.watch.probe.records import MOST_SEGMENTS, SEGMENT_RECORDS
 from dinfer.watch.probe.start import Probe
 
-ROUNDS, CALLS = 1000, 40
+TRIALS, ROUNDS, CALLS = 15, 20, 40
 TENSOR, PARTS = torch.zeros(4), [torch.zeros(4) for _ in range(4)]
 OPS: dict[str, Callable[[], object]] = {
     "send": lambda: dist.send(TENSOR, 1),
@@ -44,19 +48,20 @@ def in_loops(call: Callable[[], object]) -> None:
         del layer_idx
 
 
-def seconds(work: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """CPU time of the best round: other processes take it from none."""
-    times = []
+def seconds(work: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """CPU and wall time of a round, in the median."""
+    cpu, wall = [], []
     for _ in range(rounds):
-        begun = thread_time()
+        begun = thread_time(), perf_counter()
         work()
-        times.append(thread_time() - begun)
-    return min(times)
+        cpu.append(thread_time() - begun[0])
+        wall.append(perf_counter() - begun[1])
+    return median(cpu), median(wall)
 
 
-def microseconds(call: Callable[[], object]) -> float:
-    """CPU time of one call."""
-    return seconds(lambda: in_loops(call)) / CALLS * 1e6
+def medians(values: list[tuple[float, float]], scale: float) -> tuple[float, float]:
+    """Of the trials."""
+    return median(cpu for cpu, _ in values) * scale, median(wall for _, wall in values) * scale
 
 
 def prefill(model: Qwen3Model, ids: torch.Tensor) -> None:
@@ -76,19 +81,28 @@ def main() -> None:
         num_key_value_heads=8, head_dim=128,
     )  # fmt: skip
     model, ids = Qwen3Model(config), torch.zeros(1, 512, dtype=torch.int64)
-    plain = {name: microseconds(call) for name, call in OPS.items()}
-    plain_prefill = seconds(lambda: prefill(model, ids), 5)
-    with tempfile.TemporaryDirectory() as folder:
-        probe = Probe(folder)
-        print(f"{'op':<14}{'plain µs':>10}{'watched µs':>12}{'probe µs':>10}")
-        for name, call in OPS.items():
-            watched = microseconds(call)
-            print(f"{name:<14}{plain[name]:10.1f}{watched:12.1f}{watched - plain[name]:10.1f}")
-        watched_prefill = seconds(lambda: prefill(model, ids), 5)
-        probe.stop()
-    share = watched_prefill / plain_prefill - 1
-    layer_ms = plain_prefill / 16 * 1000
-    print(f"KV digests: {share:+.1%} of a prefill whose layers take {layer_ms:.0f} ms")
+    plain: dict[str, list[tuple[float, float]]] = {name: [] for name in (*OPS, "prefill")}
+    watched: dict[str, list[tuple[float, float]]] = {name: [] for name in (*OPS, "prefill")}
+    for trial in range(TRIALS):
+        for found in (plain, watched):
+            with tempfile.TemporaryDirectory() as folder:
+                probe = Probe(folder) if found is watched else None
+                if probe and "--full-ring" in sys.argv:
+                    for _ in range(MOST_SEGMENTS * SEGMENT_RECORDS):
+                        dist.send(TENSOR, 1)
+                for name, call in OPS.items():
+                    found[name].append(seconds(lambda call=call: in_loops(call), ROUNDS))
+                if trial < TRIALS // 3:
+                    found["prefill"].append(seconds(lambda: prefill(model, ids), 1))
+                if probe:
+                    probe.stop()
+    print(f"{'op':<14}{'plain µs':>18}{'watched µs':>18}{'probe µs':>18}   CPU, wall")
+    for name in OPS:
+        before, after = (medians(found[name], 1e6 / CALLS) for found in (plain, watched))
+        columns = (before, after, (after[0] - before[0], after[1] - before[1]))
+        print(f"{name:<14}{''.join(f'{cpu:10.1f}{wall:8.1f}' for cpu, wall in columns)}")
+    (before, _), (after, _) = (medians(found["prefill"], 1) for found in (plain, watched))
+    print(f"KV digests: {after / before - 1:+.1%} of a prefill whose layers take {before / 16 * 1000:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from dinfer.lab.hosts import LabNetwork
+from tests.support.runs import free_ports
 
 PROGRAMS = Path(__file__).parent / "programs"
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -34,6 +38,53 @@ def torchrun(program: str, *arguments: str, n: int = 2) -> list[str]:
     return [*start, "--standalone", str(PROGRAMS / program), *arguments]
 
 
+def mpirun(program: str, *arguments: str, n: int = 2) -> list[str]:
+    """Open MPI refuses root, and more ranks than cores, unless told not to; the place to meet has to be given."""
+    place = ("env", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_ports(1)}")
+    start = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(n))
+    return [*place, *start, sys.executable, str(PROGRAMS / program), *arguments]
+
+
+def accelerate(program: str, *arguments: str, folder: Path, n: int = 2) -> list[str]:
+    """Without GPUs it has mpirun start the ranks, no more than there are cores."""
+    slots = folder / "hosts"
+    slots.write_text(f"localhost slots={n}\n")
+    root = ("env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1")
+    start = (
+        *root,
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--mpirun_hostfile",
+        str(slots),
+    )
+    how = (
+        "--num_processes",
+        str(n),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    )
+    return [*start, *how, str(PROGRAMS / program), *arguments]
+
+
+def on_hosts(network: LabNetwork, program: str, *arguments: str) -> list[str]:
+    """Each rank on a host of its own; they meet at the first. The environment has in CUT what cuts the first wire."""
+    first, world = network.hosts[0], len(network.hosts)
+    cut = f"CUT={shlex.join(network.cut(0, 1))}"
+    meet = (f"MASTER_ADDR={first.address}", "MASTER_PORT=29500", f"WORLD_SIZE={world}", cut)
+    command = (sys.executable, str(PROGRAMS / program), *arguments)
+    ranks = [
+        shlex.join(host.inside("env", f"RANK={rank}", *meet, "GLOO_SOCKET_IFNAME=eth0", *command))
+        for rank, host in enumerate(network.hosts)
+    ]
+    return ["bash", "-c", f"{' & '.join(ranks)} & trap 'kill $(jobs -p)' TERM; wait"]
+
+
 def watch(command: Sequence[str], folder: Path, *options: str) -> WatchedRun:
     """Run a command under watch. Once it is said to hang, the command is ended by SIGTERM, as a user would."""
     told = folder / "told.json"
@@ -48,7 +99,9 @@ def watch(command: Sequence[str], folder: Path, *options: str) -> WatchedRun:
         str(told),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = str(REPOSITORY)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", "")))
+    )
     with _process([*watching, *options, "--", *command], environment) as process:
         assert process.stderr
         assert process.stdout

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from dinfer.trace.intervals import length
 from dinfer.trace.shares import Share, shares
 from dinfer.trace.trace import Trace
-from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
+from dinfer.views.figures.style import BUBBLE, COMPUTE, OWN_CODE, WAIT, WIRE, styled
 
 STRIPES = {"fgcolor": WIRE, "fgopacity": 1, "solidity": 0.25, "size": 9}
 
@@ -25,15 +25,16 @@ def exposure(trace: Trace, *, dark: bool = False) -> go.Figure:
     """A bar per rank, divided into parts of its prefill."""
     found = shares(trace).ranks
     figure = go.Figure()
-    for name, take, colour, pattern in PARTS:
+    for part, take, colour, pattern in PARTS:
+        name = part.replace("compute", OWN_CODE) if trace.is_watched else part
         seconds = [take(share) / 1e9 for share in found]
-        percent = [100 * part / share.prefill_s for part, share in zip(seconds, found, strict=True)]
+        percent = [100 * one / share.prefill_s for one, share in zip(seconds, found, strict=True)]
         figure.add_bar(
             name=name,
             orientation="h",
             y=[f"rank {share.rank}" for share in found],
             x=percent,
-            text=[f"{part:.0f} %" if part >= 4 else "" for part in percent],
+            text=[f"{one:.0f} %" if one >= 4 else "" for one in percent],
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
@@ -41,7 +42,11 @@ def exposure(trace: Trace, *, dark: bool = False) -> go.Figure:
             hovertemplate=f"%{{y}}: {name}, %{{x:.1f}} % (%{{customdata:.3f}} s)<extra></extra>",
             marker={"color": colour, "pattern": {"shape": pattern, "fillmode": "overlay", **STRIPES}},
         )
-    figure.update_xaxes(title={"text": "part of the rank's prefill"}, ticksuffix=" %", range=[0, 100])
+    figure.update_xaxes(
+        title={"text": "part of the rank's time" if trace.is_watched else "part of the rank's prefill"},
+        ticksuffix=" %",
+        range=[0, 100],
+    )
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     height = 130 + max(12, min(30, 900 // max(1, len(found)))) * max(2, len(found))
     return styled(figure, dark=dark, height=height, barmode="stack", legend_traceorder="normal")

@@ -16,7 +16,7 @@ from dinfer.trace.events import COMPUTE as COMPUTING
 from dinfer.trace.shares import shares, without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
-from dinfer.views.figures.style import BUBBLE, COMPUTE, WAIT, WIRE, styled
+from dinfer.views.figures.style import BUBBLE, COMPUTE, OWN_CODE, WAIT, WIRE, styled
 
 COLOURS = {"open": BUBBLE, "bubble": BUBBLE, "wait": WAIT, "transfer": WIRE, "compute": COMPUTE}
 """in the order of drawing; `open`: a recv to which nothing has been sent yet, as a thin line"""
@@ -25,6 +25,8 @@ FINE, POINTS = 4000, 120_000
 """time steps of the figure, fewer for many rows: at most POINTS in all rows; ops within one step are merged"""
 
 MOST_ROWS = 42
+
+IDLE = "nothing to do until another rank has computed"
 
 LEGIBLE = 10
 """pixels of the lowest rows that all have names"""
@@ -66,8 +68,10 @@ def gantt(trace: Trace, *, dark: bool = False) -> go.Figure:
     rows = rows_of(trace)
     found = pieces(trace)
     height = max(9, min(20, 620 // max(1, len(rows))))
-    figure = go.Figure([_line(colour, found[colour], rows, height) for colour in COLOURS])
-    ends = [event.end - trace.began for event in trace.prefill()]
+    words = {"compute": OWN_CODE} if trace.is_watched else {}
+    lines = [_line(colour, words.get(colour, colour), found[colour], rows, height) for colour in COLOURS]
+    figure = go.Figure(lines)
+    ends = [trace.ended(rank) - trace.began for rank in trace.ranks]
     figure.update_xaxes(title={"text": "seconds since the run began"}, range=[0, max(ends, default=0) / 1e9])
     named = {n: f"rank {rank} {lane}" for n, (rank, lane) in enumerate(rows)}
     if height < LEGIBLE:  # the first row of each rank only
@@ -85,7 +89,9 @@ def gantt(trace: Trace, *, dark: bool = False) -> go.Figure:
 
 def rows_of(trace: Trace) -> list[GanttRow]:
     """A row per lane, each rank's compute first; if these are too many, a row per rank and kind of lane."""
-    lanes = sorted({(event.rank, event.lane) for event in trace.prefill()}, key=_order)
+    known = {(event.rank, event.lane) for event in trace.prefill()}
+    known |= {(event.rank, event.lane) for rank in trace.ranks for event, _ in trace.unended(rank)}
+    lanes = sorted(known, key=_order)
     if len(lanes) <= MOST_ROWS:
         return lanes
     return sorted({(rank, _kind(lane)) for rank, lane in lanes}, key=_order)
@@ -128,8 +134,12 @@ def pieces(trace: Trace) -> Pieces:
                 found["wait"][row].append(Piece(begun - began, event.met - began, event))
     for share in shares(trace).ranks:
         first = next(row for row in rows if row[0] == share.rank)
-        idle = "nothing to do until another rank has computed"
-        found["bubble"][first] = [Piece(start - began, end - began, idle) for start, end in share.bubble]
+        found["bubble"][first] = [Piece(start - began, end - began, IDLE) for start, end in share.bubble]
+        for event, (start, end) in trace.unended(share.rank):
+            row = event.rank, event.lane
+            found["open"][row if row in shown else first].append(Piece(start - began, end - began, event))
+        if trace.is_watched:
+            compute[first] = [Piece(start - began, end - began, OWN_CODE) for start, end in share.compute]
     steps = max(1, min(FINE, POINTS // max(1, len(rows))))
     fine = max((event.end - began for event in trace.prefill()), default=0) // steps
     # The thin lines, which lie under all others, are merged more coarsely.
@@ -165,11 +175,11 @@ def _merged(together: Sequence[Piece], end: int) -> Sequence[Piece]:
 
 
 def _line(
-    colour: str, by_row: dict[GanttRow, list[Piece]], rows: Sequence[GanttRow], height: int
+    colour: str, name: str, by_row: dict[GanttRow, list[Piece]], rows: Sequence[GanttRow], height: int
 ) -> go.Scatter:
     numbers = {row: number for number, row in enumerate(rows)}
     x, y, texts = list[float](), list[float](), list[str]()
-    word = "nothing sent yet" if colour == "open" else colour
+    word = "nothing sent yet" if colour == "open" else name
     for row, some in by_row.items():
         for piece in some:
             several = f"{piece.ops} ops: " if piece.ops > 1 else ""
@@ -179,7 +189,7 @@ def _line(
             texts += [hover, hover, ""]
     width = height * (0.2 if colour == "open" else 0.75)
     return go.Scatter(
-        name=colour,
+        name=name,
         mode="lines",
         line={"color": COLOURS[colour], "width": width, "simplify": False},
         showlegend=colour != "open",

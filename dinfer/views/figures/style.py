@@ -13,6 +13,9 @@ from dinfer.trace.transfers import LinkRanks
 COMPUTE, WIRE, WAIT, BUBBLE = "#0072B2", "#E69F00", "#CC79A7", "#999999"
 """what a rank does: computing, data on the wire, waiting for a peer, nothing to do"""
 
+OWN_CODE = "its own code"
+"""what stands for computing in the trace of a watched program: all that is no op of torch.distributed"""
+
 LINKS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")

@@ -57,7 +57,7 @@ def compared(traces: Sequence[Trace]) -> list[ComparedGroup]:
 
 def _results(traces: Sequence[Trace], known: Sequence[Findings]) -> Iterator[ComparedRow]:
     """How each run ended, and what its ranks hold."""
-    results = [parts_of(one, shares(trace))[0] for trace, one in zip(traces, known, strict=True)]
+    results = [parts_of(one, shares(trace), trace.span)[0] for trace, one in zip(traces, known, strict=True)]
     rows = {
         "result": results,
         "KV": [as_sentence(kv_part(one)) for one in known],

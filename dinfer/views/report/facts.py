@@ -14,6 +14,7 @@ from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.run.state import Mark
 from dinfer.severity import Severity
+from dinfer.trace.events import COLLECTIVES, Event
 from dinfer.trace.findings import Findings
 from dinfer.trace.shares import Shares
 from dinfer.trace.trace import Trace
@@ -112,6 +113,25 @@ def link_table(trace: Trace) -> FactTable:
         times = map(milliseconds, (*wire[1:], *waited[1:]))
         rows.append([link_name(link), str(len(found)), megabytes, *times])
     return FactTable(heads, rows, left_out=_left_out(len(rows), len(links), "links"))
+
+
+def collective_table(trace: Trace) -> FactTable:
+    """The collectives of a watched program, by kind and group: how many calls, bytes, and milliseconds of waiting and
+    of all else."""
+    found: dict[tuple[str, str], list[Event]] = {}
+    for event in trace.events:
+        if event.call and event.end and event.kind in COLLECTIVES:
+            found.setdefault((event.kind, event.call.group), []).append(event)
+    rows = []
+    for (kind, group), events in sorted(found.items()):
+        busy, waited = (spread(map(attrgetter(name), events)) for name in ("busy", "waited"))
+        times = map(milliseconds, (*busy[1:], *waited[1:]))
+        megabytes = f"{sum(event.bytes for event in events) / 1e6:,.3f}"
+        rows.append([kind, group, str(len(events)), megabytes, *times])
+    heads = ["collective", "group", "calls of all ranks", "MB"]
+    for part in ("in it", "waiting"):
+        heads += [f"{part} {name}" for name in ("p50", "p90", "p99", "longest")]
+    return FactTable(heads, rows, wide=2)
 
 
 def layer_table(trace: Trace) -> FactTable:
@@ -223,7 +243,9 @@ def severity(findings: Findings) -> Severity:
     found = [kv_severity(findings)]
     found += [failure_severity(findings)] * bool(findings.failure)
     found += [Severity.ERROR] * (bool(findings.corrupt) or len({rank.tokens for rank in findings.ranks}) > 1)
-    found += [Severity.WARNING] * bool(findings.faults or findings.edited or findings.nonfinite)
+    found += [Severity.WARNING] * bool(
+        findings.faults or findings.edited or findings.nonfinite or findings.warnings
+    )
     return max(found)
 
 
@@ -242,15 +264,18 @@ def kv_severity(findings: Findings) -> Severity:
     return Severity.OK if len(digests) == 1 else Severity.ERROR
 
 
-def parts_of(findings: Findings, found: Shares) -> list[str]:
-    """What is known of the run, a sentence each, the most important first: it is the headline."""
-    return list(map(as_sentence, _parts(findings, found)))
+def parts_of(findings: Findings, found: Shares, span: str = "prefill") -> list[str]:
+    """What is known of the run, a sentence each, the most important first: it is the headline. `span`: `Trace.span`."""
+    return list(map(as_sentence, _parts(findings, found, span)))
 
 
 def as_sentence(text: str) -> str:
     """With a capital and a full stop."""
     return f"{text[:1].upper()}{text[1:]}."
 
+
+MOST_WARNINGS = 3
+"""in the headline; all stand below it"""
 
 POSITION = re.compile(r"; it st(?:ood|ands) at: ")
 """before the lanes of a rank that was lost, which the message below the headline names"""
@@ -259,12 +284,13 @@ OUTSIDE_QUOTES = re.compile(r"; (?=(?:[^']*'[^']*')*[^']*$)")
 """between the clauses of a comparison, not within the text of a token"""
 
 
-def _parts(findings: Findings, found: Shares) -> Iterator[str]:
+def _parts(findings: Findings, found: Shares, span: str) -> Iterator[str]:
     if findings.failure:
         what = FAILURES.get(findings.state, "the run failed")
         yield f"{what}: {POSITION.split(findings.failure.splitlines()[0])[0].rstrip('.')}"
     elif findings.state in ("paused", "running", "preparing", "starting"):
         yield "the run is not at the end of its prefill"
+    yield from (one.rstrip(".") for one in findings.warnings[:MOST_WARNINGS])
     is_checked = findings.kv or (findings.ranks and all(rank.kv_sha256 for rank in findings.ranks))
     if is_checked:
         for clause in OUTSIDE_QUOTES.split(kv_part(findings)):
@@ -284,8 +310,8 @@ def _parts(findings: Findings, found: Shares) -> Iterator[str]:
     if findings.nonfinite:
         yield f"not finite: {findings.nonfinite}"
     if not findings.failure:  # the transfers in which a failed run stopped, and their time, are in no event
-        yield exposed_part(found)
-    if not is_checked:
+        yield exposed_part(found, span)
+    if not is_checked and span == "prefill":  # a watched program may have no KV
         yield kv_part(findings)
 
 
@@ -307,14 +333,14 @@ def kv_part(findings: Findings) -> str:
     return f"{hold} other KV than rank {findings.ranks[0].rank}"
 
 
-def exposed_part(found: Shares) -> str:
-    """How much of prefill was exposed communication, and where most of it occurred."""
+def exposed_part(found: Shares, span: str = "prefill") -> str:
+    """How much of prefill was exposed communication, and where most of it occurred. `span`: `Trace.span`."""
     if not found.ranks:
-        return "the trace holds no prefill"
+        return f"the trace holds no {span.removeprefix('the ')}"
     if not found.links:
         return "nothing was sent between ranks"
     if found.exposed == 0:
-        return "no communication of prefill was exposed"
+        return f"no communication of {span} was exposed"
     # Waiting or the wire, whichever is more over all ranks, as in their figure, and the link with most of it.
     waits = found.wait_s > found.wire_s
     where, seconds = ("waiting", attrgetter("wait_s")) if waits else ("on the wire", attrgetter("wire_s"))
@@ -324,7 +350,7 @@ def exposed_part(found: Shares) -> str:
         name = f"link {link.source}→{link.target}"
         whom = f"for rank {link.late} on {name}" if link.late is not None else f"on {name}"
         where += f"{'' if alone else ', above all'} {whom if waits else f'of {name}'}"
-    return f"{percent(found.exposed)} of prefill was exposed communication, most of it {where}"
+    return f"{percent(found.exposed)} of {span} was exposed communication, most of it {where}"
 
 
 def percent(part: float) -> str:

@@ -7,6 +7,7 @@ styles and data images that plotly needs. Everything that comes from a run is es
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: s
     environment.globals["marks"] = {level.word: level.mark for level in Severity}
     return environment.get_template("report.html.j2").render(
         runs=runs,
+        has_kv=any(not run["watched"] or run["findings"].kv for run in runs),
         title=title,
         groups=compared(traces) if several else (),
         verdict=_verdict(traces, called) if several else "",
@@ -153,6 +155,7 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
     tables = {
         "links": facts.link_table(trace),
         "layers": facts.layer_table(trace),
+        "collectives": facts.collective_table(trace),
         "ranks": findings.ranks and facts.rank_table(findings),
         "parameters": findings.parameters and facts.pairs(findings.parameters),
         "machine": findings.machine and facts.pairs({**findings.machine, **findings.versions}),
@@ -163,12 +166,16 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
     return {
         "name": name,
         "number": number,
-        "parts": parts_of(findings, found),
+        "parts": parts_of(findings, found, trace.span),
+        "watched": trace.is_watched,
+        "span": trace.span,
         "about": _about(trace, findings.made),
         "severity": facts.severity(findings).word,
         "failure_severity": facts.failure_severity(findings).word,
         "kv_severity": facts.kv_severity(findings).word,
-        "alarming": bool(findings.failure or findings.faults or findings.edited or findings.corrupt),
+        "alarming": bool(
+            findings.failure or findings.faults or findings.edited or findings.corrupt or findings.warnings
+        ),
         "findings": findings,
         "shares": found,
         "paused_s": seconds(pauses(trace)),
@@ -187,6 +194,7 @@ def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
     ranks = about.get("world_size") or len(trace.ranks)
     has_chunks = about.get("tokens") and about.get("chunk_size")
     found = {
+        "command": shlex.join(map(str, about.get("command") or ())),
         "model": str(about.get("model") or ""),
         "prompt": f"{about['tokens']:,} tokens by {about['chunk_size']}" if has_chunks else "",
         "layers": f"{about['layers']} on {ranks} rank{'s' * (ranks != 1)}" if about.get("layers") else "",

@@ -59,6 +59,10 @@ def whose(file: str) -> int:
     return STANDARD if file.startswith(_standard) else USER
 
 
+Place = tuple[str, int, str]
+"""file, line, function"""
+
+
 class _Code:
     """What is known of a code object."""
 
@@ -95,14 +99,13 @@ class _Code:
         issuers = ("distributed_c10d.py", "_functional_collectives.py", f"torch{_SEPARATOR}_ops.py")
         self.issues = not self.internal or code.co_filename.endswith(issuers)
         self.flag = is_c10d and "async_op" in names
-        self.places: dict[int, tuple[str, int, str]] = {}
+        self.places: dict[int, Place] = {}
 
 
 class Caller(NamedTuple):
     """Where an op was called."""
 
-    place: tuple[str, int, str]
-    """file, line, function"""
+    place: Place
     layer: int
     chunk: int
     """NOTHING where unknown"""
@@ -132,7 +135,7 @@ def caller(
 ) -> Caller:
     """Look from `frame` outwards, no further than it takes to find what is wanted."""
     layer = chunk = NOTHING
-    place: tuple[str, int, str] | None = None
+    place: Place | None = None
     outermost, blocking, in_cpp, async_op = ("", 0, ""), False, False, None
     mine = libraries = deep = 0
     while frame is not None and deep < DEEPEST:
@@ -168,11 +171,25 @@ def caller(
     return Caller(place or outermost, layer, chunk, blocking, in_cpp, async_op)
 
 
-def _place(frame: FrameType, code: _Code) -> tuple[str, int, str]:
-    line = frame.f_lineno or 0
-    found = code.places.get(line)
+def place_of(frame: FrameType | None) -> Place:
+    """The line alone."""
+    outermost, deep = ("", 0, ""), 0
+    while frame is not None and deep < DEEPEST:
+        deep += 1
+        code = _codes.get(id(frame.f_code)) or _known(frame.f_code)
+        if not code.internal:
+            outermost = _place(frame, code)
+            if not code.standard:
+                break
+        frame = frame.f_back
+    return outermost
+
+
+def _place(frame: FrameType, code: _Code) -> Place:
+    # By the instruction: to find its line, Python goes through the function's table of lines.
+    found = code.places.get(frame.f_lasti)
     if found is None:
-        found = code.places[line] = (code.code.co_filename, line, code.code.co_name)
+        found = code.places[frame.f_lasti] = (code.code.co_filename, frame.f_lineno or 0, code.code.co_name)
     return found
 
 

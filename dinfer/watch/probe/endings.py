@@ -115,7 +115,7 @@ class Endings:
             if self._recorder.records is not None:
                 self._recorder.records.lines.write("end", how=how)
         except Exception:
-            self._recorder.is_off = True  # there is nobody left to tell
+            self._recorder.turn_off()  # there is nobody left to tell
 
     def _os_exit(self, before: Any) -> Any:
         @wraps(before)

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .recorder import GroupFacts, OpRecorder, PendingOp
+from .recorder import OpRecorder, PendingOp
 from .records import NOTHING
 from .works import Works
 
 
-class _Way(NamedTuple):
-    """How to read the arguments of an operator."""
+class OperatorArguments(NamedTuple):
+    """Where in the arguments of an operator the facts are."""
 
     kind: str
     tensors: str
@@ -27,32 +27,36 @@ class _Way(NamedTuple):
     output: str = ""
     """the argument with the tensor that a functional collective returns, by which it is waited for"""
     peer: str = ""
+    parts: str = ""
+    """the argument with one tensor for each rank, where backends for devices admit these to differ"""
+    placeholder: str = ""
+    """the argument with a tensor that only says which device"""
 
 
 OPERATORS = {
-    "send": _Way("send", "tensors", peer="dst"),
-    "recv_": _Way("recv", "tensors", peer="src"),
-    "recv_any_source_": _Way("recv", "tensors"),
-    "allreduce_": _Way("all_reduce", "tensors", "tensors"),
-    "allreduce_coalesced_": _Way("all_reduce", "tensors", "tensors"),
-    "allgather_": _Way("all_gather", "input_tensors", "output_tensors"),
-    "_allgather_base_": _Way("all_gather", "input_tensor", "output_tensor"),
-    "allgather_coalesced_": _Way("all_gather", "input_list", "output_lists"),
-    "allgather_into_tensor_coalesced_": _Way("all_gather", "inputs", "outputs"),
-    "reduce_scatter_": _Way("reduce_scatter", "output_tensors", "output_tensors"),
-    "_reduce_scatter_base_": _Way("reduce_scatter", "output_tensor", "output_tensor"),
-    "reduce_scatter_tensor_coalesced_": _Way("reduce_scatter", "outputs", "outputs"),
-    "alltoall_": _Way("all_to_all", "input_tensors", "output_tensors"),
-    "alltoall_base_": _Way("all_to_all", "input", "output"),
-    "broadcast_": _Way("broadcast", "tensors", "tensors", "root_rank"),
-    "reduce_": _Way("reduce", "tensors", peer="root_rank"),
-    "gather_": _Way("gather", "input_tensors", peer="root_rank"),
-    "scatter_": _Way("scatter", "output_tensors", peer="root_rank"),
-    "barrier": _Way("barrier", ""),
-    "monitored_barrier_": _Way("barrier", ""),
+    "send": OperatorArguments("send", "tensors", peer="dst"),
+    "recv_": OperatorArguments("recv", "tensors", peer="src"),
+    "recv_any_source_": OperatorArguments("recv", "tensors"),
+    "allreduce_": OperatorArguments("all_reduce", "tensors", "tensors"),
+    "allreduce_coalesced_": OperatorArguments("all_reduce", "tensors", "tensors"),
+    "allgather_": OperatorArguments("all_gather", "input_tensors", "output_tensors", parts="output_tensors"),
+    "_allgather_base_": OperatorArguments("all_gather", "input_tensor", "output_tensor"),
+    "allgather_coalesced_": OperatorArguments("all_gather", "input_list", "output_lists"),
+    "allgather_into_tensor_coalesced_": OperatorArguments("all_gather", "inputs", "outputs"),
+    "reduce_scatter_": OperatorArguments(
+        "reduce_scatter", "output_tensors", "output_tensors", parts="input_tensors"
+    ),
+    "_reduce_scatter_base_": OperatorArguments("reduce_scatter", "output_tensor", "output_tensor"),
+    "reduce_scatter_tensor_coalesced_": OperatorArguments("reduce_scatter", "outputs", "outputs"),
+    "alltoall_": OperatorArguments("all_to_all", "input_tensors", "output_tensors"),
+    "alltoall_base_": OperatorArguments("all_to_all", "input", "output"),
+    "broadcast_": OperatorArguments("broadcast", "tensors", "tensors", "root_rank"),
+    "reduce_": OperatorArguments("reduce", "tensors", peer="root_rank"),
+    "gather_": OperatorArguments("gather", "input_tensors", peer="root_rank"),
+    "scatter_": OperatorArguments("scatter", "output_tensors", peer="root_rank"),
+    "barrier": OperatorArguments("barrier", "", placeholder="tensor"),
+    "monitored_barrier_": OperatorArguments("barrier", "", placeholder="tensor"),
 }
-
-MOST_OUTPUTS = 1024
 
 
 class KernelHook:
@@ -72,10 +76,10 @@ class KernelHook:
         library: Any = torch.library.Library
         c10d = library("c10d", "IMPL")
         self._libraries.append(c10d)
-        for name, way in OPERATORS.items():
+        for name, where in OPERATORS.items():
             operator = getattr(torch.ops.c10d, name, None)
             if operator is not None:
-                c10d.impl(name, self._kernel(operator.default, way), "BackendSelect", with_keyset=True)
+                c10d.impl(name, self._kernel(operator.default, where), "BackendSelect", with_keyset=True)
         functional = library("_c10d_functional", "IMPL")
         self._libraries.append(functional)
         wait = torch.ops._c10d_functional.wait_tensor.default
@@ -84,41 +88,58 @@ class KernelHook:
         )
 
     def remove(self) -> None:
-        """Take the kernels away."""
+        """Take the kernels awhere."""
         for library in self._libraries:
             library._destroy()
 
-    def _kernel(self, operator: Any, way: _Way) -> Callable[..., Any]:
+    def _kernel(self, operator: Any, where: OperatorArguments) -> Callable[..., Any]:
         names = [argument.name for argument in operator._schema.arguments]
-        group_at = names.index("process_group")
-        tensors_at = names.index(way.tensors) if way.tensors else -1
-        output_at = names.index(way.output) if way.output else -1
-        peer_at = names.index(way.peer) if way.peer else -1
-        tag_at = names.index("tag") if "tag" in names else -1
-        async_at = next((names.index(name) for name in ("async_op", "asyncOp") if name in names), -1)
+
+        def at(name: str) -> int:
+            return names.index(name) if name in names else -1
+
+        group_at, tensors_at, output_at = at("process_group"), at(where.tensors), at(where.output)
+        peer_at, tag_at, parts_at, placeholder_at = (
+            at(where.peer), at("tag"), at(where.parts), at(where.placeholder),
+        )  # fmt: skip
+        async_at = max(at("async_op"), at("asyncOp"))
         # Arguments at the end that have their default value do not come.
         is_async_default = operator._schema.arguments[async_at].default_value if async_at >= 0 else None
         returns = operator._schema.returns
-        pass_on, select, recorder, kind = (
-            operator._handle.redispatch_boxed,
-            self._select,
-            self._recorder,
-            way.kind,
-        )
+        pass_on, select, recorder, works = (
+            operator._handle.redispatch_boxed, self._select, self._recorder, self._works,
+        )  # fmt: skip
+        unbox_group, unbox_work, kind = self._group, self._work, where.kind
+
+        def async_op(args: tuple[Any, ...]) -> Any:
+            return args[async_at] if 0 <= async_at < len(args) else is_async_default
 
         def begin(args: tuple[Any, ...], frame: Any) -> PendingOp | None:
-            group: GroupFacts = recorder.group_of(self._group(args[group_at]))
             tensors = _flat(args[tensors_at]) if tensors_at >= 0 else ()
             if tensors and tensors[0].is_meta:
                 return None
+            sized = _flat(args[parts_at]) if parts_at >= 0 and tensors and not tensors[0].is_cpu else ()
             return recorder.issued(
-                kind, group,
+                kind, recorder.group_of(unbox_group(args[group_at])),
                 args[peer_at] if peer_at >= 0 else NOTHING,
                 args[tag_at] if tag_at >= 0 else NOTHING,
                 tensors,
-                args[async_at] if 0 <= async_at < len(args) else is_async_default,
+                async_op(args),
                 frame,
+                args[placeholder_at] if placeholder_at >= 0 else None,
+                sized if _is_uneven(sized) else (),
             )  # fmt: skip
+
+        def follow(pending: PendingOp, result: Any, args: tuple[Any, ...]) -> None:
+            boxed = result[-1] if type(result) is tuple else result
+            work = unbox_work(boxed) if boxed is not None else None
+            if work is None:
+                first = _flat(args[tensors_at])[0] if tensors_at >= 0 else args[placeholder_at]
+                works.without_work(pending, first)
+                return
+            works.hand_over(work, pending)
+            if output_at >= 0 and async_op(args) is not False:  # else nobody waits by the output
+                works.keep_output(_flat(args[output_at]), pending)
 
         def kernel(keys: Any, *args: Any) -> Any:
             pending = None
@@ -132,14 +153,15 @@ class KernelHook:
             try:
                 result = pass_on(keys.remove(select), *args)
             except BaseException as error:
-                if pending is not None:
+                if pending is not None and returns:
+                    recorder.not_issued(pending, error)
+                elif pending is not None:
                     recorder.done(pending, error)
                 raise
             if pending is not None:
                 try:
                     if returns:
-                        boxed = result[-1] if type(result) is tuple else result
-                        self._follow(pending, boxed, args[output_at] if output_at >= 0 else None)
+                        follow(pending, result, args)
                     else:
                         recorder.done(pending)
                 except Exception as error:
@@ -147,19 +169,6 @@ class KernelHook:
             return result
 
         return kernel
-
-    def _follow(self, pending: PendingOp, boxed: Any, output: Any) -> None:
-        work = self._work(boxed) if boxed is not None else None
-        if work is None:
-            return
-        self._works.hand_over(work, pending)
-        if output is not None:
-            tensors = _flat(output)
-            by_output = self._works.by_output
-            if tensors:
-                by_output[tensors[0].data_ptr()] = pending
-                if len(by_output) > MOST_OUTPUTS:
-                    by_output.pop(next(iter(by_output)), None)
 
     def _wait_kernel(self, operator: Any, plain: Any) -> Callable[..., Any]:
         pass_on, select, recorder = operator._handle.redispatch_boxed, self._select, self._recorder
@@ -189,3 +198,7 @@ def _flat(value: Any) -> Any:
     if type(value) is list:
         return value[0] if value and type(value[0]) is list else value
     return (value,)
+
+
+def _is_uneven(tensors: Any) -> bool:
+    return any(tensor.shape != tensors[0].shape for tensor in tensors)

@@ -14,6 +14,7 @@ from .records import (
     ASKED_AT,
     BEAT_AT,
     COMMIT,
+    FOLLOWED,
     FORMAT_AT,
     HEADER_BYTES,
     KINDS,
@@ -27,6 +28,7 @@ from .records import (
     RECORD,
     SEGMENT_BYTES,
     SEGMENTS_AT,
+    UNNUMBERED,
     VERSION,
     WORD,
     RaisedError,
@@ -36,6 +38,7 @@ from .records import (
     WatchedGroup,
     WatchedOp,
     WatchedProcess,
+    backend_for,
 )
 
 
@@ -132,7 +135,9 @@ class _ProcessFiles:
         self._offset = self._line = 0
         self._groups: dict[int, str] = {}
         self._places: dict[int, tuple[str, int, str]] = {0: ("", 0, "")}
-        self._forms: dict[int, tuple[tuple[int, ...], str]] = {0: ((), "")}
+        self._forms: dict[int, tuple[tuple[int, ...], str, str]] = {0: ((), "", "")}
+        self._backends: dict[tuple[int, str], str] = {}
+        """by the group's number and the device"""
         self._threads: dict[int, str] = {}
         self._errors: dict[int, str] = {}
         self._segments: list[tuple[bytes, list[WatchedOp]]] = []
@@ -196,11 +201,9 @@ class _ProcessFiles:
             raise
         with opened as descriptor:
             header = os.pread(descriptor, 64, 0)
-            if len(header) < 64:
-                return b"", self._cut_short(descriptor)
-            words = memoryview(header).cast("q")
-            if words[MAGIC_AT] == 0:
-                return b"", self._cut_short(descriptor)
+            if not any(header) and not self._segments:  # it is only just being made
+                return b"", []
+            words = memoryview(header.ljust(64, b"\0")).cast("q")
             if words[MAGIC_AT] != MAGIC:
                 raise RecordsError(f"{self._ops_path}: it is not a file of a watched process")
             if words[FORMAT_AT] != VERSION:
@@ -218,12 +221,6 @@ class _ProcessFiles:
                 segments.append(data)
             return header, segments
 
-    def _cut_short(self, descriptor: int) -> list[bytes]:
-        """Nothing, if the file is only just being made."""
-        if self._segments or os.fstat(descriptor).st_size > HEADER_BYTES:
-            raise RecordsError(f"{self._ops_path}: it is not a file of a watched process")
-        return []
-
     def _ops_of(self, data: bytes, clock: int) -> list[WatchedOp]:
         found = []
         for record in RECORD.iter_unpack(data):
@@ -237,21 +234,31 @@ class _ProcessFiles:
 
     def _op(self, record: tuple[int, ...], clock: int) -> WatchedOp:
         (
-            commit, issued, waited, done, failed, kind, is_async, group, peer, tag, place, form, thread, nbytes,
+            commit, issued, waited, done, number, kind, is_async, group, peer, tag, place, form, thread, nbytes,
             layer, chunk, wait_place, _,
         ) = record  # fmt: skip
-        if kind >= len(KINDS) or commit < 0 or min(issued, waited, done, nbytes) < 0:
+        failed, done = done < 0, abs(done)
+        if kind >= len(KINDS) or commit < 0 or min(issued, waited, nbytes, number - UNNUMBERED) < 0:
             raise RecordsError(f"{self._ops_path}: the record of op {commit - 1} is damaged")
         file, line, function = self._places.get(place, self._places[0])
         waited_file, waited_line, _ = self._places.get(wait_place, self._places[0])
-        shape, dtype = self._forms.get(form, self._forms[0])
+        shape, dtype, device = self._forms.get(form, self._forms[0])
         state = "failed" if done and failed else "done" if done else "waiting" if waited else "issued"
         return WatchedOp(
             commit - 1, KINDS[kind], self._groups.get(group, ""), _known(peer), _known(tag), shape, dtype, nbytes,
-            bool(is_async), issued + clock, waited and waited + clock, done and done + clock, state,
+            bool(is_async & 1), issued + clock, waited and waited + clock, done and done + clock, state,
             file, line, function, _known(layer), _known(chunk), self._threads.get(thread, ""),
-            waited_file, waited_line,
+            waited_file, waited_line, "", self._backend(group, device), bool(is_async & FOLLOWED), number,
         )  # fmt: skip
+
+    def _backend(self, group: int, device: str) -> str:
+        found = self._backends.get((group, device))
+        if found is None:
+            known = self._process.groups.get(self._groups.get(group, "")) if self._process else None
+            if known is None:
+                return ""
+            found = self._backends[group, device] = backend_for(known.backend, device)
+        return found
 
     # -- lines
 
@@ -326,7 +333,8 @@ class _ProcessFiles:
         self._places[line.number("id")] = (line.text("file"), line.number("line"), line.text("function"))
 
     def _take_form(self, line: "Fields", _: WatchedProcess) -> None:
-        self._forms[line.number("id")] = (tuple(line.numbers("shape")), line.text("dtype"))
+        form = (tuple(line.numbers("shape")), line.text("dtype"), line.text("device"))
+        self._forms[line.number("id")] = form
 
     def _take_thread(self, line: "Fields", _: WatchedProcess) -> None:
         self._threads[line.number("id")] = line.text("name")

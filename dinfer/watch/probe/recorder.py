@@ -4,6 +4,7 @@ Nothing here may disturb the user's program. What fails is said once in the file
 no lock is held while torch or user code runs; of tensors only shapes, sizes and addresses are kept.
 """
 
+import itertools
 import os
 import sys
 import threading
@@ -14,12 +15,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from .callers import caller, thread_name, whose
+from .callers import caller, place_of, thread_name, whose
 from .labels import changed, labelled, module_layer
-from .records import KINDS, NOTHING
-from .writing import Records, Ticket
+from .records import (
+    KINDS,
+    MOST_SEGMENTS,
+    NOTHING,
+    SEGMENT_RECORDS,
+    TAGGED,
+    UNNUMBERED,
+    backend_for,
+)
+from .writing import Records
 
 KIND_NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
+MAKING = ("init_group", "new_group")
+
+MOST_CHANNELS = MOST_SEGMENTS * SEGMENT_RECORDS
+"""A program may give each message a tag of its own. A tag that comes back when so many others have come is counted
+anew; the ops that had it before are gone by then."""
+
 MOST_PROBLEMS = 50
 MOST_ERRORS = 500
 MOST_RAISED = 100
@@ -30,23 +45,66 @@ class GroupFacts(NamedTuple):
 
     number: int
     ranks: tuple[int, ...]
+    backend: str = ""
+    cpu_backend: str = ""
+
+    def backend_for(self, tensor: Any) -> str:
+        """The backend that serves ops of this tensor."""
+        if self.cpu_backend == self.backend or tensor is None:
+            return self.backend
+        return self.cpu_backend if tensor.is_cpu else backend_for(self.backend, tensor.device.type)
+
+
+def facts_of(number: int, ranks: tuple[int, ...], backend: str) -> GroupFacts:
+    """With what follows from the backend."""
+    return GroupFacts(number, ranks, backend, backend_for(backend, "cpu"))
 
 
 NO_GROUP = GroupFacts(0, ())
 
+Channel = tuple[Any, ...]
+"""What ops are numbered in: (kind,) for groups that are made, (group, backend) for collectives, and for messages
+(group, backend, kind, peer, tag)."""
 
-class PendingOp(NamedTuple):
+
+class PendingOp:
     """An op that is not known to be over."""
 
-    ticket: Ticket
-    blocking: bool
-    place: tuple[str, int, str]
-    on_device: bool
-    lane: tuple[int, int]
-    """what ends in the order of issue: the group's number; for sends and receives the peer, else NOTHING"""
-    nbytes: int
-    peer_unknown: bool
-    """a receive from any rank"""
+    __slots__ = (
+        "any_source",
+        "base",
+        "blocking",
+        "channel",
+        "commit",
+        "nbytes",
+        "number",
+        "on_device",
+        "place",
+    )
+
+    def __init__(
+        self, base: int, commit: int, blocking: bool, place: int, on_device: bool, nbytes: int, channel: Channel,
+        number: int, any_source: "tuple[GroupFacts, int] | None",
+    ) -> None:  # fmt: skip
+        self.base, self.commit = base, commit
+        """where its record is"""
+        self.blocking = blocking
+        self.place = place
+        """the number of the line of code that issued it"""
+        self.on_device, self.nbytes = on_device, nbytes
+        self.channel, self.number = channel, number
+        self.any_source = any_source
+        """of a recv from any rank: its group, and how many recvs were issued there when it was"""
+
+    @property
+    def seq(self) -> int:
+        """The op's number in the process."""
+        return self.commit - 1
+
+    @property
+    def queue(self) -> Channel:
+        """On a device, what ends in the order of issue: a group's collectives, or the messages between two ranks."""
+        return self.channel if len(self.channel) < 3 else (*self.channel[:2], self.channel[3])
 
 
 class OpRecorder:
@@ -58,9 +116,12 @@ class OpRecorder:
         hook: str = "none",
         on_open: Callable[[], None] | None = None,
         on_fork: Callable[[], None] | None = None,
+        on_off: Callable[[], None] | None = None,
     ) -> None:
+        """`on_off`: called when recording has switched itself off; must not raise."""
         self.folder, self.hook, self._on_open = folder, hook, on_open
-        self.torch, self.on_fork = "", on_fork
+        self.torch, self.on_fork, self._on_off = "", on_fork, on_off
+        self.records: Records | None = None
         self._reset()
         changed.append(self._set_now)
         weak = weakref.ref(self)  # what is registered for forks stays for good
@@ -68,6 +129,7 @@ class OpRecorder:
         def after_fork() -> None:
             recorder = weak()
             if recorder is not None:
+                recorder._let_go()
                 recorder._reset()
                 if recorder.on_fork:
                     recorder.on_fork()
@@ -76,21 +138,37 @@ class OpRecorder:
             os.register_at_fork(after_in_child=after_fork)
 
     def _reset(self) -> None:
-        self.records: Records | None = None
         self.is_off = False
         self._opening = threading.RLock()
         self._threads = threading.local()
         self._groups: dict[int, tuple[weakref.ref[Any], GroupFacts]] = {}
-        self._ranks: dict[int, tuple[int, ...]] = {}
+        self._made_groups = itertools.count(1)
+        # Reentrant: a signal's handler may issue an op while its thread is here.
+        self._knowing_groups, self._numbering = threading.RLock(), threading.RLock()
+        self._counts: dict[Channel, int] = {}
+        self._recvs: dict[int, int] = {}
+        self._open_any_source: dict[int, int] = {}
         self._rank: tuple[int, int, str] | None = None
         self._problems = self._errors = self._raised = 0
         self._last_raised: int = 0
 
     def close(self) -> None:
-        """Record no more."""
+        """Record no more, and let go of the files."""
         self.is_off = True
         if self._set_now in changed:
             changed.remove(self._set_now)
+        self._let_go()
+
+    def turn_off(self) -> None:
+        """Record no more: of ops under way, too, the ends stay unknown. Never raises."""
+        self.is_off = True
+        if self._on_off:
+            self._on_off()
+
+    def _let_go(self) -> None:
+        records, self.records = self.records, None
+        if records is not None:
+            records.close()
 
     # -- files
 
@@ -112,7 +190,7 @@ class OpRecorder:
                 expected_rank=int(rank) if rank.isdecimal() else None,
             )
         except OSError as error:
-            self.is_off = True
+            self.turn_off()
             print(
                 f"dinfer: process {os.getpid()} is not watched: {self.folder}: {error.strerror}",
                 file=sys.stderr,
@@ -137,12 +215,12 @@ class OpRecorder:
             if records is not None:
                 records.lines.write("problem", text=text[:1000])
         except Exception:
-            self.is_off = True
+            self.turn_off()
 
     def switch_off(self, part: str, error: BaseException) -> None:
         """A bug of the probe, or a disk that is full: the user's program goes on, unwatched."""
         self.problem(f"{part} switched itself off: {type(error).__name__}: {error}")
-        self.is_off = True
+        self.turn_off()
 
     def _set_now(self, layer: int | None, chunk: int | None) -> None:
         if self.records is not None:
@@ -159,9 +237,13 @@ class OpRecorder:
         tensors: Sequence[Any],
         is_async: bool | None,
         frame: FrameType | None,
+        placeholder: Any = None,
+        sized: Sequence[Any] = (),
     ) -> PendingOp | None:
         """An op is about to be issued. `peer`: its rank in the group; NOTHING: none. `is_async`: None where only the
-        frames of its callers tell. Returns None if it is not recorded. Never raises."""
+        frames of its callers tell. `placeholder`: a tensor that says no more than the device, where there is no other.
+        `sized`: the tensors of which the bytes count, where these are others.
+        Returns None if it is not recorded. Never raises."""
         if self.is_off:
             return None
         try:
@@ -171,30 +253,46 @@ class OpRecorder:
             layer, chunk = labelled()
             if layer is None:
                 layer = module_layer()
+            is_message = kind == "send" or kind == "recv"
             called = caller(frame, is_async is None, layer is None, chunk is None)
             if is_async is None:
-                is_async = called.async_op is True if kind not in ("send", "recv") else not called.blocking
+                is_async = not called.blocking if is_message else called.async_op is True
             is_async = is_async and not called.in_cpp
             nbytes, form, on_device = 0, 0, False
-            if tensors:
-                first = tensors[0]
-                form = records.forms.number((first.shape, first.dtype))
+            first = tensors[0] if tensors else placeholder
+            if first is not None:
                 on_device = not first.is_cpu
-                for tensor in tensors:
+                device = first.device.type if on_device else "cpu"
+                form = records.forms.number(
+                    (first.shape, first.dtype, device) if tensors else ((), "", device)
+                )
+                for tensor in sized or tensors:
                     nbytes += tensor.nbytes
             if peer != NOTHING and group.ranks:
                 peer = group.ranks[peer] if 0 <= peer < len(group.ranks) else peer
-            ticket = records.ops.begin(
-                time.monotonic_ns(), KIND_NUMBERS[kind], is_async, group.number, peer, tag,
-                records.places.number(called.place), form, self._thread_number(records), nbytes,
-                called.layer if layer is None else layer, called.chunk if chunk is None else chunk,
+            backend = group.backend_for(first)
+            any_source = None
+            if is_message:
+                channel: Channel = (group.number, backend, kind, peer, tag if backend in TAGGED else 0)
+                if kind == "recv":
+                    number, any_source = self._number_of_recv(group, channel)
+                else:
+                    number = self._next_number(channel)
+            else:
+                channel = (kind,) if kind in MAKING else (group.number, backend)
+                number = self._next_number(channel)
+            place = records.places.number(called.place)
+            base, commit = records.ops.begin(
+                time.monotonic_ns(), KIND_NUMBERS[kind], is_async, group.number, peer, tag, place, form,
+                self._thread_number(records), nbytes, called.layer if layer is None else layer,
+                called.chunk if chunk is None else chunk, number,
             )  # fmt: skip
             raised = sys.exc_info()[1]
             if raised is not None:
                 self.raised(raised, "handled")
-            lane = (group.number, peer if kind in ("send", "recv") else NOTHING)
-            from_any = kind == "recv" and peer == NOTHING
-            return PendingOp(ticket, not is_async, called.place, on_device, lane, nbytes, from_any)
+            return PendingOp(
+                base, commit, not is_async, place, on_device, nbytes, channel, number, any_source
+            )
         except Exception as error:
             self.switch_off("recording ops", error)
             return None
@@ -209,42 +307,96 @@ class OpRecorder:
     def waiting(self, pending: PendingOp, frame: FrameType | None) -> None:
         """The caller begins to wait for the op. Never raises."""
         try:
-            if self.records is not None:
-                place = pending.place if pending.blocking else caller(frame, False, False, False).place
-                self.records.ops.waiting(
-                    pending.ticket, time.monotonic_ns(), self.records.places.number(place)
-                )
+            records = self.records
+            if records is not None:
+                place = pending.place if pending.blocking else records.places.number(place_of(frame))
+                records.ops.waiting(pending.base, pending.commit, time.monotonic_ns(), place)
         except Exception as error:
             self.switch_off("recording waits", error)
 
-    def done(self, pending: PendingOp, error: BaseException | None = None) -> None:
-        """The op is over, or has failed. Never raises."""
+    def followed(self, pending: PendingOp) -> None:
+        """Somebody has taken the op's future. Never raises."""
         try:
-            if self.records is None:
+            if self.records is not None:
+                self.records.ops.set_followed(pending.base, pending.commit)
+        except Exception as error:
+            self.switch_off("recording futures", error)
+
+    def done(self, pending: PendingOp, error: BaseException | None = None, work: Any = None) -> None:
+        """The op is over, or has failed. `work`: its Work, by which a recv from any rank knows from which. Never
+        raises."""
+        try:
+            records = self.records
+            if records is None:
                 return
             if error is not None and self._errors < MOST_ERRORS:
                 self._errors += 1
                 text = f"{type(error).__name__}: {error}"
-                self.records.lines.write("error", seq=pending.ticket.commit - 1, text=text[:1000])
-            self.records.ops.done(pending.ticket, time.monotonic_ns(), error is not None)
+                records.lines.write("error", seq=pending.seq, text=text[:1000])
+            if pending.any_source is not None:
+                self._has_received(records, pending, None if error else work)
+            records.ops.done(pending.base, pending.commit, time.monotonic_ns(), error is not None)
         except Exception as failure:
             self.switch_off("recording ends", failure)
 
+    def not_issued(self, pending: PendingOp, error: BaseException) -> None:
+        """The op failed before it was issued: the next one has its number. Never raises."""
+        try:
+            with self._numbering:
+                if self._counts.get(pending.channel) == pending.number + 1:
+                    self._counts[pending.channel] = pending.number
+            if self.records is not None:
+                self.records.ops.set_number(pending.base, pending.commit, UNNUMBERED)
+        except Exception as failure:
+            self.switch_off("numbering ops", failure)
+        self.done(pending, error)
+
     def is_over(self, pending: PendingOp) -> bool:
         """Whether the op's end is recorded."""
-        return self.records is None or self.records.ops.is_done(pending.ticket)
+        return self.records is None or self.records.ops.is_done(pending.base, pending.commit)
 
-    def found_peer(self, pending: PendingOp, work: Any) -> None:
-        """A receive from any rank is over: say from which one. Never raises."""
+    # -- numbers
+
+    def _next_number(self, channel: Channel) -> int:
+        counts = self._counts
+        with self._numbering:
+            number = counts.get(channel, 0)
+            counts[channel] = number + 1
+            if number == 0 and len(counts) > MOST_CHANNELS:
+                counts.pop(next(iter(counts)))
+        return number
+
+    def _number_of_recv(
+        self, group: GroupFacts, channel: Channel
+    ) -> tuple[int, tuple[GroupFacts, int] | None]:
+        """Of a recv from any rank, the number is known once it is over. Until then no other recv of the group has one:
+        who can say which of them gets which message."""
+        with self._numbering:
+            recvs = self._recvs[group.number] = self._recvs.get(group.number, 0) + 1
+            are_open = self._open_any_source.get(group.number, 0)
+            if channel[3] == NOTHING:
+                self._open_any_source[group.number] = are_open + 1
+                return UNNUMBERED, (group, 0 if are_open else recvs)
+            number = self._next_number(channel)
+            return (UNNUMBERED if are_open else number), None
+
+    def _has_received(self, records: Records, pending: PendingOp, work: Any) -> None:
+        """A recv from any rank is over: from which one it has received, and its number, if it was the only recv."""
+        if pending.any_source is None:
+            return
+        (group, recvs), pending.any_source = pending.any_source, None
         try:
-            if self.records is not None:
-                source = work._source_rank()
-                ranks = self._ranks.get(pending.lane[0], ())
-                self.records.ops.set_peer(pending.ticket, ranks[source] if source < len(ranks) else source)
+            source = work._source_rank() if work is not None else -1
         except RuntimeError:  # it has failed
-            pass
-        except Exception as failure:
-            self.switch_off("knowing the sender", failure)
+            source = -1
+        with self._numbering:
+            self._open_any_source[group.number] = self._open_any_source.get(group.number, 1) - 1
+            if source < 0:
+                return
+            peer = group.ranks[source] if source < len(group.ranks) else source
+            number = self._next_number((*pending.channel[:3], peer, pending.channel[4]))
+            is_only = recvs == self._recvs[group.number]
+        records.ops.set_number(pending.base, pending.commit, number if is_only else UNNUMBERED, peer)
 
     # -- groups
 
@@ -254,7 +406,9 @@ class OpRecorder:
         if found is not None and found[0]() is group:
             return found[1]
         try:
-            return self._new_group(group)
+            with self._knowing_groups:
+                found = self._groups.get(id(group))
+                return found[1] if found is not None and found[0]() is group else self._new_group(group)
         except Exception as error:
             self.switch_off("knowing groups", error)
             return NO_GROUP
@@ -266,13 +420,13 @@ class OpRecorder:
         c10d = sys.modules["torch.distributed.distributed_c10d"]
         members = c10d._world.pg_group_ranks.get(group)
         if members is None:  # being made, or not made by torch.distributed
-            return GroupFacts(0, tuple(range(group.size())))
+            return facts_of(0, tuple(range(group.size())), "")
         ranks = tuple(sorted(members, key=lambda rank: members[rank]))
         backend = _backend(c10d, group)
         description = str(getattr(group, "group_desc", "")).replace("undefined", "")
-        number = records.groups.number((id(group), str(group.group_name), ranks, backend, description))
-        facts = GroupFacts(number, ranks)
-        self._ranks[number] = ranks
+        made = next(self._made_groups)  # another group may have had the same id before
+        number = records.groups.number((made, str(group.group_name), ranks, backend, description))
+        facts = facts_of(number, ranks, backend)
         self._groups[id(group)] = (weakref.ref(group), facts)
         self._say_rank(c10d)
         return facts
@@ -283,7 +437,7 @@ class OpRecorder:
             records = self.open()
             if records is None:
                 return NO_GROUP
-            return GroupFacts(records.groups.number((0, "(new)", ranks, backend, "")), ranks)
+            return facts_of(records.groups.number((0, "(new)", ranks, backend, "")), ranks, backend)
         except Exception as error:
             self.switch_off("knowing groups", error)
             return NO_GROUP
@@ -345,14 +499,13 @@ def _store(c10d: Any) -> str:
 
 
 def _backend(c10d: Any, group: Any) -> str:
-    """Its name; for a group with one for each kind of device, all, or the CPU's where there is no other device."""
-    name = str(c10d.get_backend(group))
-    if name != "undefined":
-        return name
-    named = str(c10d.get_backend_config(group))
-    by_device = dict(one.split(":", 1) for one in named.split(",") if ":" in one)
-    torch = sys.modules["torch"]
-    return by_device.get("cpu", named) if not torch.cuda.is_available() else named
+    """Its name; of a group that has several, each with its kind of device."""
+    try:
+        named = str(c10d.get_backend_config(group))
+    except Exception:  # a group that torch.distributed has not made
+        return str(c10d.get_backend(group))
+    names = {one.partition(":")[2] or one for one in named.split(",")}
+    return names.pop() if len(names) == 1 else named
 
 
 def raised_at(error: BaseException) -> tuple[str, int]:

@@ -12,6 +12,11 @@ Another process reads while this one writes, without a lock: every word that cha
 and a record counts only while the first and the last word of it name its number. `struct.pack_into` writes bytes one by
 one, so it is used only between these two. The words of a line are in the file before the op that refers to them.
 
+Each op says its number: what of its kind this process did before. Who reads can thus tell which send a recv meets, and
+what the ranks of a group do together, though older ops are gone, on each rank others. Messages are numbered for each
+group, backend, direction and peer, and for each tag where the backend heeds tags; collectives for each group and
+backend; groups that are made, for each way to make one.
+
 Times are nanoseconds: in the files of the process's monotonic clock, read back with the offset added that it noted at
 its start, as time since the epoch. The reader needs the standard library only.
 """
@@ -20,7 +25,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-VERSION = 1
+VERSION = 2
 
 KINDS = (
     "other", "send", "recv", "all_gather", "all_reduce", "broadcast", "barrier", "reduce_scatter", "all_to_all",
@@ -45,18 +50,25 @@ MOST_NAMES = 50_000
 NOTHING = -(2**31)
 """No peer, tag, layer or chunk."""
 
+UNNUMBERED = -1
+"""The number of an op that meets no other: it failed before it was issued; or a recv of which nobody can say which
+message it gets, as another one was open that takes a message from any rank."""
+
+TAGGED = frozenset({"gloo", "mpi"})
+"""backends that heed the tags of messages"""
+
 # words of the header
 MAGIC_AT, FORMAT_AT, SEGMENTS_AT, BEAT_AT, ASKED_AT, ANSWERED_AT, NOW_AT = range(7)
 
 # words of a record; COMMIT and LAST are the op's number + 1
-COMMIT, ISSUED, WAITED, DONE, STATE = range(5)
+COMMIT, ISSUED, WAITED, DONE, NUMBER = range(5)
 BODY = struct.Struct(
     "<BBHiiIIIqii"
 )  # kind, is_async, group, peer, tag, place, form, thread, nbytes, layer, chunk
 BODY_AT = 5
 WAIT_PLACE, LAST = 10, 11
-
-FAILED = 1
+# DONE is negative where the op failed; of the byte is_async, FOLLOWED is a bit of its own
+FOLLOWED = 2
 
 WORD = struct.Struct("<q")
 RECORD = struct.Struct("<5qBBHiiIIIqii2q")
@@ -77,7 +89,15 @@ class WatchedGroup(NamedTuple):
     ranks: tuple[int, ...]
     """global ranks, in the group's order"""
     backend: str
+    """for example `gloo`; `cpu:gloo,cuda:nccl` where it depends on the tensors' device"""
     description: str = ""
+
+
+def backend_for(backend: str, device: str) -> str:
+    """Of a group's backend, which may be `cpu:gloo,cuda:nccl`, the one that serves tensors on such a device; all, where
+    that is unknown."""
+    by_device = dict(one.split(":", 1) for one in backend.split(",") if ":" in one)
+    return by_device.get(device, backend)
 
 
 class WatchedOp(NamedTuple):
@@ -118,6 +138,12 @@ class WatchedOp(NamedTuple):
     """who waits for it, or did; "" and 0 if nobody"""
     error: str = ""
     """why it failed"""
+    backend: str = ""
+    """that serves it; "" where that is unknown"""
+    is_followed: bool = False
+    """somebody took its future, and may act on its end without waiting for it"""
+    number: int | None = None
+    """how many of its kind the process issued before, or UNNUMBERED; None: as counted from the ops"""
 
 
 class ThreadLook(NamedTuple):

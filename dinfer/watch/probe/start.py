@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .captures import captures
 from .endings import Endings
 from .imports import ImportWatch
 from .labels import enter_module
@@ -25,7 +26,9 @@ class Probe:
     """What watches this process."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.recorder = OpRecorder(Path(folder).absolute(), on_open=self._on_open, on_fork=self._on_fork)
+        self.recorder = OpRecorder(
+            Path(folder).absolute(), on_open=self._on_open, on_fork=self._on_fork, on_off=self._on_off
+        )
         self._works = Works(self.recorder)
         self._hook: Any = None
         self._dump: int | None = None
@@ -34,6 +37,7 @@ class Probe:
         self._imports = ImportWatch()
         self._endings = Endings(self.recorder, self._imports, self._stop_thread)
         self._tensors = TensorWatch(self.recorder, self._imports)
+        captures.watch(self._imports)
         self._imports.add(_C10D, self._found_c10d)
         self._imports.add("transformers.modeling_layers", self._found_layers)
 
@@ -49,6 +53,7 @@ class Probe:
         for owner, name, by, before in reversed(self._restore):
             if getattr(owner, name, None) is by:
                 setattr(owner, name, before)
+        captures.unwatch()
         self._works.clear()
         self.recorder.close()
 
@@ -72,8 +77,12 @@ class Probe:
             self._dump = None
             records.lines.write("dump", signal=None)
 
+    def _on_off(self) -> None:
+        self._works.clear()
+
     def _on_fork(self) -> None:
         self._thread = None  # threads are not forked; the first op starts one
+        captures.clear()
         self._works.clear()
         self._tensors.clear()
 

@@ -1,8 +1,13 @@
 """When ops are waited for, and when they are over: as their Work says.
 
-`wait` of Work is replaced, which counts for every Work, whoever made it. On the CPU an op is over when `wait` returns.
-On a device `wait` only tells the device to wait, so there the probe's thread asks `is_completed`, which does not wait
-either. It also asks for ops that nobody waits for: gloo says so of collectives, never of sends and receives.
+`wait` of Work is replaced, which counts for every Work, whoever made it; and what else tells somebody that an op is
+over: `is_completed` that says yes, and the future, whose `wait` is one, too, as is that of what follows on it. On the
+CPU an op is over when `wait` returns. On a device `wait` only tells the device to wait, so there the probe's thread asks
+`is_completed`, which does not wait either. It also asks for ops that nobody waits for: gloo says so of collectives,
+never of sends and receives.
+
+Backends for devices give no Work for an op whose caller waits at once, nor for the parts of a batch. Such an op runs on
+the caller's stream, where an event behind it says when it is over; of a batch the Work at its end does.
 
 A Work may hold tensors, so none is held for long: one that was just made, until its thread's next op or half a second;
 and on a device the last one of each group, or pair of ranks in it, until it is over, since these end in the order of
@@ -16,7 +21,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .recorder import OpRecorder, PendingOp
+from .captures import captures
+from .recorder import Channel, OpRecorder, PendingOp
+
+MOST_OUTPUTS = 1024
 
 MOST_ASKED = 512
 """So many ops are asked about at a time."""
@@ -24,24 +32,30 @@ MOST_ASKED = 512
 HELD_BYTES = 2**20
 """On a device, also older ops are followed one by one if they have no more bytes than this; at most 64 of a group."""
 
+Pendings = tuple[PendingOp, ...]
+
 
 class Works:
     """The ops of this process that may not be over, by their Work."""
 
     def __init__(self, recorder: OpRecorder) -> None:
         self._recorder = recorder
-        self._by_work: dict[int, tuple[weakref.ref[Any], tuple[PendingOp, ...]]] = {}
+        self._by_work: dict[int, tuple[weakref.ref[Any], Pendings]] = {}
+        self._by_future: dict[int, tuple[weakref.ref[Any], Any, Pendings]] = {}
         self.by_output: dict[int, PendingOp] = {}
         """Collectives by the address of their output, by which functional ones are waited for."""
         self._handed: dict[int, Any] = {}
         self._handed_before: dict[int, int] = {}
-        self._coalesced: dict[int, list[PendingOp]] = {}
+        self._batches: dict[int, list[PendingOp]] = {}
+        """by thread"""
         self.devices = DeviceOps(recorder)
         self._restore: list[Callable[[], None]] = []
 
     def clear(self) -> None:
-        """Forget all: in a forked child none of them is this process's."""
-        for found in (self._by_work, self.by_output, self._handed, self._handed_before, self._coalesced):
+        """Forget all: in a forked child none of them is this process's, and who records no more needs none."""
+        for found in (
+            self._by_work, self._by_future, self.by_output, self._handed, self._handed_before, self._batches,
+        ):  # fmt: skip
             found.clear()
         self.devices.clear()
 
@@ -54,21 +68,56 @@ class Works:
         if before is not None:
             self._ask(before)
         self._handed[ident] = work
-        started = self._coalesced.get(ident)
-        if started is None:
-            self._follow(work, (pending,))
+        batch = self._batches.get(ident) if self._batches else None
+        if batch is not None:
+            batch.append(pending)
+        elif pending.on_device:
+            self._follow_on_device(work, (pending,), pending.queue)
         else:
-            started.append(pending)
+            self._keep(work, (pending,))
 
-    def _follow(self, work: Any, pendings: tuple[PendingOp, ...]) -> None:
-        if pendings[-1].on_device and self.devices.is_capturing:
+    def keep_output(self, tensors: Any, pending: PendingOp) -> None:
+        """A collective has these outputs, by which it may be waited for."""
+        if tensors:
+            self.by_output[tensors[0].data_ptr()] = pending
+            if len(self.by_output) > MOST_OUTPUTS:
+                self.by_output.pop(next(iter(self.by_output)), None)
+
+    def without_work(self, pending: PendingOp, tensor: Any) -> None:
+        """The op was issued, and there is no Work. `tensor`: one of its own, on its device."""
+        batch = self._batches.get(threading.get_ident())
+        if batch is not None:
+            batch.append(pending)
+            return
+        if pending.blocking:
+            self._recorder.waiting(pending, None)
+        if pending.on_device:
+            self._behind((pending,), pending.queue, tensor.device)
+        else:
+            self._recorder.done(pending)
+
+    def _behind(self, pendings: Pendings, queue: Channel, device: Any) -> None:
+        """Ops on the caller's stream: they are over when that has come so far."""
+        event = None if captures.is_capturing else stream_event(device)
+        if event is None:  # a graph is captured: they will run whenever that does
+            for pending in pendings:
+                self._recorder.done(pending)
+        else:
+            self.devices.add(event, pendings, queue)
+
+    def _follow_on_device(self, work: Any, pendings: Pendings, queue: Channel) -> None:
+        if captures.is_capturing:
             for pending in pendings:  # it will run whenever the graph does: here it is only written down
                 self._recorder.done(pending)
             return
+        self._keep(work, pendings)
+        self.devices.add(work, pendings, queue)
+        if self._recorder.is_off:
+            self.clear()
+
+    def _keep(self, work: Any, pendings: Pendings) -> None:
         key, by_work = id(work), self._by_work
         by_work[key] = (weakref.ref(work, lambda _: by_work.pop(key, None) and None), pendings)
-        if pendings[-1].on_device:
-            self.devices.add(work, pendings)
 
     def patch(self) -> None:
         """Replace `wait` of every kind of Work, and what ends a batch of ops. Raises as torch does."""
@@ -76,18 +125,20 @@ class Works:
 
         c10d = torch._C._distributed_c10d
         for kind in (c10d.Work, *_all_subclasses(c10d.Work)):
-            for name in ("wait", "synchronize"):
+            for name, make in (
+                ("wait", self._waiting),
+                ("synchronize", self._waiting),
+                ("is_completed", self._asking),
+                ("get_future", self._giving_future),
+            ):
                 if name in vars(kind):
-                    self._replace(kind, name, self._waiting(getattr(kind, name)))
+                    self._replace(kind, name, make(getattr(kind, name)))
+        self._replace(torch._C.Future, "wait", self._waiting_for_future(torch._C.Future.wait))
+        self._replace(torch._C.Future, "then", self._continuing(torch._C.Future.then))
         group = c10d.ProcessGroup
         if hasattr(group, "_start_coalescing"):
             self._replace(group, "_start_coalescing", self._starting(group._start_coalescing))
             self._replace(group, "_end_coalescing", self._ending(group._end_coalescing))
-
-        graph = getattr(torch.cuda, "CUDAGraph", None)
-        if graph is not None and "capture_begin" in vars(graph):
-            self._replace(graph, "capture_begin", self.devices.pausing(graph.capture_begin))
-            self._replace(graph, "capture_end", self.devices.resuming(graph.capture_end))
 
     def unpatch(self) -> None:
         """As it was before `patch`."""
@@ -97,58 +148,150 @@ class Works:
 
     def _replace(self, kind: Any, name: str, by: Any) -> None:
         before = vars(kind)[name]
+        by.__wrapped__ = before
         setattr(kind, name, by)
         self._restore.append(lambda: setattr(kind, name, before))
 
+    def _known(self, work: Any) -> Pendings:
+        """The ops that a Work stands for."""
+        found = self._by_work.get(id(work))
+        return () if found is None or found[0]() is not work else found[1]
+
     def _waiting(self, original: Any) -> Any:
-        by_work, recorder = self._by_work, self._recorder
+        known, recorder = self._known, self._recorder
 
         def wait(work: Any, *args: Any, **options: Any) -> Any:
-            found = by_work.get(id(work))
-            if found is None or found[0]() is not work:
+            pendings = known(work)
+            if not pendings:
                 return original(work, *args, **options)
-            for pending in found[1]:
+            for pending in pendings:
                 recorder.waiting(pending, sys._getframe(1))
             try:
                 result = original(work, *args, **options)
             except BaseException as error:
-                self._over(work, found[1], error)
+                self._over(work, pendings, error)
                 raise
-            self._over(work, found[1], None)
+            self._over(work, pendings, None)
             return result
 
         return wait
 
-    def _over(self, work: Any, pendings: tuple[PendingOp, ...], error: BaseException | None) -> None:
+    def _asking(self, original: Any) -> Any:
+        known, recorder = self._known, self._recorder
+
+        def is_completed(work: Any) -> Any:
+            result = original(work)
+            if result:  # whoever asks until then has waited; whoever does not goes on to something else
+                pendings = known(work)
+                for pending in pendings:
+                    recorder.waiting(pending, sys._getframe(1))
+                    recorder.done(pending, None, work)
+            return result
+
+        return is_completed
+
+    def _giving_future(self, original: Any) -> Any:
+        known, recorder = self._known, self._recorder
+
+        def get_future(work: Any) -> Any:
+            future = original(work)
+            pendings = known(work)
+            if pendings:
+                try:
+                    for pending in pendings:
+                        recorder.followed(pending)
+                    self._keep_future(future, weakref.ref(work), pendings)
+                except Exception as error:
+                    recorder.switch_off("following futures", error)
+            return future
+
+        return get_future
+
+    def _keep_future(self, future: Any, work: Any, pendings: Pendings) -> None:
+        key, by_future = id(future), self._by_future
+        forget = weakref.ref(future, lambda _: by_future.pop(key, None) and None)
+        by_future[key] = (forget, work, pendings)
+
+    def _continuing(self, original: Any) -> Any:
+        def then(future: Any, *args: Any, **options: Any) -> Any:
+            following = original(future, *args, **options)
+            found = self._by_future.get(id(future)) if self._by_future else None
+            if found is not None and found[0]() is future:
+                self._keep_future(following, *found[1:])
+            return following
+
+        return then
+
+    def _waiting_for_future(self, original: Any) -> Any:
+        recorder, by_future = self._recorder, self._by_future
+
+        def wait(future: Any) -> Any:
+            found = by_future.get(id(future)) if by_future else None
+            if found is None or found[0]() is not future:
+                return original(future)
+            _, work, pendings = found
+            for pending in pendings:
+                recorder.waiting(pending, sys._getframe(1))
+            try:
+                result = original(future)
+            except BaseException as error:
+                self._over(work(), pendings, error)
+                raise
+            self._over(work(), pendings, None)
+            return result
+
+        return wait
+
+    def _over(self, work: Any, pendings: Pendings, error: BaseException | None) -> None:
         for pending in pendings:
             if error is not None or not pending.on_device:
-                self._recorder.done(pending, error)
-            if pending.peer_unknown and error is None:
-                self._recorder.found_peer(pending, work)
+                self._recorder.done(pending, error, work)
         ident = threading.get_ident()
         if self._handed.get(ident) is work:
             self._handed.pop(ident, None)
 
+    # -- batches
+
     def _starting(self, original: Any) -> Any:
         def start(group: Any, *args: Any, **options: Any) -> Any:
             result = original(group, *args, **options)
-            self._coalesced[threading.get_ident()] = []
+            if not self._recorder.is_off:
+                self._batches[threading.get_ident()] = []
             return result
 
         return start
 
     def _ending(self, original: Any) -> Any:
         def end(group: Any, *args: Any, **options: Any) -> Any:
-            pendings = self._coalesced.pop(threading.get_ident(), None)
-            work = original(group, *args, **options)
+            pendings = tuple(self._batches.pop(threading.get_ident(), ()))
             try:
-                if pendings and work is not None:
-                    self._follow(work, tuple(pendings))
+                work = original(group, *args, **options)
+            except BaseException as error:
+                for pending in pendings:
+                    self._recorder.done(pending, error)
+                raise
+            try:
+                if pendings:
+                    self._follow_batch(work, pendings, args)
             except Exception as error:
                 self._recorder.switch_off("following batches", error)
             return work
 
         return end
+
+    def _follow_batch(self, work: Any, pendings: Pendings, args: tuple[Any, ...]) -> None:
+        queue = pendings[-1].channel[:2]  # a batch of messages, too, runs where the group's collectives do
+        if not pendings[-1].on_device:
+            for pending in pendings if work is None else ():
+                self._recorder.done(pending)
+            if work is not None:
+                self._keep(work, pendings)
+        elif work is not None:
+            self._follow_on_device(work, pendings, queue)
+        else:
+            for pending in pendings:
+                self._recorder.waiting(pending, sys._getframe(2))
+            self._behind(pendings, queue, args[0] if args else None)
 
     # -- without a wait
 
@@ -157,9 +300,9 @@ class Works:
         found = self._by_work.get(id(work))
         if found is None or found[1][-1].on_device or self._recorder.is_over(found[1][-1]):
             return
-        if work.is_completed():
+        if is_completed(work):
             for pending in found[1]:
-                self._recorder.done(pending)
+                self._recorder.done(pending, None, work)
 
     def look(self) -> bool:
         """Ask, without waiting, which ops are over. Returns whether device ops are under way. Never raises."""
@@ -187,71 +330,77 @@ class DeviceOps:
 
     def __init__(self, recorder: OpRecorder) -> None:
         self._recorder = recorder
-        self.is_capturing = False
-        self._asking = threading.Lock()
-        self._lanes: dict[tuple[int, int], deque[tuple[Any, tuple[PendingOp, ...]]]] = {}
+        self._queues: dict[Channel, deque[tuple[Any, Pendings]]] = {}
 
     def clear(self) -> None:
         """Forget all."""
-        self._asking = threading.Lock()
-        self._lanes.clear()
+        self._queues.clear()
 
-    def add(self, work: Any, pendings: tuple[PendingOp, ...]) -> None:
-        """An op was issued; of those before it only small ones are still held."""
-        queue = self._lanes.setdefault(pendings[-1].lane, deque(maxlen=4096))
-        if queue:
-            older = queue[-1][1]
+    def add(self, work: Any, pendings: Pendings, queue: Channel) -> None:
+        """Ops were issued; `work`: their Work, or an event. Of those before only small ones are still held."""
+        waiting = self._queues.setdefault(queue, deque(maxlen=4096))
+        if waiting:
+            older = waiting[-1][1]
             if sum(pending.nbytes for pending in older) > HELD_BYTES:
-                queue[-1] = (None, older)
-            if len(queue) > 64:
-                queue[-65] = (None, queue[-65][1])
-        queue.append((work, pendings))
+                waiting[-1] = (None, older)
+            if len(waiting) > 64:
+                waiting[-65] = (None, waiting[-65][1])
+        waiting.append((work, pendings))
 
     def look(self) -> bool:
         """Which are over: those that say so, and all issued before them. Returns whether others are under way."""
-        with self._asking:
-            return not self.is_capturing and self._look()
-
-    def pausing(self, original: Any) -> Any:
-        """What begins to capture a graph: until it has ended, nothing is asked."""
-
-        def capture_begin(*args: Any, **options: Any) -> Any:
-            self.is_capturing = True
-            if self._asking.acquire(timeout=1):  # no question is under way any more
-                self._asking.release()
-            try:
-                return original(*args, **options)
-            except BaseException:
-                self.is_capturing = False
-                raise
-
-        return capture_begin
-
-    def resuming(self, original: Any) -> Any:
-        """What ends the capture of a graph."""
-
-        def capture_end(*args: Any, **options: Any) -> Any:
-            try:
-                return original(*args, **options)
-            finally:
-                self.is_capturing = False
-
-        return capture_end
+        found: list[bool] = []
+        captures.unless_capturing(lambda: found.append(self._look()))
+        return bool(found and found[0])
 
     def _look(self) -> bool:
         is_any = False
-        for queue in list(self._lanes.values()):
-            over = 0
-            for number, (work, _) in enumerate(list(queue)):
+        for waiting in list(self._queues.values()):
+            over, error = 0, None
+            for number, (work, _) in enumerate(list(waiting)):
                 if work is not None:
-                    if not work.is_completed():
-                        break
+                    try:
+                        if not is_completed(work):
+                            break
+                    except Exception as failure:  # the device has failed
+                        error = failure
                     over = number + 1
-            for _ in range(over):
-                for pending in queue.popleft()[1]:
-                    self._recorder.done(pending)
-            is_any = is_any or bool(queue)
+                    if error is not None:
+                        break
+            for number in range(over):
+                for pending in waiting.popleft()[1]:
+                    self._recorder.done(pending, error if number == over - 1 else None)
+            is_any = is_any or bool(waiting)
         return is_any
+
+
+class StreamEvent:
+    """An event on a device's stream, asked like a Work."""
+
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def is_completed(self) -> bool:
+        """Whether the stream has come so far."""
+        return bool(self._event.query())
+
+
+def stream_event(device: Any) -> StreamEvent | None:
+    """An event behind what the current stream of this device has to do; None while that is captured into a graph."""
+    import torch
+
+    module: Any = getattr(torch, device.type)
+    if device.type == "cuda" and module.is_current_stream_capturing():
+        return None
+    event = module.Event()
+    event.record(module.current_stream(device))
+    return StreamEvent(event)
+
+
+def is_completed(work: Any) -> bool:
+    """As Work itself says, not as the program is told."""
+    method = type(work).is_completed
+    return bool(getattr(method, "__wrapped__", method)(work))
 
 
 def _all_subclasses(kind: type[Any]) -> list[type[Any]]:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .records import (
     ANSWERED_AT,
@@ -20,7 +20,7 @@ from .records import (
     BODY,
     BODY_AT,
     DONE,
-    FAILED,
+    FOLLOWED,
     FORMAT_AT,
     HEADER_BYTES,
     ISSUED,
@@ -32,34 +32,20 @@ from .records import (
     MOST_SEGMENTS,
     NOTHING,
     NOW_AT,
+    NUMBER,
     RECORD_WORDS,
     SEGMENT_BYTES,
     SEGMENT_RECORDS,
     SEGMENTS_AT,
-    STATE,
     VERSION,
     WAIT_PLACE,
     WAITED,
     WORD,
 )
 
-
-def _map(descriptor: int, start: int, length: int) -> memoryview:
-    """Words of the file, which grows to hold them. Raises OSError where the disk is full: written to unreserved, mapped
-    memory would end the process then (SIGBUS)."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, start, length)
-    else:
-        os.ftruncate(descriptor, start + length)
-    return memoryview(mmap.mmap(descriptor, length, offset=start)).cast("q")
-
-
-class Ticket(NamedTuple):
-    """Where the record of an op is: for what is known of it later."""
-
-    words: memoryview
-    base: int
-    commit: int
+_HEADER_WORDS = HEADER_BYTES // 8
+MOST_SKIPPED = 16
+"""open ops that are passed over in search of one that can make room"""
 
 
 class OpsWriter:
@@ -68,109 +54,126 @@ class OpsWriter:
     def __init__(self, path: Path, most_segments: int = MOST_SEGMENTS) -> None:
         """Raises OSError."""
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self._header = _map(self._descriptor, 0, HEADER_BYTES)
-        self._segments: list[memoryview] = []
-        self._most = most_segments
-        self._count, self._slots = itertools.count(), itertools.count()
+        # One map of the whole file, which has holes until segments are reserved: each map holds a descriptor.
+        self._reserve(0, HEADER_BYTES)
+        os.ftruncate(self._descriptor, HEADER_BYTES + most_segments * SEGMENT_BYTES)
+        self._map = mmap.mmap(self._descriptor, HEADER_BYTES + most_segments * SEGMENT_BYTES)
+        self._words = memoryview(self._map).cast("q")
+        self._most, self._reserved = most_segments * SEGMENT_RECORDS, 0
+        self._count, self._slots = itertools.count(1), itertools.count()
         # Reentrant: a signal's handler may issue an op while its thread is adding a segment.
         self._growing = threading.RLock()
         self.issued = 0
-        self._header[NOW_AT] = _pair(NOTHING, NOTHING)
-        self._header[FORMAT_AT] = VERSION
-        self._header[MAGIC_AT] = MAGIC
+        self._words[NOW_AT] = _pair(NOTHING, NOTHING)
+        self._words[FORMAT_AT] = VERSION
+        self._words[MAGIC_AT] = MAGIC
+
+    def close(self) -> None:
+        """Write no more: whoever tries gets a ValueError."""
+        self._words.release()
+        self._map.close()
+        os.close(self._descriptor)
 
     def begin(
         self, now: int, kind: int, is_async: bool, group: int, peer: int, tag: int, place: int, form: int,
-        thread: int, nbytes: int, layer: int, chunk: int,
-    ) -> Ticket:  # fmt: skip
-        """Record that an op is issued. Numbers stand for what the lines of the same number say."""
-        words, base = self._room(next(self._slots))
-        commit = next(self._count) + 1
-        words[base] = words[base + LAST] = 0
+        thread: int, nbytes: int, layer: int, chunk: int, number: int,
+    ) -> tuple[int, int]:  # fmt: skip
+        """Record that an op is issued: where its record is, and what it must hold to be still this op's. Numbers stand
+        for what the lines of the same number say."""
+        words, slot = self._words, next(self._slots)
+        base = _HEADER_WORDS + slot * RECORD_WORDS if slot < self._reserved else self._room(slot)
+        commit = next(self._count)
+        words[base] = words[base + LAST] = words[base + WAITED] = words[base + DONE] = words[
+            base + WAIT_PLACE
+        ] = 0
         words[base + ISSUED] = now
-        words[base + WAITED] = words[base + DONE] = words[base + STATE] = words[base + WAIT_PLACE] = 0
+        words[base + NUMBER] = number
         BODY.pack_into(
             words, (base + BODY_AT) * 8, kind, is_async, group, peer, tag, place, form, thread, nbytes, layer, chunk
         )  # fmt: skip
         words[base + LAST] = commit
         words[base] = commit
         self.issued = commit
-        return Ticket(words, base, commit)
+        return base, commit
 
-    def waiting(self, ticket: Ticket, now: int, place: int) -> None:
+    def waiting(self, base: int, commit: int, now: int, place: int) -> None:
         """Somebody begins to wait for the op. Only the first time counts."""
-        words, base, commit = ticket
+        words = self._words
         if words[base] == commit and not words[base + WAITED]:
             words[base + WAIT_PLACE] = place
             words[base + WAITED] = now
 
-    def done(self, ticket: Ticket, now: int, failed: bool = False) -> None:
+    def done(self, base: int, commit: int, now: int, failed: bool = False) -> None:
         """The op is over. Only the first time counts."""
-        words, base, commit = ticket
+        words = self._words
         if words[base] == commit and not words[base + DONE]:
-            words[base + STATE] = FAILED if failed else 0
-            words[base + DONE] = now
+            words[base + DONE] = -now if failed else now
 
-    def is_done(self, ticket: Ticket) -> bool:
+    def is_done(self, base: int, commit: int) -> bool:
         """Whether the op's end is recorded, or the op has made room for another."""
-        words, base, commit = ticket
-        return words[base] != commit or words[base + DONE] != 0
+        return self._words[base] != commit or self._words[base + DONE] != 0
 
-    def set_peer(self, ticket: Ticket, peer: int) -> None:
-        """The rank from which a receive from any rank has received."""
-        words, base, commit = ticket
+    def set_number(self, base: int, commit: int, number: int, peer: int | None = None) -> None:
+        """Another number, and the rank from which a recv from any rank has received."""
+        words = self._words
         if words[base] == commit:
-            words[base + BODY_AT] = (words[base + BODY_AT] & 0xFFFFFFFF) | (peer << 32)
+            words[base + NUMBER] = number
+            if peer is not None:
+                words[base + BODY_AT] = (words[base + BODY_AT] & 0xFFFFFFFF) | (peer << 32)
+
+    def set_followed(self, base: int, commit: int) -> None:
+        """Somebody has taken the op's future."""
+        words = self._words
+        if words[base] == commit:
+            words[base + BODY_AT] |= FOLLOWED << 8
 
     def beat(self, now: int) -> None:
         """A sign of life."""
-        self._header[BEAT_AT] = now
+        self._words[BEAT_AT] = now
 
     def set_now(self, layer: int, chunk: int) -> None:
         """Layer and chunk that the process is in; NOTHING for none."""
-        self._header[NOW_AT] = _pair(layer, chunk)
+        self._words[NOW_AT] = _pair(layer, chunk)
 
     @property
     def asked(self) -> int:
         """The number of the request for stacks that is unanswered; 0: none."""
-        asked = int(self._header[ASKED_AT])
-        return asked if asked != self._header[ANSWERED_AT] else 0
+        asked = int(self._words[ASKED_AT])
+        return asked if asked != self._words[ANSWERED_AT] else 0
 
     def answered(self, number: int) -> None:
         """The stacks of this request are written."""
-        self._header[ANSWERED_AT] = number
+        self._words[ANSWERED_AT] = number
 
-    def _room(self, slot: int) -> tuple[memoryview, int]:
-        number, place = divmod(slot, SEGMENT_RECORDS)
-        if number >= len(self._segments):
-            if len(self._segments) < self._most:
-                self._grow(number)
-            if number >= len(self._segments):
-                return self._reused(slot)
-        return self._segments[number], place * RECORD_WORDS
-
-    def _grow(self, number: int) -> None:
+    def _room(self, slot: int) -> int:
+        """Where the record of this number goes, beyond what is reserved."""
         with self._growing:
-            while number >= len(self._segments) and len(self._segments) < self._most:
-                start = HEADER_BYTES + len(self._segments) * SEGMENT_BYTES
+            while slot >= self._reserved and self._reserved < self._most:
+                start = HEADER_BYTES + self._reserved * RECORD_WORDS * 8
                 try:
-                    self._segments.append(_map(self._descriptor, start, SEGMENT_BYTES))
+                    self._reserve(start, SEGMENT_BYTES)
                 except OSError:
-                    if not self._segments:
+                    if not self._reserved:
                         raise
-                    self._most = len(self._segments)  # the disk is full: go on in what there is
-                self._header[SEGMENTS_AT] = len(self._segments)
-
-    def _reused(self, slot: int) -> tuple[memoryview, int]:
-        """The place of an old op, rather of one that is over. Who waits is what a hang is about."""
-        capacity = len(self._segments) * SEGMENT_RECORDS
-        for _ in range(64):
-            number, place = divmod(slot % capacity, SEGMENT_RECORDS)
-            words, base = self._segments[number], place * RECORD_WORDS
-            if words[base + DONE]:
+                    self._most = self._reserved  # the disk is full: go on in what there is
+                    break
+                self._reserved += SEGMENT_RECORDS
+                self._words[SEGMENTS_AT] = self._reserved // SEGMENT_RECORDS
+        if slot < self._reserved:
+            return _HEADER_WORDS + slot * RECORD_WORDS
+        # The place of an old op, rather of one that is over: who waits is what a hang is about.
+        for _ in range(MOST_SKIPPED):
+            base = _HEADER_WORDS + slot % self._reserved * RECORD_WORDS
+            if self._words[base + DONE]:
                 break
             slot = next(self._slots)
-        return words, base
+        return base
+
+    def _reserve(self, start: int, length: int) -> None:
+        """Raises OSError where the disk is full: written to unreserved, mapped memory would end the process then
+        (SIGBUS)."""
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self._descriptor, start, length)
 
 
 def _pair(layer: int, chunk: int) -> int:
@@ -185,6 +188,11 @@ class LinesWriter:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o600)
         self._left = MOST_LINES_BYTES
+
+    def close(self) -> None:
+        """Write no more: whoever tries gets an OSError."""
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
 
     def write(self, what: str, **fields: Any) -> bool:
         """Append a line. Returns False where the file has reached its limit. Raises OSError."""
@@ -258,10 +266,15 @@ class Records:
             self.lines, "thread", lambda value: {"name": value[1], "ident": value[0]}
         )
 
+    def close(self) -> None:
+        """Write no more, and let go of the files."""
+        self.ops.close()
+        self.lines.close()
+
 
 def _form_fields(form: Any) -> dict[str, Any]:
-    shape, dtype = form
-    return {"shape": list(shape), "dtype": str(dtype).rpartition(".")[2]}
+    shape, dtype, device = form
+    return {"shape": list(shape), "dtype": str(dtype).rpartition(".")[2], "device": device}
 
 
 _GROUP_FIELDS = ("name", "ranks", "backend", "description")

@@ -5,11 +5,15 @@ No alarm may be raised for them, although ranks wait for each other, and some co
 
 import os
 import sys
+import tempfile
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+if "OMPI_COMM_WORLD_RANK" in os.environ:
+    os.environ.update(RANK=os.environ["OMPI_COMM_WORLD_RANK"], WORLD_SIZE=os.environ["OMPI_COMM_WORLD_SIZE"])
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 WIDTH = 64
 
@@ -112,10 +116,75 @@ def objects_beside_tensors() -> None:
         dist.all_gather_object(gathered, {"rank": RANK}, group=control)
 
 
+def interleaved() -> None:
+    """Two stages a rank, by PyTorch's own schedule."""
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(WIDTH, WIDTH) for _ in range(2 * SIZE)]
+    stages = [PipelineStage(layers[n], n, 2 * SIZE, torch.device("cpu")) for n in (RANK, RANK + SIZE)]
+    schedule = ScheduleInterleaved1F1B(stages, 2 * SIZE, torch.nn.functional.mse_loss)  # type: ignore[arg-type]
+    batch, target = torch.randn(4 * SIZE, WIDTH), torch.zeros(4 * SIZE, WIDTH)
+    for _ in range(2):
+        found = schedule.step(
+            *([batch] if RANK == 0 else []), target=target if RANK == SIZE - 1 else None, losses=[]
+        )
+    if RANK == SIZE - 1:
+        for layer in layers:
+            batch = layer(batch)
+        torch.testing.assert_close(found, batch)
+
+
+def tp_plan() -> None:
+    """transformers splits the layers of a tiny Llama over the ranks, which generate."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=8 * SIZE, intermediate_size=16 * SIZE, num_hidden_layers=2, num_attention_heads=2 * SIZE,
+        num_key_value_heads=SIZE, vocab_size=32 * SIZE, max_position_embeddings=64, eos_token_id=None,
+    )  # fmt: skip
+    whole: Any = LlamaForCausalLM(config)
+    place = [tempfile.mkdtemp() if RANK == 0 else None]
+    dist.broadcast_object_list(place, 0)
+    if RANK == 0:
+        whole.save_pretrained(place[0])
+    dist.barrier()
+    split: Any = LlamaForCausalLM.from_pretrained(place[0], tp_plan="auto")
+    ids = torch.arange(8)[None]
+    wanted = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert split.generate(ids, **wanted).tolist() == whole.generate(ids, **wanted).tolist()
+
+
+def accelerated() -> None:
+    """Data-parallel steps by accelerate, and its collectives of objects and tensors."""
+    from accelerate import Accelerator  # type: ignore[import-not-found]
+    from accelerate.utils import broadcast_object_list, gather_object  # type: ignore[import-not-found]
+
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == SIZE
+    model = torch.nn.Linear(WIDTH, 1)
+    data: Any = torch.utils.data.DataLoader(torch.randn(8 * SIZE, WIDTH), batch_size=2)  # type: ignore[arg-type]
+    model, optimizer, data = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.01), data)
+    for batch in data:
+        with accelerator.accumulate(model):
+            loss = model(batch).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert accelerator.gather(loss.detach()[None]).shape == (SIZE,)
+    assert gather_object([accelerator.process_index]) == list(range(SIZE))
+    assert broadcast_object_list([accelerator.process_index])[0] == 0
+    accelerator.wait_for_everyone()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    globals()[sys.argv[1] if len(sys.argv) > 1 else "ring_attention"]()
+    if sys.argv[1] != "accelerated":  # which does so itself
+        dist.init_process_group("gloo")
+    globals()[sys.argv[1]]()
     dist.barrier()
     dist.destroy_process_group()
     print("WELL", flush=True)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -44,11 +45,11 @@ def set_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(memory, "free", lambda _: size)
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, available: int, *args: object, **kwargs: object) -> str:
+def refusal(monkeypatch: pytest.MonkeyPatch, available: int, dtype: str, tokens: int, **asked: Any) -> str:
     """Return what check_memory says of Qwen3-4B with so much free."""
     set_free(monkeypatch, available)
     with pytest.raises(ModelError) as caught:
-        check_memory(QWEN3_4B, *args, **kwargs)  # type: ignore[arg-type]
+        check_memory(MemoryDemand(QWEN3_4B, dtype, tokens, **asked))
     return str(caught.value)
 
 
@@ -88,7 +89,7 @@ def test_an_unknown_dtype_is_refused() -> None:
 
 def test_enough_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, need(QWEN3_4B, "bfloat16", 1000).total)
-    check_memory(QWEN3_4B, "bfloat16", 1000, 1)
+    check_memory(MemoryDemand(QWEN3_4B, "bfloat16", 1000))
 
 
 def test_ranks_on_a_cpu_share_weights_only_where_they_are_views_of_the_files(
@@ -96,16 +97,16 @@ def test_ranks_on_a_cpu_share_weights_only_where_they_are_views_of_the_files(
 ) -> None:
     one = need(QWEN3_4B, "bfloat16", 1000)
     set_free(monkeypatch, one.weights_bytes + 3 * (one.kv_bytes + one.hidden_bytes))
-    check_memory(QWEN3_4B, "bfloat16", 1000, 3, "cpu")
+    check_memory(MemoryDemand(QWEN3_4B, "bfloat16", 1000, 3))
     for dtype, device in (("bfloat16", "cuda:0"), ("float16", "cpu")):
         with pytest.raises(ModelError, match="at most 1 rank here"):
-            check_memory(QWEN3_4B, dtype, 1000, 3, device)
+            check_memory(MemoryDemand(QWEN3_4B, dtype, 1000, 3, device))
 
 
 def test_the_refusal_says_what_was_asked_what_is_free_and_what_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    said = refusal(monkeypatch, 10 * GIB, "bfloat16", 40_960, 1, "cuda:0")
+    said = refusal(monkeypatch, 10 * GIB, "bfloat16", 40_960, device="cuda:0")
     # weights 7.49 + KV 144 KiB x 40,960 = 5.625 + hidden 5 KiB x 40,960 = 0.195
     assert said.startswith(
         "1 rank on cuda:0 with 40,960 tokens in bfloat16 need 13.3 GiB; "
@@ -120,20 +121,31 @@ def test_the_refusal_says_what_was_asked_what_is_free_and_what_is_missing(
 
 
 def test_each_single_change_that_helps_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = refusal(monkeypatch, 10 * GIB, "float32", 2000, 1)
+    said = refusal(monkeypatch, 10 * GIB, "float32", 2000)
     assert "One of these would be enough: dtype bfloat16 (needs 7.8 GiB)." in said
     fits = 2 * 8_044_936_192 + 2 * 149 * 1024 * 10_000 + 10 * 1024**2
-    said = refusal(monkeypatch, fits, "float32", 10_000, 1, chunk_size=2000)
+    said = refusal(monkeypatch, fits, "float32", 10_000, chunk_size=2000)
     chunk = 10 * 1024**2 // (49_664 * 4 + 10_000 * 5)
     assert f"chunk_size at most {chunk} instead of 2,000" in said
-    said = refusal(monkeypatch, 20 * GIB, "bfloat16", 1000, 3, "cuda:0")
+    said = refusal(monkeypatch, 20 * GIB, "bfloat16", 1000, ranks=3, device="cuda:0")
     assert "at most 2 ranks here" in said
 
 
 def test_where_nothing_helps_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = refusal(monkeypatch, GIB, "float32", 1000, 1)
+    said = refusal(monkeypatch, GIB, "float32", 1000)
     assert said.endswith("No single change is enough: use a smaller model, or a machine with more memory.")
-    assert "weights 7.5 GiB (one copy for all)" in refusal(monkeypatch, GIB, "bfloat16", 1000, 2)
+    assert "One copy of the weights is for all" in refusal(monkeypatch, GIB, "bfloat16", 1000, ranks=2)
+
+
+def test_graphs_are_counted_on_a_gpu_and_can_be_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_card: dict[str, Any] = {"device": "cuda:0", "graphs": True}
+    bare = MemoryDemand(QWEN3_4B, "bfloat16", 1000, device="cuda:0").bytes()
+    wanted = MemoryDemand(QWEN3_4B, "bfloat16", 1000, **on_card)
+    assert wanted.bytes() - bare == 36 * memory.GRAPH_BYTES == wanted.of_a_rank.graphs_bytes
+    said = refusal(monkeypatch, bare + memory.GRAPH_BYTES, "bfloat16", 1000, **on_card)
+    assert "graphs 648.0 MiB" in said
+    assert "kernels exact (slower, needs 7.6 GiB)" in said
+    assert "kernels exact" not in refusal(monkeypatch, bare - 1, "bfloat16", 1000, **on_card)
 
 
 def test_sizes_in_words() -> None:

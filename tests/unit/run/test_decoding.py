@@ -15,6 +15,7 @@ from dinfer.cluster.ranks import Pending, RankRefused
 from dinfer.cluster.threads import LocalRanks
 from dinfer.engine.decoding import Decoding
 from dinfer.messages import HashKv
+from dinfer.rank.commands import OnThread
 from dinfer.rank.decode import Tokens
 from dinfer.rank.service import RankService
 from dinfer.run.failure import RankFailed
@@ -255,12 +256,12 @@ def test_an_interrupt_after_a_rank_has_answered_does_not_lose_its_answer(
 def test_an_answer_that_nobody_waits_for_any_more_is_dropped(session: Session) -> None:
     states, door = session.ranks, threading.Event()
     assert isinstance(states, LocalRanks)
-    for pool in states._slow:
+    for pool in states.pools.values():
         pool.submit(door.wait, WAIT_S)
     with pytest.raises(TimeoutError, match="no answer from ranks 0–2"):
         states.ask(dict.fromkeys(range(3), HashKv(1)), 0.0)
     door.set()
-    for pool in states._slow:  # their answers have come when what was asked later is done
+    for pool in states.pools.values():  # their answers have come when what was asked later is done
         pool.submit(lambda: None).result(WAIT_S)
     assert not states._replies
 
@@ -268,7 +269,7 @@ def test_an_answer_that_nobody_waits_for_any_more_is_dropped(session: Session) -
 def test_a_refusal_is_told_though_another_rank_never_answers(session: Session) -> None:
     door, states = threading.Event(), session.ranks
     assert isinstance(states, LocalRanks)
-    states._slow[1].submit(door.wait, WAIT_S)
+    states.pools[1, OnThread.LOOKING].submit(door.wait, WAIT_S)
     try:
         with pytest.raises(RankRefused, match="rank 0 has no prompt yet"):
             states.ask(dict.fromkeys((0, 1), HashKv(1)), 3.0)

@@ -144,6 +144,15 @@ def test_the_next_prefill_just_works(
         assert capsys.readouterr().out == ""
 
 
+def test_kv_is_compared_at_once_where_ranks_are_blocked_in_decode(model: Path) -> None:
+    with session_on_threads(RANKS, model) as session:
+        with pytest.MonkeyPatch.context() as patch:
+            fail_in_decode(session, patch)
+        # The others wait for rank 1's token; who has come to no token more holds the prompt's KV all the same.
+        assert session.run.kv().diff().equal
+        assert session.run.sha256() == [expected(model, IDS, CHUNK, NEW).kv_sha256] * RANKS
+
+
 @pytest.mark.parametrize("break_it", BLOCKED[:3], ids=lambda one: one.__name__)
 def test_restart_just_works(model: Path, capsys: pytest.CaptureFixture[str], break_it: Break) -> None:
     with session_on_threads(RANKS, model) as session:

@@ -36,44 +36,54 @@ def judged(paths: list[Path]) -> Verdict:
     return explain_events(trace.events, groups=groups_of(trace))
 
 
-def blamed_by_torch(folder: Path, caplog: pytest.LogCaptureFixture) -> set[int]:
-    """The ranks that torch's analyzer misses in some collective."""
+def blamed_by_torch(folder: Path, caplog: pytest.LogCaptureFixture) -> set[int] | None:
+    """The ranks that torch's analyzer misses in some collective; None where it gives up."""
     fr_trace = pytest.importorskip("torch.distributed.flight_recorder.fr_trace")
     with caplog.at_level(logging.INFO, "Flight Recorder"):
-        fr_trace.main([str(folder), "-p", "dump_"])
+        try:
+            fr_trace.main([str(folder), "-p", "dump_"])
+        except AssertionError:
+            return None
     found = re.findall(r"missing ranks: \{([\d, ]+)\}", caplog.text)
     return {int(rank) for ranks in found for rank in ranks.split(",")}
 
 
-@pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize(
-    ("name", "kind", "ranks"),
+    ("name", "kind", "ranks", "theirs"),
     [
-        ("healthy", "done", ()),
-        ("never_sent", "never sent", (1,)),
-        ("gather_against_recv", "cycle", (0, 1)),
-        ("gpu_error", "stuck", (12, 14)),
-        ("lock_gil", "stuck", (9, 14)),
+        ("healthy", "done", (), "gives up"),
+        ("never_sent", "never sent", (1,), "gives up"),
+        ("gather_against_recv", "cycle", (0, 1), "gives up"),
+        ("gpu_error", "stuck", (12, 14), "names victims"),
+        ("lock_gil", "stuck", (9, 14), "is right"),
     ],
 )
 def test_dumps_with_known_faults(
-    name: str, kind: str, ranks: tuple[int, ...], pickled: bool, tmp_path: Path
+    name: str,
+    kind: str,
+    ranks: tuple[int, ...],
+    theirs: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    paths = written(name, tmp_path, pickled=pickled)
+    """`theirs`: what torch's analyzer makes of the same dumps. Messages that are not batched, it cannot place."""
+    paths = written(name, tmp_path, pickled=True)
     assert all(map(is_dump, paths))
     verdict = judged(paths)
     assert (verdict.kind, verdict.ranks) == (kind, ranks), verdict
+    blamed = blamed_by_torch(tmp_path, caplog)
+    said = "gives up" if blamed is None else "is right" if blamed == set(ranks) else "names victims"
+    assert said == theirs, blamed
 
 
-def test_torch_names_victims_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    written("gpu_error", tmp_path, pickled=True)
-    theirs = blamed_by_torch(tmp_path, caplog)
-    assert theirs - {12, 14}  # so it does not tell who is at fault
-
-
-def test_torch_names_those_who_hold_a_lock_as_well(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    written("lock_gil", tmp_path, pickled=True)
-    assert {9, 14} <= blamed_by_torch(tmp_path, caplog)
+@pytest.mark.parametrize("name", ["healthy", "never_sent", "gather_against_recv", "gpu_error", "lock_gil"])
+def test_dumps_as_json_are_judged_as_pickled_ones_are(name: str, tmp_path: Path) -> None:
+    for form in ("json", "pickled"):
+        (tmp_path / form).mkdir()
+    plain, pickled = (
+        judged(written(name, tmp_path / form, pickled=form == "pickled")) for form in ("json", "pickled")
+    )
+    assert (plain.kind, plain.ranks, plain.sentence) == (pickled.kind, pickled.ranks, pickled.sentence)
 
 
 def test_the_message_that_went_astray_before_the_hang_is_found(tmp_path: Path) -> None:

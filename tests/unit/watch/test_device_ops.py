@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinfer.watch.probe.captures import captures
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.recorder import NO_GROUP, OpRecorder, PendingOp
 from dinfer.watch.probe.records import NOTHING
@@ -39,7 +40,8 @@ def issue(recorder: OpRecorder, peer: int = NOTHING, nbytes: int = 4) -> Pending
     kind = "all_reduce" if peer == NOTHING else "send"
     pending = recorder.issued(kind, NO_GROUP, peer, NOTHING, [torch.zeros(1)], True, None)
     assert pending is not None
-    return pending._replace(on_device=True, nbytes=nbytes)
+    pending.on_device, pending.nbytes = True, nbytes
+    return pending
 
 
 def states(recorder: OpRecorder) -> list[str]:
@@ -103,8 +105,8 @@ def test_nothing_is_asked_while_a_graph_is_captured(recorder: OpRecorder) -> Non
     works.hand_over(before, issue(recorder))
     before.is_over = True
     graph = Graph()
-    works.devices.pausing(graph.capture_begin)()
-    works.devices.resuming(graph.capture_end)()
+    captures.beginning(graph.capture_begin)()
+    captures.ending(graph.capture_end)()
     assert states(recorder) == ["issued", "done"]
     works.look()
     assert states(recorder) == ["done", "done"]

@@ -19,11 +19,15 @@ import torch.distributed._functional_collectives as functional
 from torch.distributed import send as early_send
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from dinfer.verdict.completed import findings_of_events
 from dinfer.watch.probe import callers, kernels, recorder
 from dinfer.watch.probe.labels import label
 from dinfer.watch.probe.reading import ask_stacks, read
+from dinfer.watch.probe.recorder import NO_GROUP
 from dinfer.watch.probe.records import WatchedOp, WatchedProcess
 from dinfer.watch.probe.start import Probe
+from dinfer.watch.probe.works import Works
+from dinfer.watching.events import ranks_of, trace_of
 from tests.support.runs import wait_for
 
 Watched = Callable[[], WatchedProcess]
@@ -54,6 +58,7 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
         (process,) = read(tmp_path)
         return process
 
+    found.probe = probe  # type: ignore[attr-defined]
     yield found
     probe.stop()
 
@@ -180,6 +185,66 @@ def test_an_async_collective_is_over_before_anybody_waits(watched: Watched) -> N
     work.wait()
     op = only(watched(), "all_reduce")
     assert 0 < op.done_ns < op.waited_ns
+
+
+def by_future(work: dist.Work) -> None:
+    """Waits."""
+    work.get_future().wait()
+
+
+def by_what_follows(work: dist.Work) -> None:
+    """Waits."""
+    work.get_future().then(lambda future: future.value()).wait()
+
+
+def by_asking(work: dist.Work) -> None:
+    """Waits."""
+    wait_for(work.is_completed, "the op is over")
+
+
+@pytest.mark.parametrize("wait", [by_future, by_what_follows, by_asking])
+@pytest.mark.usefixtures("gloo")
+def test_who_has_seen_the_end_has_waited(watched: Watched, wait: Callable[[dist.Work], None]) -> None:
+    work = dist.all_reduce(torch.ones(2), async_op=True)
+    assert work is not None
+    wait(work)
+    op = only(watched(), "all_reduce")
+    assert (op.is_async, op.state, op.is_followed) == (True, "done", wait is not by_asking)
+    assert op.waited_ns > 0
+    if wait is not by_asking:
+        assert op.waited_line == line_of(wait, ".wait()")
+
+
+@pytest.mark.usefixtures("gloo")
+def test_who_acts_on_the_end_need_not_wait(watched: Watched) -> None:
+    work = dist.all_reduce(torch.ones(2), async_op=True)
+    assert work is not None
+    ended = threading.Event()
+    work.get_future().then(lambda _: ended.set())
+    wait_for(ended.is_set, "the op is over")
+    wait_for(lambda: only(watched(), "all_reduce").done_ns != 0, "the probe's thread notices the end")
+    op = only(watched(), "all_reduce")
+    assert (op.is_followed, op.waited_ns) == (True, 0)
+    trace = trace_of(ranks_of([watched()]))
+    assert findings_of_events(trace.events, ended=[0]) == []
+
+
+@pytest.mark.usefixtures("fake")
+def test_who_asks_an_op_that_is_not_over_goes_on_to_something_else(watched: Watched) -> None:
+    class Slow(dist.Work):
+        def is_completed(self) -> bool:
+            return False
+
+    works, work = Works(watched.probe.recorder), Slow()  # type: ignore[attr-defined]
+    works.patch()
+    try:
+        pending = works._recorder.issued("send", NO_GROUP, 1, 0, [torch.zeros(1)], True, None)
+        assert pending is not None
+        works.hand_over(work, pending)
+        assert not work.is_completed()
+    finally:
+        works.unpatch()
+    assert only(watched(), "send").waited_ns == 0
 
 
 @pytest.mark.usefixtures("gloo")

@@ -10,13 +10,20 @@ import pytest
 
 from dinfer.watch.probe import writing
 from dinfer.watch.probe.reading import Reader, ask_stacks, read
-from dinfer.watch.probe.records import HEADER_BYTES, KINDS, NOTHING, SEGMENT_RECORDS, RecordsError
-from dinfer.watch.probe.writing import OpsWriter, Records, Ticket
+from dinfer.watch.probe.records import (
+    HEADER_BYTES,
+    KINDS,
+    NOTHING,
+    SEGMENT_BYTES,
+    SEGMENT_RECORDS,
+    RecordsError,
+)
+from dinfer.watch.probe.writing import OpsWriter, Records
 
 SEND = KINDS.index("send")
 
 
-def begin(written: Records, number: int, peer: int = 1) -> Ticket:
+def begin(written: Records, number: int, peer: int = 1) -> tuple[int, int]:
     """An op of rank 0, with everything that an op can say."""
     return written.ops.begin(
         now=1000 + number,
@@ -26,11 +33,12 @@ def begin(written: Records, number: int, peer: int = 1) -> Ticket:
         peer=peer,
         tag=7,
         place=written.places.number(("infer.py", 12, "step")),
-        form=written.forms.number(((2, number % 5), "float32")),
+        form=written.forms.number(((2, number % 5), "float32", "cpu")),
         thread=written.threads.number((4, "MainThread")),
         nbytes=8 * number,
         layer=number,
         chunk=NOTHING,
+        number=2 * number,
     )
 
 
@@ -39,8 +47,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     written.lines.write("rank", rank=0, world_size=2)
     ticket = begin(written, 3)
     begin(written, 4)
-    written.ops.waiting(ticket, 2000, written.places.number(("infer.py", 15, "step")))
-    written.ops.done(ticket, 3000)
+    written.ops.waiting(*ticket, 2000, written.places.number(("infer.py", 15, "step")))
+    written.ops.done(*ticket, 3000)
     written.ops.beat(4000)
     written.ops.set_now(5, NOTHING)
 
@@ -52,6 +60,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert (first.shape, first.dtype, first.nbytes, first.is_async) == ((2, 3), "float32", 24, True)
     assert (first.file, first.line, first.function, first.thread) == ("infer.py", 12, "step", "MainThread")
     assert (first.layer, first.chunk) == (3, None)
+    assert (first.backend, first.number, second.number) == ("gloo", 6, 8)
     times = (first.issued_ns, first.waited_ns, first.done_ns)
     assert times == tuple(process.clock + at for at in (1003, 2000, 3000))
     assert (first.state, first.waited_line) == ("done", 15)
@@ -65,8 +74,8 @@ def test_only_the_first_wait_and_the_first_end_count(tmp_path: Path) -> None:
     written = Records(tmp_path, "none")
     ticket = begin(written, 0)
     for now in (10, 20):
-        written.ops.waiting(ticket, now, 0)
-        written.ops.done(ticket, now + 1, failed=now == 10)
+        written.ops.waiting(*ticket, now, 0)
+        written.ops.done(*ticket, now + 1, failed=now == 10)
     (process,) = read(tmp_path)
     (op,) = process.ops
     assert (op.waited_ns - process.clock, op.done_ns - process.clock, op.state) == (10, 11, "failed")
@@ -77,7 +86,7 @@ def test_old_ops_make_room_and_open_ones_last(tmp_path: Path) -> None:
     written.ops = OpsWriter(tmp_path / "small.ops", most_segments=2)
     open_one = begin(written, 0)
     for number in range(1, 2 * SEGMENT_RECORDS + 10):
-        written.ops.done(begin(written, number), number)
+        written.ops.done(*begin(written, number), number)
     (tmp_path / f"{written.name}.ops").unlink()
     (tmp_path / "small.ops").rename(tmp_path / f"{written.name}.ops")
 
@@ -86,7 +95,7 @@ def test_old_ops_make_room_and_open_ones_last(tmp_path: Path) -> None:
     assert [op.seq for op in process.ops[:2]] == [0, 11]
     assert process.ops[0].state == "issued"
     assert process.dropped == 10
-    written.ops.done(open_one, 5)
+    written.ops.done(*open_one, 5)
     assert read(tmp_path)[0].ops[0].state == "done"
 
 
@@ -99,8 +108,8 @@ def test_the_end_of_an_op_that_made_room_is_not_written_into_another(tmp_path: P
     gone = [ticket for number, ticket in enumerate(tickets) if number not in kept]
     assert len(gone) == 80  # though none is over
     for ticket in gone:
-        written.ops.waiting(ticket, 4, 0)
-        written.ops.done(ticket, 5)
+        written.ops.waiting(*ticket, 4, 0)
+        written.ops.done(*ticket, 5)
     assert {op.state for op in read(tmp_path)[0].ops} == {"issued"}
 
 
@@ -111,7 +120,7 @@ def test_threads_write_and_somebody_reads_at_the_same_time(tmp_path: Path) -> No
     def work() -> None:
         start.wait()
         for number in range(many):
-            written.ops.done(begin(written, number), 7)
+            written.ops.done(*begin(written, number), 7)
 
     workers = [threading.Thread(target=work) for _ in range(2)]
     for worker in workers:
@@ -154,7 +163,7 @@ def test_a_process_that_replaced_itself_has_files_of_its_own(tmp_path: Path) -> 
 def test_the_number_of_names_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "MOST_NAMES", 3)
     written = Records(tmp_path, "none")
-    assert [written.forms.number(((n,), "int8")) for n in (1, 2, 3, 4, 1)] == [1, 2, 3, 0, 1]
+    assert [written.forms.number(((n,), "int8", "cpu")) for n in (1, 2, 3, 4, 1)] == [1, 2, 3, 0, 1]
 
 
 def test_a_line_under_way_is_read_once_it_is_whole(tmp_path: Path) -> None:
@@ -179,7 +188,7 @@ def test_a_line_under_way_is_read_once_it_is_whole(tmp_path: Path) -> None:
         ('{"is":"group","id":1,"name":"0","ranks":[0,"a"],"backend":"gloo"}', "line 2: `ranks` is 'a'"),
         ('{"is":"rank","rank":99999999999999999999,"world_size":2}', "line 2: `rank` is '9999"),
         ("[" * 100_000, "line 2: "),
-        ('{"is":"start","version":1}', "line 2: a second start"),
+        ('{"is":"start","version":2}', "line 2: a second start"),
     ],
 )
 def test_damaged_lines_are_refused_by_name(tmp_path: Path, line: str, why: str) -> None:
@@ -197,7 +206,7 @@ def test_damaged_records_are_refused_by_name(tmp_path: Path) -> None:
     written = Records(tmp_path, "none")
     begin(written, 0)
     path = tmp_path / f"{written.name}.ops"
-    whole = path.read_bytes()
+    whole = path.read_bytes()[: HEADER_BYTES + SEGMENT_BYTES]  # behind that it has only holes
     damages = {
         "not a file of a watched process": b"x" * 64 + whole[64:],
         "format is 9": whole[:8] + (9).to_bytes(8, "little") + whole[16:],

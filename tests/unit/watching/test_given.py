@@ -32,7 +32,10 @@ def record(
     written = Records(folder, "kernels")
     group = written.groups.number((1, "0", tuple(range(world_size)), "gloo", "default_pg"))
     written.lines.write("rank", rank=rank, world_size=world_size, store=store)
-    for kind, peer, began, done in ops:
+    for n, (kind, peer, began, done) in enumerate(ops):
+        # Messages are numbered for each peer, collectives together.
+        alike = [one for one in ops[:n] if (one[1] == peer and (peer is None or one[0] == kind))]
+        place = written.places.number((f"rank{rank}.py", 1 + len(ops), "main"))
         ticket = written.ops.begin(
             now=int(began * SECOND),
             kind=KINDS.index(kind),
@@ -40,16 +43,17 @@ def record(
             group=group,
             peer=NOTHING if peer is None else peer,
             tag=0,
-            place=written.places.number((f"rank{rank}.py", 1 + len(ops), "main")),
-            form=written.forms.number(((4,), "float32")),
+            place=place,
+            form=written.forms.number(((4,), "float32", "cpu")),
             thread=written.threads.number((4, "MainThread")),
             nbytes=16,
             layer=NOTHING,
             chunk=NOTHING,
+            number=len(alike),
         )
-        written.ops.waiting(ticket, int(began * SECOND), 0)
+        written.ops.waiting(*ticket, int(began * SECOND), place)
         if done:
-            written.ops.done(ticket, int(done * SECOND))
+            written.ops.done(*ticket, int(done * SECOND))
     written.ops.beat(max(int(max(began, done) * SECOND) for _, _, began, done in ops))
     if ended:
         written.lines.write("end", how=ended)
