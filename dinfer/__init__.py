@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from dinfer.saved.saved import Saved
     from dinfer.session.session import Session
     from dinfer.trace.trace import Trace
-    from dinfer.watching.live import CommandWatch
+    from dinfer.watching.live import CommandWatch, Watch
 
 __all__ = ["__version__", "connect", "label", "load_ipython_extension", "open", "tap", "watch"]
 
@@ -79,14 +79,9 @@ def connect(
     _announce_import("" if where == "threads" else "finding or starting engines, and ")
     from dinfer.session.connect import connect as connected
 
-    def show(run: "Run") -> Any:
-        from dinfer.views.panel import Panel
-
-        return Panel(run)
-
     return connected(
         where, n, profile=profile, cluster_id=cluster_id, start=start, take=take, timeout=timeout,
-        patience=patience, place=place, show=show, write=_write,
+        patience=patience, place=place, show=_show, write=_write,
     )  # fmt: skip
 
 
@@ -105,16 +100,18 @@ def _watch(
     folder: "str | Path | None" = None,
     *,
     environment: "Mapping[str, str] | None" = None,
+    compare: bool = False,
 ) -> "CommandWatch":
     """Start a command under watch, such as `dinfer.watch("torchrun --nproc-per-node 2 infer.py")`, and return at once.
 
     Every Python process that it starts records what it calls of torch.distributed; nothing of it has to be changed. A
     hang or crash is said once it is found. `folder`: for its output and records, by default a new temporary one;
-    `environment`: variables besides this process's own. Raises OSError, NotPossible.
+    `environment`: variables besides this process's own; `compare`: take what `compare("reference")` needs of models of
+    transformers: token ids, and sketches of KV and hidden states. Raises OSError, NotPossible.
     """
     from dinfer.watching.live import CommandWatch
 
-    return CommandWatch(command, folder, environment, _write)
+    return CommandWatch(command, folder, environment, _write, _show, compare)
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -134,6 +131,19 @@ def _write(trace: "Trace", path: "Path") -> "Path":
     from dinfer.views.report.page import write_report
 
     return write_report([trace], path)
+
+
+def _show(shown: "Run | Watch") -> Any:
+    """The panel of a run or a watch."""
+    from dinfer.watching.live import Watch
+
+    if isinstance(shown, Watch):
+        from dinfer.views.watched import WatchPanel
+
+        return WatchPanel(shown)
+    from dinfer.views.panel import Panel
+
+    return Panel(shown)
 
 
 def _plot(name: str, result: Any) -> "Plot":

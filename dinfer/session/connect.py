@@ -13,7 +13,7 @@ from dinfer.files import check_working_folder
 if TYPE_CHECKING:
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
     from dinfer.saved.saved import WriteReport
-    from dinfer.session.session import Session, ShowRun
+    from dinfer.session.session import Session, Show
 
 _opened: "weakref.WeakSet[Session]" = weakref.WeakSet()
 """the sessions of this process"""
@@ -30,7 +30,7 @@ def connect(
     timeout: float = 60.0,
     patience: float = 60.0,
     place: "ClusterPlace | None" = None,
-    show: "ShowRun | None" = None,
+    show: "Show | None" = None,
     write: "WriteReport | None" = None,
 ) -> "Session":
     """A session with `n` ranks, `connect(n)` for short; it prints one line that describes them.

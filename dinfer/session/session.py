@@ -37,7 +37,8 @@ from dinfer.trace.summary import summary
 from dinfer.verdict.where import rank_spans_text
 from dinfer.watching.live import EnginesSource, EnginesWatch
 
-ShowRun = Callable[[Run], Any]
+Show = Callable[[Any], Any]
+"""makes the panel of a run or a watch"""
 
 LOOK_S = 0.05
 
@@ -71,11 +72,11 @@ class SessionOver(DinferError, RuntimeError):
 
 class Session(Tidy, Announced, Closing):
     """Made by `dinfer.connect`: `world_size` ranks. `spec`: the checkpoint that is loaded, None before; `log`: what has
-    happened, a line each. `show(run)` makes the panel that `debugger` returns, `write` the reports of runs."""
+    happened, a line each. `show` makes the panels that `debugger` returns, `write` the reports of runs."""
 
     INTERNAL = frozenset({"INTERNAL", "announce", "give_way", "ranks", "reattached", "severity"})
 
-    def __init__(self, ranks: Ranks, show: ShowRun | None = None, write: WriteReport | None = None) -> None:
+    def __init__(self, ranks: Ranks, show: Show | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
         self.log: list[str] = []
         self.spec: Spec | None = None
@@ -215,7 +216,7 @@ class Session(Tidy, Announced, Closing):
         if self._watch is None:
             folder = Path(tempfile.mkdtemp(prefix="dinfer-watch-"))
             self.ranks.watch(str(folder))
-            self._watch = EnginesWatch(EnginesSource(folder), self._write)
+            self._watch = EnginesWatch(EnginesSource(folder), self._write, self._show)
             self._watched = folder
         return self._watch
 

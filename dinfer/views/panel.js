@@ -8,7 +8,6 @@ const NOTES = 3; // on blocks that share a cell, the first
 const ZOOMS = [["+", "zoom in", (map, block) => map.zoomBy(0.5, block)], ["−", "zoom out", (map, block) => map.zoomBy(2, block)],
   ["all", "see all", (map) => map.zoomBy(Infinity)]];
 const ZOOM_KEYS = { "+": "+", "=": "+", "-": "−", 0: "all" };
-const LOST = "disconnected: the kernel was restarted, or has ended. This is a still picture; run the cell again for a live panel.";
 
 class View {
   constructor(model, el) {
@@ -25,7 +24,7 @@ class View {
     this.build(el);
     this.map = new BlockMap(this.canvas, this.root, this.board, () => this.look(), (text) => this.scope(text));
     this.follow();
-    this.theme();
+    this.themed = new Theme(this.root, () => this.theme());
     this.update();
   }
 
@@ -139,11 +138,6 @@ class View {
     canvas.ondblclick = () => this.toggleBreakpoint(this.clicked);
     this.root.onkeydown = (event) => this.key(event);
     this.releaseKeys = keepKeys(this.root);
-    this.themed = new MutationObserver(() => this.theme());
-    this.themed.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
-    this.preference = window.matchMedia("(prefers-color-scheme: dark)");
-    this.onPreference = () => this.theme();
-    this.preference.addEventListener("change", this.onPreference);
   }
 
   close() {
@@ -152,8 +146,7 @@ class View {
     this.map.close();
     this.inspector.remove();
     this.communication.remove();
-    this.themed.disconnect();
-    this.preference.removeEventListener("change", this.onPreference);
+    this.themed.close();
     this.silent.forEach(clearTimeout);
   }
 
@@ -176,10 +169,6 @@ class View {
   }
 
   theme() {
-    const body = document.body, said = body.dataset.jpThemeLight;
-    const dark = said !== undefined ? said === "false"
-      : body.classList.contains("vscode-dark") || (!body.classList.contains("vscode-light") && this.preference.matches);
-    this.root.classList.toggle("dinfer-dark", dark);
     this.map.draw();
     this.inspector.map.draw();
     this.communication.theme();
@@ -413,17 +402,3 @@ function marksOf(bytes, board) {
     return ranks.length ? [`${board.marks[which]} on rank${ranks.length > 1 ? "s" : ""} ${ranks.join(", ")}`] : [];
   });
 }
-
-function initialize({ model }) {
-  const slots = new Slots(model);
-  return () => slots.close();
-}
-
-// As an output of the widgets' own type, or among other widgets.
-function render({ model, el }) {
-  const view = new View(model, el);
-  hasKernel(model).then((isLive) => isLive() || view.lose());
-  return () => view.close();
-}
-
-export default { initialize, render };

@@ -4,20 +4,13 @@ This is the kernel's side: what is shown, and who does what a browser asks for. 
 panel.css.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
-import anywidget
-import ipywidgets
-from traitlets import Bytes, Dict, Unicode
+from traitlets import Bytes, Dict
 
 from dinfer.display import badge
-from dinfer.errors import ipython
 from dinfer.plan.ops import PlanError
 from dinfer.run.state import MOVING, RECOVER, Standing, State
 from dinfer.severity import Severity, style_variables
@@ -26,6 +19,7 @@ from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.inspector import Inspector, stamp_of
 from dinfer.views.protocol import InspectableRun, Json
+from dinfer.views.slotted import SlottedWidget
 from dinfer.views.status import breakpoints, layout, moment
 from dinfer.views.still import still_html
 from dinfer.views.still_kv import still_kv
@@ -104,15 +98,6 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
     return Action(f"{call}; run.breakpoints.remove({instead})", change)
 
 
-VIEW = "application/vnd.jupyter.widget-view+json"
-
-HINT = (
-    "An error in place of the panel means that this page could not load anywidget: VS Code and Colab load it from the "
-    "network, and have to be allowed to."
-)
-"""A page that has ipywidgets but not anywidget shows an unhelpful error in place of the panel. The hint is a plain
-ipywidget below it, and panel.css, which comes with a panel that is drawn, hides it."""
-
 _HERE = Path(__file__).parent
 
 SCRIPTS = (
@@ -121,7 +106,7 @@ SCRIPTS = (
 """concatenated, they are one module"""
 
 
-class Panel(anywidget.AnyWidget):
+class Panel(SlottedWidget):
     """The panel of a run: display it as the last line of a cell.
 
     Several panels may show one run; all follow it. `close()` removes the panel from the page and ends its threads; an
@@ -145,8 +130,6 @@ class Panel(anywidget.AnyWidget):
     """the state of each (layer, chunk, rank), see `cells`, as `bins.packed` has packed them"""
     marks = Dict().tag(sync=True)
     """notes on single blocks: see `status.moment`"""
-    slot = Unicode().tag(sync=True)
-    """the model's id, which a browser does not know of itself: it draws in outputs that carry it"""
 
     def __init__(self, run: InspectableRun) -> None:
         self._run, self._cells = run, CellMap(run.plan)
@@ -161,10 +144,7 @@ class Panel(anywidget.AnyWidget):
         self._painted: object = None
         self._answered = 0, ""
         """the number of actions done when the last one ended, and the stamp of the run then"""
-        self._frame: ipywidgets.VBox | None = None
-        """the panel and HINT"""
-        board, slot = {**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)}, uuid4().hex
-        super().__init__(board=board, slot=slot, model_id=slot)
+        super().__init__(board={**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)})
         self._paint()
         self.on_msg(self._on_message)
         self._unsubscribe: Callable[[], None] | None = run.on_change(self._painter.touch)
@@ -180,9 +160,6 @@ class Panel(anywidget.AnyWidget):
             self._inspector.close()
             self._communication.close()
             self._painter.close()
-            if self._frame:
-                self._frame.children[1].close()
-                self._frame.close()
         super().close()
 
     def _paint(self) -> None:
@@ -263,25 +240,7 @@ class Panel(anywidget.AnyWidget):
             self._worker.ask(action_of(self._run, message))
         self._painter.touch()
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[Json, Json]:
-        """The still picture, in a slot in which a page that has the panel's model draws the live one (slots.js).
-
-        Not the widget itself: Jupyter would show an error in its place, and not the picture, once a notebook is opened
-        again. Pages that draw widgets in no other way are given both.
-        """
-        if not draws_only_widgets():
-            slot = f'<div class="dinfer-slot {self.slot}">{self._still()}</div>'
-            return {"text/html": slot, "text/plain": repr(self)}, {}
-        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        if VIEW in data:
-            if not self._frame:
-                hint = ipywidgets.HTML(HINT)
-                hint.add_class("dinfer-hint")
-                self._frame = ipywidgets.VBox([self, hint], layout={"overflow": "visible"})
-            data = {**data, VIEW: {**data[VIEW], "model_id": self._frame.model_id}}
-        return {**data, "text/html": self._still()}, metadata
-
-    def _still(self) -> str:
+    def still(self) -> str:
         try:
             events, _ = self._run.events_since([])
             standing = self._run.standing()
@@ -295,14 +254,3 @@ class Panel(anywidget.AnyWidget):
         except Exception as error:  # the live view is still shown, and reports errors
             text = f"dinfer: where the run stands cannot be shown: {error}"
             return f"<div>{badge(Severity.ERROR)}{escape(text)}</div>"
-
-
-ONLY_WIDGETS = ("VSCODE_PID", "PYCHARM_HOSTED")
-"""environment variables of editors that start kernels themselves"""
-
-
-def draws_only_widgets() -> bool:
-    """Whether the page draws a widget only as an output of the widgets' own type: VS Code, PyCharm and Colab."""
-    own = getattr(ipython(), "user_ns", {})
-    by_editor = any(name in os.environ for name in ONLY_WIDGETS) and "JPY_SESSION_NAME" not in os.environ
-    return by_editor or "__vsc_ipynb_file__" in own or "google.colab.output" in sys.modules

@@ -2,6 +2,7 @@
 // draws the live panel in the slot. A notebook that is opened again has no such model and keeps the picture: an output of
 // the widgets' own type would be an error there, although it holds the picture, too.
 
+const LOST = "disconnected: the kernel was restarted, or has ended. This is a still picture; run the cell again for a live panel.";
 const HTML_STYLE = "jp-RenderedHTMLCommon"; // Jupyter's style of tables, links and code in HTML outputs: not the panel's
 
 class Slots {
@@ -57,3 +58,40 @@ async function hasKernel(model) {
   const whole = await model.widget_manager?.get_model?.(model.get("slot"));
   return () => whole?.comm_live !== false;
 }
+
+// Keeps a panel's colours those of the page; `onChange` is called at first and with each change.
+class Theme {
+  constructor(root, onChange) {
+    this.preference = window.matchMedia("(prefers-color-scheme: dark)");
+    this.change = () => {
+      const body = document.body, said = body.dataset.jpThemeLight;
+      const dark = said !== undefined ? said === "false"
+        : body.classList.contains("vscode-dark") || (!body.classList.contains("vscode-light") && this.preference.matches);
+      root.classList.toggle("dinfer-dark", dark);
+      onChange();
+    };
+    this.seen = new MutationObserver(this.change);
+    this.seen.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+    this.preference.addEventListener("change", this.change);
+    this.change();
+  }
+
+  close() {
+    this.seen.disconnect();
+    this.preference.removeEventListener("change", this.change);
+  }
+}
+
+function initialize({ model }) {
+  const slots = new Slots(model);
+  return () => slots.close();
+}
+
+// As an output of the widgets' own type, or among other widgets.
+function render({ model, el }) {
+  const view = new View(model, el);
+  hasKernel(model).then((isLive) => isLive() || view.lose());
+  return () => view.close();
+}
+
+export default { initialize, render };

@@ -141,8 +141,11 @@ def _links(events: Sequence[Event]) -> str:
     )
 
 
-def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) -> str:
-    """The map: layers × chunks, each cell split by rank, with the cut as a line; a large one in bins, and says so."""
+def map_svg(
+    states: CellStates, owners: Sequence[int], labels: Sequence[str], names: Sequence[str] = STATES
+) -> str:
+    """The map: layers × chunks, each cell split by rank, with the cut as a line; a large one in bins, and says so.
+    `names`: of states, those of a run if not given; of others there is no cut."""
     size = fitting(states.shape, WIDE, HIGH)
     cells = binned(states, size)
     rows, columns, parts = cells.shape
@@ -150,7 +153,7 @@ def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) ->
     across, down = part * parts, max(LEAST, min(18, HIGH // rows))
     right, bottom = _LEFT + across * columns, _TOP + down * rows
     bare = (cells & BASE).astype(np.uint8)
-    looks = [(f"s{state}", name, COLOURS[state]) for state, name in enumerate(STATES)]
+    looks = [(f"s{state}", name, COLOURS[state]) for state, name in enumerate(names)]
     drawn = [_path(bare == state, look, part, down, down) for state, look in enumerate(looks)]
     marks = [look for mark, look in MARK_LOOKS.items() if (cells & mark).any()]
     drawn_marks = [
@@ -167,8 +170,9 @@ def map_svg(states: CellStates, owners: Sequence[int], labels: Sequence[str]) ->
         for n in range(1, len(states))
         if owners[n] != owners[n - 1]
     )
+    is_run = names is STATES
     cut = [_TOP + per_layer * depth for depth in cut_line((states & BASE).astype(np.uint8))]
-    steps = f"M{_LEFT} {cut[0]:g}" + "".join(f"V{y:g}h{per_chunk:g}" for y in cut)
+    steps = f"M{_LEFT} {cut[0]:g}" + "".join(f"V{y:g}h{per_chunk:g}" for y in cut) if is_run else ""
     longest = 12 + 6 * len(str(len(labels)))
     tops = "".join(
         f'<text x="{_LEFT + across * c}" y="{_TOP - 5}"><title>{escape(labels[c * size.chunks])}</title>'

@@ -3,17 +3,17 @@
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from dinfer.verdict.recorded import UNREAD
 from dinfer.verdict.signs import Signs, StackFrame
 from dinfer.watch.probe.reading import Reader, ask_stacks
 from dinfer.watch.probe.records import RecordsError, WatchedProcess
-from dinfer.watch.probe.rows import each_rows
+from dinfer.watch.probe.rows import RowsTaken, each_rows
 from dinfer.watch.probe.stacks import DUMP_SIGNAL
 from dinfer.watching.clocks import on_one_clock
 from dinfer.watching.events import ranks_of, trace_of
@@ -22,6 +22,8 @@ from dinfer.watching.failures import told_apart
 from dinfer.watching.jobs import Job, jobs_of
 from dinfer.watching.kv import WatchedKv, layers_of
 from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, pulse_of, signs_of
+
+T = TypeVar("T")
 
 MOST_DUMPED = 1 << 18
 """characters of a dump of stacks that are read, the last"""
@@ -175,13 +177,21 @@ class Watched:
 
     def kv(self, found: Evidence) -> WatchedKv:
         """The rows of KV that the ranks have added so far, by their digests."""
-        layers = {}
+        return WatchedKv(self._of_rows(found, layers_of))
+
+    def rows(self, found: Evidence) -> dict[int, list[RowsTaken]]:
+        """All that was taken of rows of KV and of tapped tensors so far, by rank. It may be much."""
+        return self._of_rows(found, list)
+
+    def _of_rows(self, found: Evidence, take: Callable[[Iterator[RowsTaken]], T]) -> dict[int, T]:
+        """What `take` makes of each rank's rows, where that is anything."""
+        made = {}
         for rank, process in found.processes.items():
             try:
-                layers[rank] = layers_of(each_rows(self._folders[_key(process)], process))
+                made[rank] = take(each_rows(self._folders[_key(process)], process))
             except RecordsError as error:
                 self.unreadable.append(str(error))
-        return WatchedKv({rank: held for rank, held in layers.items() if held})
+        return {rank: one for rank, one in made.items() if one}
 
     def ask(self, processes: Iterable[WatchedProcess]) -> None:
         """Have these processes write where their threads stand, for a later look: each at most twice a second, and less

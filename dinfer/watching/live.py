@@ -1,8 +1,10 @@
 """What a notebook holds of a run under watch: of a command that it has started, or of the engines of a cluster."""
 
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -10,16 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dinfer.display import Closing, Displayable, DisplayableText, Table, Tidy, print_under_cell
-from dinfer.errors import NotPossible
+from dinfer.errors import DinferError, NotPossible
 from dinfer.files import free_path
 from dinfer.severity import Severity
 from dinfer.trace.trace import Trace
 from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.verdict import Verdict
-from dinfer.watching.alarm import HangAlarm
+from dinfer.watch.probe.tensors import COMPARE_VARIABLE
+from dinfer.watching.alarm import HangAlarm, is_end
 from dinfer.watching.command import WatchedCommand
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.figures import table_of
@@ -28,6 +31,7 @@ from dinfer.watching.kv import WatchedKv
 
 if TYPE_CHECKING:
     from dinfer.saved.saved import WriteReport
+    from dinfer.watching.reference import WatchedComparison
 
 TRACE = "trace.jsonl"
 """in the folder that `save` writes"""
@@ -36,6 +40,28 @@ STOP_S = 10.0
 """for so long a command may take to end by itself once it was told to"""
 
 LOOK_S = 0.5
+
+NO_VIEWS = "{what} need dinfer's views: make the watch by dinfer.watch(…) or session.watch()."
+
+
+class WatchHung(DinferError, RuntimeError):
+    """The command will not end by itself. `verdict` says why; it runs on until `close`."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(f"{verdict.sentence}; the command runs on: .close() ends it.")
+        self.verdict = verdict
+
+
+class WatchMoment(NamedTuple):
+    """What a panel shows of a watch. `verdict`: that which stands; None if the run goes on."""
+
+    title: str
+    evidence: Evidence
+    verdict: Verdict | None
+
+
+ShowWatch = Callable[["Watch"], Any]
+"""makes the panel that `debugger` returns"""
 
 
 class WatchSource(Protocol):
@@ -53,8 +79,40 @@ class WatchSource(Protocol):
 class Watch(Tidy, Displayable, Closing):
     """Other people's code under watch: what each rank does, why it does not move, and what it sent and received."""
 
-    def __init__(self, source: WatchSource, write: "WriteReport | None") -> None:
-        self._source, self._write = source, write
+    INTERNAL = frozenset({"ask_stacks", "is_over", "moment"})
+
+    def __init__(
+        self, source: WatchSource, write: "WriteReport | None" = None, show: "ShowWatch | None" = None
+    ) -> None:
+        self._source, self._write, self._show = source, write, show
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will change any more."""
+        raise NotImplementedError
+
+    def moment(self) -> WatchMoment:
+        """What there is to show now."""
+        found = self._source.evidence  # looking may end a verdict that stood
+        return WatchMoment(self._title(), found, self._source.verdict)
+
+    def ask_stacks(self) -> None:
+        """Have ranks that live write where they stand, for a later look."""
+        found = self._source.evidence
+        self._source.watched.ask(
+            process for rank, process in found.processes.items() if not found.signs[rank].ended
+        )
+
+    def _title(self) -> str:
+        """What is watched, in a line."""
+        raise NotImplementedError
+
+    def debugger(self) -> Any:
+        """A panel that follows the ranks, also while cells run: verdict, where each stands, layers and chunks where
+        they are known, communication, stacks. Raises NotPossible where there are no views."""
+        if self._show is None:
+            raise NotPossible(NO_VIEWS.format(what="panels"))
+        return self._show(self)
 
     def where(self) -> DisplayableText:
         """What each rank does, a line each."""
@@ -80,6 +138,30 @@ class Watch(Tidy, Displayable, Closing):
         """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
         return self._source.watched.kv(self._source.evidence)
 
+    def compare(
+        self,
+        what: str = "reference",
+        *,
+        checkpoint: str | Path | None = None,
+        ids: Sequence[int] | None = None,
+        dtype: str | None = None,
+    ) -> "WatchedComparison":
+        """Run transformers beside a model that was watched with `compare=True`, or tapped, and say the first layer,
+        chunk and token that differ, and by about how much.
+
+        `checkpoint`: a folder or "demo"; `ids`: of the one sequence that was fed. If not given, they are what calls of
+        a whole model of transformers were seen to use. `dtype`: if not given, that of what was taken. Raises
+        NotPossible where one of them is not known, ModelError.
+        """
+        if what != "reference":
+            raise NotPossible(
+                f'{what!r} cannot be compared with; watch.compare("reference") is what there is.'
+            )
+        from dinfer.watching.reference import compare  # imports transformers
+
+        path = None if checkpoint is None else str(checkpoint)
+        return compare(self._source.watched.rows(self._source.evidence), path, ids, dtype)
+
     def links(self) -> Table:
         """What went over each link and through each kind of collective: MB, seconds, MB/s, waiting."""
         return table_of(self._source.evidence.trace)
@@ -92,9 +174,7 @@ class Watch(Tidy, Displayable, Closing):
     def report(self, path: str | Path = "report.html") -> Path:
         """Write a report; raises NotPossible where there are no views, OSError."""
         if self._write is None:
-            raise NotPossible(
-                "reports need dinfer's views: make the watch by dinfer.watch(…) or session.watch()."
-            )
+            raise NotPossible(NO_VIEWS.format(what="reports"))
         return self._write(self._kept(), free_path(Path(path)))
 
     def save(self, folder: str | Path) -> Path:
@@ -130,19 +210,26 @@ class CommandWatch(Watch):
         folder: str | Path | None = None,
         environment: Mapping[str, str] | None = None,
         write: "WriteReport | None" = None,
+        show: "ShowWatch | None" = None,
+        compare: bool = False,
     ) -> None:
         words = shlex.split(command) if isinstance(command, str) else list(command)
         if not words:
             raise NotPossible('there is no command: dinfer.watch("torchrun --nproc-per-node 2 infer.py").')
+        words[0] = _found(words[0])
         self.folder = Path(folder) if folder else Path(tempfile.mkdtemp(prefix="dinfer-watch-"))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._output = self.folder / "output.log"
         with self._output.open("wb") as file:
             self._command = WatchedCommand(
-                words, self.folder / "records", tell=_tell, environment=environment, output=file.fileno()
+                words,
+                self.folder / "records",
+                tell=_tell,
+                environment={**(environment or {}), **({COMPARE_VARIABLE: "1"} if compare else {})},
+                output=file.fileno(),
             )
         self.status: int | None = None
-        super().__init__(self._command, write)
+        super().__init__(self._command, write, show)
         self._thread = threading.Thread(target=self._follow, name="dinfer watch", daemon=True)
         self._thread.start()
 
@@ -150,12 +237,20 @@ class CommandWatch(Watch):
         self.status = self._command.wait()
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until the command has ended; its exit status. Raises TimeoutError after so many seconds."""
-        self._thread.join(timeout)
-        if self.status is None:
-            raise TimeoutError(
-                f"the command has not ended within {timeout:g} s: .where() says what its ranks do."
-            )
+        """Wait until the command has ended; its exit status. Raises WatchHung once it will not end by itself, and
+        TimeoutError after so many seconds."""
+        limit = None if timeout is None else time.monotonic() + timeout
+        while self._thread.is_alive():
+            left = LOOK_S if limit is None else min(LOOK_S, limit - time.monotonic())
+            if left <= 0:
+                raise TimeoutError(
+                    f"the command has not ended within {timeout:g} s: .where() says what its ranks do."
+                )
+            self._thread.join(left)
+            verdict = self._source.verdict
+            if self.status is None and verdict and not is_end(verdict, self._source.evidence):
+                raise WatchHung(verdict)
+        assert self.status is not None
         return self.status
 
     def output(self) -> DisplayableText:
@@ -174,9 +269,22 @@ class CommandWatch(Watch):
                     process.send_signal(signal.SIGKILL)
         self._thread.join(STOP_S)
 
-    def __str__(self) -> str:
+    @property
+    def is_over(self) -> bool:
+        return self.status is not None
+
+    def _title(self) -> str:
         state = "runs" if self.status is None else f"ended with status {self.status}"
-        return "\n".join(filter(None, [f"{shlex.join(self._command.command)} {state}", self._text()]))
+        return f"{shlex.join(self._command.command)} {state}"
+
+    def __str__(self) -> str:
+        return "\n".join(filter(None, [self._title(), self._text()]))
+
+
+def _found(program: str) -> str:
+    """A program that is not on the path, as in kernels whose environment is not activated: that beside this Python."""
+    beside = Path(sys.executable).parent / program
+    return str(beside) if not shutil.which(program) and shutil.which(str(beside)) else program
 
 
 def _tell(verdict: Verdict) -> None:
@@ -219,6 +327,10 @@ class EnginesSource:
             return []
         return sorted({event.rank for event in self._evidence.trace.events if not event.end})
 
+    @property
+    def is_closed(self) -> bool:
+        return self._over.is_set()
+
     def close(self) -> None:
         self._over.set()
         self._thread.join(STOP_S)
@@ -244,9 +356,20 @@ def of_cells(evidence: Evidence) -> Evidence:
 class EnginesWatch(Watch):
     """What `session.watch()` returns: every call of torch.distributed in `%%px` cells is seen."""
 
-    def __init__(self, source: EnginesSource, write: "WriteReport | None") -> None:
-        super().__init__(source, write)
+    INTERNAL = Watch.INTERNAL | {"stuck_ranks"}
+
+    def __init__(
+        self, source: EnginesSource, write: "WriteReport | None" = None, show: "ShowWatch | None" = None
+    ) -> None:
+        super().__init__(source, write, show)
         self._engines = source
+
+    @property
+    def is_over(self) -> bool:
+        return self._engines.is_closed
+
+    def _title(self) -> str:
+        return "no longer watched" if self.is_over else "%%px cells under watch"
 
     def stuck_ranks(self) -> list[int]:
         """The ranks that wait in an op that does not end."""

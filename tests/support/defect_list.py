@@ -63,9 +63,9 @@ DEFECTS: Mapping[str, Defect] = {
     "crossed": _finding("crossed", 1, "messages crossed"),
     "crossed_k_and_v": _finding("crossed", 1, "messages crossed", "[2, 8] float32"),
     "never_waited_but_kept": _finding("never waited", 0, "`send -> 1`"),
-    "appended_twice": _finding("rows repeated", 1, "rows 8–11 of layer 0 twice"),
-    "appended_twice_to_a_cache": _finding("rows repeated", 1, "rows 8–11 of layer 0 twice"),
-    "stale_cache": _finding("rows repeated", 0, "rows 8–11 of layer 0 twice"),
+    "appended_twice": _finding("rows repeated", 1, "of layer 0"),
+    "appended_twice_to_a_cache": _finding("rows repeated", 1, "of layer 0"),
+    "stale_cache": _finding("rows repeated", 0, "of layer 0"),
     "stale_rows": _finding("rows differ", 1, "4 of 16 rows of layer 1", "token 8"),
     "slow": _finding("slow rank", 1, "is slow"),
 }

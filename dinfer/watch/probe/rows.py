@@ -1,7 +1,8 @@
 """Digests of rows that a watched process takes: of KV as it grows, and of tensors that the program names itself.
 
-They go into `HOST-PID.kv`: a head of fixed size for each time that rows were added, then two digests (K, V) for each
-row, or one. The file is only appended to, up to a limit; nobody who reads it waits for its writer.
+They go into `HOST-PID.kv`: a head of fixed size for each time that rows were added, then for each row two digests (K,
+V), or one, and as many sketches, where such are taken. The file is only appended to, up to a limit; nobody who reads it
+waits for its writer.
 """
 
 import ctypes
@@ -24,9 +25,20 @@ MAGIC = b"KVr1"
 _HEAD = struct.Struct(
     "<4sIqqiiiiiiI4x"
 )  # magic, name, at, seq, cache, layer, chunk, start, batch, count, columns
+SKETCH_WORDS = 8
+"""of 64 bits, which hold the numbers of one sketch as float32"""
+
 MOST_BYTES = 512 * 2**20
 MOST_WAITING = 4096
 """Digests on a device that are on their way to the host; if there are more, the oldest are dropped."""
+
+
+PAGED = 4
+"""words of a row of a paged cache: digests of K and V, position, and the number of the request, which may be another's
+later"""
+
+_COLUMNS = {PAGED: 2, 1: 1, 2: 2, 1 + SKETCH_WORDS: 1, 2 * (1 + SKETCH_WORDS): 2}
+"""how many of the words of a row are digests"""
 
 
 class RowsTaken(NamedTuple):
@@ -48,6 +60,8 @@ class RowsTaken(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     """of K, or of the tensor"""
+    sketches: "array[float]" = array("f")
+    """of [batch, rows, 1 or 2, 16]: see `digests.row_sketches`; empty if none were taken"""
 
 
 class RowsWriter:
@@ -73,8 +87,9 @@ class RowsWriter:
     def add(
         self, name: str, tensor: Any, digests: Any, cache: int, layer: int, chunk: int, start: int, seq: int
     ) -> bool:
-        """Write the digests of rows, int64 [batch, rows, columns]. Returns False once the file has reached its limit.
-        On CUDA they are written once they are there, without waiting for it. Raises OSError."""
+        """Write the digests of rows, int64 [batch, rows, columns], with the words of their sketches behind. Returns
+        False once the file has reached its limit. On CUDA they are written once they are there, without waiting for it.
+        Raises OSError."""
         about = (
             self._names.number((name, tuple(tensor.shape), tensor.dtype)),
             time.monotonic_ns(), seq, cache, layer, chunk, start,
@@ -152,11 +167,11 @@ def each_rows(folder: str | Path, process: WatchedProcess) -> Iterator[RowsTaken
 
 
 def _rows_in(file: BinaryIO, path: Path, process: WatchedProcess) -> Iterator[RowsTaken]:
-    at = 0
+    at, requests = 0, _Requests()
     while len(data := file.read(_HEAD.size)) == _HEAD.size:
         magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns = _HEAD.unpack(data)
         size = batch * count * columns * 8
-        if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in (1, 2):
+        if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in _COLUMNS:
             raise RecordsError(f"{path}: it is damaged at byte {at}")
         at += _HEAD.size + size
         if not size:  # whatever the other number says
@@ -166,10 +181,60 @@ def _rows_in(file: BinaryIO, path: Path, process: WatchedProcess) -> Iterator[Ro
         numbers = array("Q")
         numbers.frombytes(data)
         text, shape, dtype = process.taps.get(name, ("", (), ""))
-        rows = [tuple(numbers[i : i + columns]) for i in range(0, len(numbers), columns)]
+        about = (time_ns + process.clock, seq, dtype, shape)
+        if columns == PAGED:
+            yield from requests.rows(text, _known(layer), _known(chunk), numbers, about)
+            continue
+        parts = _COLUMNS[columns]
+        rows = [tuple(numbers[i : i + parts]) for i in range(0, len(numbers), columns)]
+        sketches = array("f")
+        if columns > parts:
+            for i in range(0, len(numbers), columns):
+                sketches.frombytes(numbers[i + parts : i + columns].tobytes())
         digests = tuple(tuple(rows[one * count : (one + 1) * count]) for one in range(batch))
-        at_ns = time_ns + process.clock
-        yield RowsTaken(text, cache, _known(layer), _known(chunk), start, digests, at_ns, seq, dtype, shape)
+        yield RowsTaken(text, cache, _known(layer), _known(chunk), start, digests, *about, sketches)
+
+
+class _Requests:
+    """Tells requests of a paged cache apart: as sequences, numbered in the order of their first row in a layer."""
+
+    def __init__(self) -> None:
+        self._newest: dict[tuple[int | None, int], tuple[int, int]] = {}
+        """by layer and number, the sequence that has it now, and its last position"""
+        self._counts: dict[int | None, int] = {}
+
+    def rows(
+        self, name: str, layer: int | None, chunk: int | None, words: "array[int]", about: tuple[Any, ...]
+    ) -> list[RowsTaken]:
+        """Rows of one write, by request, in runs of positions that follow each other."""
+        found: list[RowsTaken] = []
+        run: list[tuple[int, ...]] = []
+        begun = (-1, -1)  # sequence and position of the run's first row
+
+        def end() -> None:
+            if run:
+                digests = ((),) * begun[0] + (tuple(run),)
+                found.append(RowsTaken(name, 0, layer, chunk, begun[1], digests, *about))
+
+        for i in range(0, len(words), PAGED):
+            k, v, position, number = words[i : i + PAGED]
+            if position >= 1 << 63:  # padding
+                continue
+            sequence = self._sequence(layer, number, position)
+            if (sequence, position) != (begun[0], begun[1] + len(run)):
+                end()
+                run, begun = [], (sequence, position)
+            run.append((k, v))
+        end()
+        return found
+
+    def _sequence(self, layer: int | None, number: int, position: int) -> int:
+        sequence, last = self._newest.get((layer, number), (-1, -1))
+        if sequence < 0 or position <= last:  # a request has begun that has the number of one before
+            sequence = self._counts.get(layer, 0)
+            self._counts[layer] = sequence + 1
+        self._newest[layer, number] = (sequence, position)
+        return sequence
 
 
 def _known(number: int) -> int | None:

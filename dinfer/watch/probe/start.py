@@ -2,7 +2,7 @@
 
 import os
 import sys
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +11,7 @@ from .captures import captures
 from .endings import Endings
 from .imports import ImportWatch
 from .labels import enter_module
+from .paged import PagedCaches
 from .recorder import NO_GROUP, OpRecorder
 from .records import NOTHING
 from .stacks import dump_no_more, dump_on_signal, dumps_still
@@ -38,6 +39,7 @@ class Probe:
         self._endings = Endings(self.recorder, self._imports, self._stop_thread)
         self._tensors = TensorWatch(self.recorder, self._imports)
         captures.watch(self._imports)
+        PagedCaches(self._tensors, self._imports)
         self._imports.add(_C10D, self._found_c10d)
         self._imports.add("transformers.modeling_layers", self._found_layers)
 
@@ -183,7 +185,7 @@ class Probe:
             kind = getattr(module, "GradientCheckpointingLayer", None)
             if kind is None:  # an older transformers
                 return
-            by = _within_layer(kind.__call__, torch.compiler.is_compiling)
+            by = _within_layer(kind.__call__, torch.compiler.is_compiling, self._tensors)
             if "__call__" in vars(kind):
                 self._restore.append((kind, "__call__", by, vars(kind)["__call__"]))
             else:
@@ -193,8 +195,9 @@ class Probe:
             self.recorder.problem(f"layers of transformers are not told apart: {error}")
 
 
-def _within_layer(call: Any, is_compiling: Any) -> Any:
+def _within_layer(call: Any, is_compiling: Any, tensors: TensorWatch) -> Any:
     """Calls a decoder layer, and says meanwhile which one it is. A compiler must not see that."""
+    compares = tensors.compares
 
     @wraps(call)
     def called(layer: Any, *args: Any, **options: Any) -> Any:
@@ -205,6 +208,8 @@ def _within_layer(call: Any, is_compiling: Any) -> Any:
             return call(layer, *args, **options)
         before = enter_module(number)
         try:
+            if compares:
+                return tensors.layer_called(number, partial(call, layer, *args, **options), args, options)
             return call(layer, *args, **options)
         finally:
             enter_module(before)

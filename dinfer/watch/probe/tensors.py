@@ -20,6 +20,7 @@ from .captures import captures
 from .imports import ImportWatch
 from .labels import Label, labelled, module_layer
 from .recorder import OpRecorder
+from .records import NOTHING
 from .rows import RowsWriter
 from .taps import label_of, watching
 from .writing import NumberedNames
@@ -32,12 +33,20 @@ expressions of the method's arguments, `self` and `result`, which are evaluated 
 EXIT_S = 2.0
 """for so long a process that ends waits for digests from a device"""
 
+COMPARE_VARIABLE = "DINFER_WATCH_COMPARE"
+"""If it is 1, what a comparison with a reference needs is taken, too: sketches of KV, what enters and leaves decoder
+layers of transformers' models, and the token ids that such models are fed."""
+
+HIDDEN, OUTPUT, IDS = "hidden", "output", "ids of "
+"""names of what is taken then: what enters a layer, what leaves it; and ids, with the model's checkpoint behind"""
+
 
 class TensorWatch:
     """Digests of rows in this process."""
 
     def __init__(self, recorder: OpRecorder, imports: ImportWatch) -> None:
         self._recorder = recorder
+        self.compares = os.environ.get(COMPARE_VARIABLE) == "1"
         self._within = threading.local()
         self._restore: list[tuple[Any, str, Any]] = []
         self.is_off = False
@@ -45,6 +54,8 @@ class TensorWatch:
         self.clear()
         watching.append(self)
         imports.add("transformers.cache_utils", self._found_caches)
+        if self.compares:
+            imports.add("transformers.modeling_utils", self._found_models)
         for asked in _asked(recorder):
             _Method(self, asked, imports)
 
@@ -112,6 +123,58 @@ class TensorWatch:
         except Exception as error:
             self.switch_off("taking digests of KV", error)
 
+    def problem(self, text: str) -> None:
+        """Say once what is not taken."""
+        self._recorder.problem(text)
+
+    def paged(self, k: Any, v: Any, layer: int | None, positions: Any, requests: Any) -> None:
+        """Rows were written to a paged cache: K and V [tokens, heads, width], each of a request at a position in it,
+        both integers [tokens] on the same device; a position of -1: padding. Raises what torch raises."""
+        import torch
+
+        rows, records = self._writer(), self._recorder.records
+        if rows is None or records is None or not k.numel() or _is_compiling() or _is_captured(torch, k):
+            return
+        from .digests import token_digests
+
+        with torch.no_grad():
+            digests = [token_digests(value.transpose(0, 1)) for value in (k, v)]
+            words = torch.stack([*digests, positions.to(torch.int64), requests.to(torch.int64)], -1)[None]
+        number = NOTHING if layer is None else layer
+        if not rows.add("kv", k.transpose(0, 1)[None], words, 0, number, NOTHING, 0, records.ops.issued):
+            self._full()
+
+    def _full(self) -> None:
+        self.is_off = True
+        self._recorder.problem("the file of digests has reached its limit: later rows are missing")
+
+    def layer_called(self, layer: int, call: Callable[..., Any], args: tuple[Any, ...], options: Any) -> Any:
+        """Call a decoder layer; what enters and leaves it is taken."""
+        entered = args[0] if args else options.get("hidden_states")
+        cache = options.get("past_key_values", options.get("past_key_value"))
+        start = None if cache is None else _length(cache, layer)
+        if cache is None and getattr(self._within, "is_model", False):
+            start = 0  # the model is fed all tokens; layers that are called one by one may have a store of their own
+        result = call()
+        left = result[0] if isinstance(result, tuple) and result else result
+        for name, tensor in ((HIDDEN, entered), (OUTPUT, left)):
+            self._taken_of_model(name, tensor, cache, layer, start)
+        return result
+
+    def _taken_of_model(
+        self, name: str, tensor: Any, cache: Any, layer: int | None, start: int | None
+    ) -> None:
+        """Never raises."""
+        if self.is_off:
+            return
+        try:
+            rows = self._writer()
+            if rows is not None and tensor is not None:
+                number = 0 if cache is None else rows.number_of(cache)
+                self._take(name, number, [tensor], (layer, None), start, sys._getframe(2), by_token=False)
+        except Exception as error:
+            self.switch_off(f"taking {name!r} of transformers' models", error)
+
     def _take(
         self, name: str, cache: int, values: list[Any], label: Label, start: int | None, frame: FrameType | None,
         *, by_token: bool,
@@ -124,21 +187,17 @@ class TensorWatch:
         first = values[0]
         if first.device.type == "meta" or _is_captured(torch, first) or not first.numel():
             return
-        from .digests import last_dim_digests, token_digests
-
         said = label_of(label, label_of(labelled(), (module_layer(), None)))
         found = caller(frame, False, said[0] is None, said[1] is None)
         layer = found.layer if said[0] is None else said[0]
         chunk = found.chunk if said[1] is None else said[1]
         with torch.no_grad():
-            each = [token_digests(value) if by_token else last_dim_digests(value) for value in values]
-            digests = torch.stack([one.reshape(-1, one.shape[-1] if one.dim() else 1) for one in each], -1)
+            digests = _row_words(name, values, by_token, sketched=self.compares or not by_token)
         key = (cache, name, layer)
         begin = self._lengths.get(key, 0) if start is None else start
         self._lengths[key] = begin + digests.shape[1]
         if not rows.add(name, first, digests, cache, layer, chunk, begin, records.ops.issued):
-            self.is_off = True
-            self._recorder.problem("the file of digests has reached its limit: later rows are missing")
+            self._full()
 
     def _writer(self) -> RowsWriter | None:
         if self._rows is None and not self.is_off:
@@ -158,6 +217,36 @@ class TensorWatch:
                     self._watch_class(kind)
         except Exception as error:
             self.switch_off("finding caches of transformers", error)
+
+    def _found_models(self, module: ModuleType) -> None:
+        try:
+            kind: Any = getattr(module, "PreTrainedModel", None)
+            if kind is not None:
+                self.replace(kind, "__call__", self._calling_model(kind.__call__))
+        except Exception as error:
+            self.switch_off("finding models of transformers", error)
+
+    def _calling_model(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        import torch
+
+        within, is_compiling = self._within, torch.compiler.is_compiling
+
+        @wraps(call)
+        def called(model: Any, *args: Any, **options: Any) -> Any:
+            if is_compiling() or getattr(within, "is_model", False):
+                return call(model, *args, **options)
+            ids = args[0] if args else options.get("input_ids")
+            within.is_model = True
+            try:
+                if type(ids) is torch.Tensor and not ids.is_floating_point() and ids.dim() == 2:
+                    cache = options.get("past_key_values")
+                    start = 0 if cache is None else _length(cache, 0)
+                    self._taken_of_model(f"{IDS}{_checkpoint(model)}", ids, cache, None, start)
+                return call(model, *args, **options)
+            finally:
+                within.is_model = False
+
+        return called
 
     def _watch_class(self, kind: type[Any]) -> None:
         """It and all its subclasses, also those to come."""
@@ -196,6 +285,8 @@ class TensorWatch:
                 layer = layer if type(layer) is int else None
                 start = _length(cache, layer)
                 result = update(cache, *args, **options)
+                if start == 0 and not _length(cache, layer):
+                    start = None  # it keeps rows elsewhere: counted by ourselves
             finally:
                 within.is_on = False
             self.taken(cache, given[0], given[1], layer, start, sys._getframe(1))
@@ -300,11 +391,34 @@ def _tap_fields(value: Any) -> dict[str, Any]:
     return {"name": name, "shape": list(shape), "dtype": str(dtype).rpartition(".")[2]}
 
 
+def _checkpoint(model: Any) -> str:
+    """Where a model of transformers was loaded from; "" if it does not say so."""
+    found = getattr(vars(model).get("config"), "_name_or_path", "")
+    return found if isinstance(found, str) else ""
+
+
 def _descendants(kind: type[Any]) -> list[type[Any]]:
     found: list[type[Any]] = []
     for one in kind.__subclasses__():
         found += [one, *_descendants(one)]
     return found
+
+
+def _row_words(name: str, values: list[Any], by_token: bool, *, sketched: bool) -> Any:
+    """What is kept of rows: int64 [batch, rows, words]. `by_token`: they are of KV, [..., heads, tokens, width]."""
+    import torch
+
+    from .digests import last_dim_digests, row_sketches, token_digests, token_sketches
+
+    if name.startswith(IDS):
+        return values[0].to(torch.int64).reshape(-1, values[0].shape[-1], 1)
+    digests = [token_digests(value) if by_token else last_dim_digests(value) for value in values]
+    words = [one.reshape(-1, one.shape[-1] if one.dim() else 1, 1) for one in digests]
+    if sketched and all(value.is_floating_point() for value in values):
+        sketches = [token_sketches(value) if by_token else row_sketches(value) for value in values]
+        shape = words[0].shape[:2]
+        words += [one.contiguous().view(torch.int64).reshape(*shape, -1) for one in sketches]
+    return torch.cat(words, -1)
 
 
 def _plain(torch: Any) -> tuple[Any, ...]:
