@@ -14,7 +14,7 @@ UNSEEN_NS = 1_000_000_000
 """for so long a process may have lived after its heart was last seen to beat, and said nothing"""
 
 
-def told_apart(
+def only_first_failures(
     signs: Mapping[int, Signs], ranks: Mapping[int, WatchedProcess], gone: Mapping[int, float]
 ) -> dict[int, Signs]:
     """The signs, in which only the first failure is one: ranks that fail later have lost the first, or its launcher has

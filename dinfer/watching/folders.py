@@ -18,7 +18,7 @@ from dinfer.watch.probe.stacks import DUMP_SIGNAL
 from dinfer.watching.clocks import on_one_clock
 from dinfer.watching.events import ranks_of, trace_of
 from dinfer.watching.evidence import Evidence
-from dinfer.watching.failures import told_apart
+from dinfer.watching.failures import only_first_failures
 from dinfer.watching.jobs import Job, jobs_of
 from dinfer.watching.kv import WatchedKv, layers_of
 from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, pulse_of, signs_of
@@ -121,7 +121,8 @@ class Watched:
     ) -> Evidence:
         ranks = job.ranks
         signs = {
-            rank: _fresh(signs_of(one, self._pulse(one), now, now_ns), one) for rank, one in ranks.items()
+            rank: _without_old_stacks(signs_of(one, self._pulse(one), now, now_ns), one)
+            for rank, one in ranks.items()
         }
         for rank, process in ranks.items():
             if _key(process) in unread:
@@ -135,7 +136,7 @@ class Watched:
             signs |= {rank: Signs(phase=UNREAD) for rank in range(size) if rank not in ranks}
         gone = {rank: at for rank, one in ranks.items() if (at := self._pulse(one).gone) is not None}
         trace = trace_of(ranks, self._command)
-        told = told_apart(signs, ranks, gone)
+        told = only_first_failures(signs, ranks, gone)
         return Evidence(trace, told, now_ns, ranks, job=job.name, key=job.key, notes=notes)
 
     def _pulse(self, process: WatchedProcess) -> ProcessPulse:
@@ -239,7 +240,7 @@ def _takes_dumps(process: WatchedProcess) -> bool:
     return bool(int(caught, 16) >> (DUMP_SIGNAL - 1) & 1)
 
 
-def _fresh(signs: Signs, process: WatchedProcess) -> Signs:
+def _without_old_stacks(signs: Signs, process: WatchedProcess) -> Signs:
     """Without stacks that are older than the rank's last op."""
     last = max((max(op.issued_ns, op.done_ns) for op in process.ops[-50:]), default=0)
     if not process.stacks or process.stacks[-1].at_ns < last:
