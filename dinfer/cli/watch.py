@@ -95,7 +95,12 @@ def _watched(
         stop(f"the command {command[0]!r} was not found.", NOT_STARTED)
     except OSError as error:
         stop(f"the command {command[0]!r} cannot be started: {error.strerror}.", NOT_STARTED - 1)
-    passed.follow(running.process, lambda: lines.interrupted(running))
+
+    def on_end() -> None:
+        running.told_to_end()
+        lines.interrupted(running)
+
+    passed.follow(running.process, on_end)
     status = running.wait(lines.notes if quiet else lines.ranks)
     lines.conclusion(running, status)
     state = "" if running.verdict or not status else "failed"

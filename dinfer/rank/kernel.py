@@ -147,7 +147,9 @@ def listen_for_debugger(port: int = 0) -> int:
 
 def watch(folder: str) -> None:
     """Record from now on what this process calls of torch.distributed, into that folder."""
-    begin_probe(folder)
+    probe = begin_probe(folder)
+    if shell := ipython():
+        probe.follow_cells(shell)
 
 
 def _bind(host: RankService) -> None:

@@ -137,7 +137,11 @@ class RecordedEvents:
             if wait.root and wait.root.kind == verdict.kind:
                 roots.setdefault(wait.root.rank, wait.root.text)
         alike = [rank for rank in roots if rank not in verdict.ranks]
-        blocked = tuple(rank for rank in verdict.blocked if rank not in alike)
+        blocked = tuple(
+            rank
+            for rank in verdict.blocked
+            if rank not in alike and not self._signs.get(rank, NOBODY).ended  # who died waits no more
+        )
         found = replace(verdict, ranks=(*verdict.ranks, *alike), blocked=blocked)
         if verdict.kind == "stalled link":  # its text is a sentence by itself
             texts = [verdict.sentence, *dict.fromkeys(roots[rank] for rank in alike)]
@@ -200,7 +204,8 @@ class RecordedEvents:
         if rank not in self._signs and rank not in self._ops.by_rank:
             text = "is not in the records"
         if self._signs.get(rank, NOBODY).phase == "done":
-            text = f"has ended, after {full_text(last)}" if last else "has ended"
+            left = self._signs[rank].left
+            text = f"{left}, after {full_text(last)}" if last else left
             root = root or Root("done", rank, text)
         is_through = not self._open
         still = self._still(last) if last or self._now is None else self._waited() - START_S
@@ -224,11 +229,26 @@ class RecordedEvents:
             return Root("exception", rank, f"raised {signs.raised.message}{where}{waits}")
         if signs.ended:
             last = self._last(rank)
-            return Root("dead", rank, f"{signs.ended}{at or (last and f', after {full_text(last)}') or ''}")
+            dead = Root("dead", rank, f"{signs.ended}{at or (last and f', after {full_text(last)}') or ''}")
+            return self._killed_by_other(rank) or dead
         if signs.is_stopped:
             return Root("stopped", rank, f"is stopped by a signal or a debugger{at}")
         if signs.raised and not signs.raised.handled:
             return Root("lost peer", rank, f"lost its connection: {signs.raised.message}")
+        return None
+
+    def _killed_by_other(self, rank: int) -> Root | None:
+        """Of a rank that died in an op, how what it met there differs: backends end a process for it."""
+        for op in map(self._open.__getitem__, self._mine(rank)):
+            if op.event.kind in MESSAGES:
+                met = [self._ops.other_end(op)]
+            else:
+                met = [self._ops.joined(op, other) for other in self._ops.ranks_of(op) if other != rank]
+            parts = [op, *filter(None, met)]
+            for other in parts[1:]:
+                if wrong := difference(op.event, other.event):
+                    root = self._differs(op, other, parts, wrong)
+                    return root._replace(text=f"{root.text}: this ended rank {rank}")
         return None
 
     def _nodes(self, rank: int, like: RecordedOp | None = None) -> Iterator[Node]:
@@ -304,12 +324,11 @@ class RecordedEvents:
         verb, such = ("sent", "send") if event.kind == "recv" else ("received", "recv")
         after = f" after {full_text(last)}" if last else ""
         some = f", with {done} such {such}{'s' * (done != 1)}," if done else ""
-        text = (
-            f"has {'ended' if signs else 'done nothing more'}{after}{some} and not {verb} the {_nth(op.number)}, for "
-            f"which rank {event.rank} {wait.text}"
-        )
+        left = signs.left if signs else "has done nothing more"
+        text = f"{left}{after}{some} and not {verb} the {_nth(op.number)}, for which rank {event.rank} {wait.text}"
         root = Root(kind, peer, text, event.rank)
-        return wait._replace(root=root if signs else self._ripe(wait, root))  # what has ended does no more
+        is_over = signs is not None and not signs.between_cells  # what has ended does no more
+        return wait._replace(root=root if is_over else self._ripe(wait, root))
 
     def _other_tag(self, op: RecordedOp, peer: int) -> Event | None:
         """What the other rank is in that would be the other end but for its tag."""
@@ -437,8 +456,10 @@ class RecordedEvents:
         if gone and event.call:
             last = self._last(gone[0])
             after = f" after {full_text(last)}" if last else ""
-            said = f"has ended{after} and takes no part in {full_text(event)} of rank {event.rank}"
-            return wait._replace(text=text, root=Root("never joined", gone[0], said, event.rank))
+            signs = self._signs.get(gone[0], NOBODY)
+            said = f"{signs.left}{after} and takes no part in {full_text(event)} of rank {event.rank}"
+            root = Root("never joined", gone[0], said, event.rank)
+            return wait._replace(text=text, root=self._ripe(wait, root) if signs.between_cells else root)
         on = dict.fromkeys(node for rank in behind for node in self._nodes(rank, op))
         return wait._replace(text=text, on=tuple(on))
 

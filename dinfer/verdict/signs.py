@@ -66,7 +66,8 @@ class Signs:
     of a block, by the rank that sends it. `empty`: (lane, index) of transfers that ended without any bytes; `full`: of
     recvs that are known to have ended with theirs. `holder`: the lane whose thread keeps Python from answering, if that
     is known. `outside`, `child`: what it waits for that is no part of the run, in words, for example `a connection`,
-    and which of its child processes; "" if nothing says so."""
+    and which of its child processes; "" if nothing says so. `between_cells`: its phase is "done" since a
+    notebook's cell has ended, and another may come."""
 
     positions: tuple[int, ...] = ()
     started: tuple[bool, ...] = ()
@@ -89,6 +90,12 @@ class Signs:
     full: frozenset[tuple[int, int]] = frozenset()
     outside: str = ""
     child: str = ""
+    between_cells: bool = False
+
+    @property
+    def left(self) -> str:
+        """What ended, in words, where the phase is "done"."""
+        return "has ended its cell" if self.between_cells else "has ended"
 
     @property
     def is_stopped(self) -> bool:

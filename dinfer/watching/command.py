@@ -21,6 +21,9 @@ LOOK_S, SHARE = 0.25, 0.1
 GLANCE_S, GLANCE_SHARE = 0.1, 0.5
 """as above, where a process has ended or said something new, or a verdict is about to be told"""
 
+ENDS_S = 60.0
+"""for so long a command may take to end once somebody has told it to; one that goes on does not mean to"""
+
 LINGERS_S = 0.5
 """for so long ranks may take to end after their command has"""
 
@@ -39,20 +42,27 @@ class JobFollowed:
         self.evidence = Evidence.none()
         self._hung: Evidence | None = None
 
-    def look(self, evidence: Evidence, now: float) -> Verdict | None:
-        """Take the evidence of now; the verdict that is to be told, if one is."""
+    def look(self, evidence: Evidence, now: float, *, is_ending: bool = False) -> Verdict | None:
+        """Take the evidence of now; the verdict that is to be told, if one is. `is_ending`: somebody has told the
+        command to end, so that the ends of ranks are no news."""
         self.evidence = evidence
-        new = self.alarm.consider(evidence, now)
         problem = evidence.problem
+        if is_ending and problem and is_end(problem, evidence):
+            return None
+        new = self.alarm.consider(evidence, now)
         if problem is None or not is_end(problem, evidence):
             self._hung = evidence if problem else None
         elif new:
             self._hung = evidence
         return new
 
-    def conclude(self, at_end: Evidence, status: int) -> Evidence:
-        """The evidence that tells most, once the command has ended: why it hung comes before how it was ended."""
+    def conclude(self, at_end: Evidence, status: int, before_end: Evidence | None = None) -> Evidence:
+        """The evidence that tells most, once the command has ended: why it hung comes before how it was ended.
+        `before_end`: of when somebody told the command to end, if somebody did."""
         told, hung = self.alarm.standing, self._hung
+        if before_end is not None and not told:
+            self.evidence = before_end if before_end.problem else at_end
+            return self.evidence
         has_failed = status != 0 or (told is not None and at_end.problem is not None)
         self.evidence = hung if hung and has_failed else at_end
         # What has ended since says more of a rank that failed, unless it is the same.
@@ -91,6 +101,8 @@ class WatchedCommand:
         """numbers of the processes that still ran when the command had ended"""
         self._tell, self._followed = tell, dict[str, JobFollowed]()
         self._looking = threading.Lock()
+        self._before_end: dict[str, Evidence] = {}
+        self._ends_until = -1.0
         errors = subprocess.STDOUT if output is not None else None
         with starting or nullcontext():
             self.process = subprocess.Popen(
@@ -111,6 +123,15 @@ class WatchedCommand:
         followed = self._followed.get(found.key)
         return followed.alarm.standing if followed else None
 
+    def told_to_end(self) -> None:
+        """Somebody has sent the command a signal to end it: how its ranks stood before is what counts."""
+        self._before_end = {found.key: found for found in self.jobs}
+        self._ends_until = time.monotonic() + ENDS_S
+
+    @property
+    def _is_ending(self) -> bool:
+        return time.monotonic() < self._ends_until
+
     def look(self) -> list[Evidence]:
         """Look once, and tell what is new."""
         news = []
@@ -119,7 +140,7 @@ class WatchedCommand:
             now = time.monotonic()
             for found in self.jobs:
                 followed = self._followed.setdefault(found.key, JobFollowed())
-                if new := followed.look(found, now):
+                if new := followed.look(found, now, is_ending=self._is_ending):
                     news.append(new)
                 if followed.alarm.is_suspicious or found.verdict.kind == "idle":
                     self.watched.ask(
@@ -171,11 +192,14 @@ class WatchedCommand:
             for found in self.watched.look():
                 followed = self._followed.setdefault(found.key, JobFollowed())
                 told = followed.alarm.standing
-                said = followed.conclude(found, status)
+                before_end = self._before_end.get(found.key) if self._is_ending else None
+                said = followed.conclude(found, status, before_end)
                 said = replace(said, kv=self.watched.kv(said))
                 jobs.append(said)
                 # A script may end well whatever its jobs do, and a program may kill its own helpers at its end.
                 problem = said.problem if (status != 0 or told) and not self.living else None
+                if before_end is not None and not told and problem and is_end(problem, said):
+                    problem = None
                 if problem and self._tell and (not told or told.kind != problem.kind):
                     self._tell(problem)
                 followed.alarm.standing = problem

@@ -55,6 +55,8 @@ class Evidence:
 
     @cached_property
     def verdict(self) -> Verdict:
+        if not self.ranks:
+            return Verdict("moving", "no rank has recorded an op yet")
         found = explain_events(self.trace.events, self.signs, self.now_ns, self.groups, STUCK_S)
         if self.job:
             found = replace(found, sentence=f"{self.job}: {found.sentence}")
@@ -83,7 +85,7 @@ class Evidence:
         if signs.raised and not signs.raised.secondary and not signs.raised.handled:
             return f"raised {signs.raised.message}"
         if signs.ended or signs.phase == "done":
-            return signs.ended or "has ended"
+            return signs.ended or signs.left
         if signs.is_stopped:
             return "is stopped"
         if signs.phase == UNREAD:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from dinfer.verdict.signs import Raised, Signs
 from dinfer.watch.probe.records import WatchedProcess
 from dinfer.watching.evidence import Evidence
+from dinfer.watching.signs import last_sign
 
 FAILED_TOGETHER_NS = 200_000_000
 """of two ranks that fail, one that does so later than this has lost the other, or the launcher has ended it"""
@@ -29,7 +30,7 @@ def only_first_failures(
         if its.raised and not its.raised.secondary and error:
             times[rank] = error.at_ns
         elif its.ended:
-            times[rank] = error.at_ns if error else ranks[rank].heartbeat_ns + UNSEEN_NS
+            times[rank] = error.at_ns if error else last_sign(ranks[rank]) + UNSEEN_NS
     own = {
         rank: at
         for rank, at in times.items()
@@ -38,12 +39,15 @@ def only_first_failures(
     if not own:
         return dict(signs)
     first = min(own.values())
-    early = min(gone.values(), default=0.0)
+    # Of ranks that said nothing, it was seen when they vanished; their last signs of life are less exact.
+    silent = {
+        rank for rank in own if rank in gone and (not (its := signs[rank]).raised or its.raised.handled)
+    }
+    early = min((at for rank, at in gone.items() if rank in times), default=0.0)
     found = {}
     for rank, its in signs.items():
-        is_later = rank in times and times[rank] > first + FAILED_TOGETHER_NS
-        if its.ended and (not its.raised or its.raised.handled) and rank in gone and gone[rank] > early:
-            is_later = True
+        is_later = silent != own.keys() and rank in times and times[rank] > first + FAILED_TOGETHER_NS
+        is_later = is_later or (rank in silent and gone[rank] > early)
         if is_later and rank in own and len(own) > 1:
             what = its.raised.message if its.raised else its.ended
             found[rank] = replace(
@@ -58,7 +62,7 @@ def only_first_failures(
 
 def before_they_were_killed(found: Evidence) -> Evidence:
     """The evidence of when all ranks were killed together, if they hung by then: somebody has ended the hang."""
-    beats = [process.heartbeat_ns for process in found.processes.values()]
+    beats = [last_sign(process) for process in found.processes.values()]
     is_killed = all(one.ended is None and one.exception is None for one in found.processes.values())
     is_all = all(its.ended or (its.raised and not its.raised.handled) for its in found.signs.values())
     if not (beats and is_all and is_killed) or max(beats) - min(beats) > UNSEEN_NS:

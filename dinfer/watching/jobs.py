@@ -12,6 +12,7 @@ from itertools import combinations
 
 from dinfer.watch.probe.records import WatchedProcess
 from dinfer.watching.events import ranks_of
+from dinfer.watching.signs import last_sign
 
 SHOWN = 60
 """characters of a command in a job's name"""
@@ -68,7 +69,7 @@ def _is_of(
     store = _store(process)
     before = [one for one in part if one.host == process.host]  # the clocks of others may be hours off
     if before and all(
-        is_over(one) and _last(one) <= process.started_ns for one in before
+        is_over(one) and last_sign(one) <= process.started_ns for one in before
     ):  # another job, unless a launcher has started its ranks again
         return same_parent and process.parent > 0 and not all(map(_went_well, part))
     if store and stores:
@@ -109,7 +110,9 @@ def _overlap(
     for process in other:
         began[process.host] = min(began.get(process.host, process.started_ns), process.started_ns)
     same = [process for process in one if process.host in began]
-    return not same or any(not is_over(process) or _last(process) > began[process.host] for process in same)
+    return not same or any(
+        not is_over(process) or last_sign(process) > began[process.host] for process in same
+    )
 
 
 def _numbers(part: Iterable[WatchedProcess]) -> set[int]:
@@ -137,12 +140,6 @@ def _has_ended(process: WatchedProcess) -> bool:
 
 def _went_well(process: WatchedProcess) -> bool:
     return process.ended in ("exit", "os._exit(0)")
-
-
-def _last(process: WatchedProcess) -> int:
-    """When it was last known to live."""
-    ops = (max(op.issued_ns, op.done_ns) for op in process.ops[-50:])
-    return max(process.heartbeat_ns, process.started_ns, *ops, 0)
 
 
 def _names(parts: Collection[Sequence[WatchedProcess]]) -> list[str]:

@@ -52,7 +52,7 @@ class CommandLines:
             if command.standing(found) is None:
                 for line in rank_lines(found):
                     self.say(f"dinfer: interrupted; {line}")
-                if found.verdict.kind == "idle":
+                if found.problem or found.verdict.kind == "idle":
                     self.marked(found.verdict.severity, found.verdict.sentence)
 
     def verdict(self, verdict: Verdict) -> None:

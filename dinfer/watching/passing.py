@@ -13,6 +13,8 @@ _SIGNALS = (
 )  # fmt: skip
 """schedulers send some of them before a time limit"""
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
 _TICK_S = 0.2
 
 
@@ -26,7 +28,7 @@ class PassedOn:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._on_interrupt: Callable[[], None] | None = None
+        self._on_end: Callable[[], None] | None = None
         self._numbers: set[int] = set()
         self._before: dict[int, object] = {}
         self._mask: set[int] = set()
@@ -55,9 +57,9 @@ class PassedOn:
             if self._waits:
                 signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
 
-    def follow(self, process: "subprocess.Popen[bytes]", on_interrupt: Callable[[], None]) -> None:
-        """From now on signals go to that process. `on_interrupt` is called first, once."""
-        self._process, self._on_interrupt = process, on_interrupt
+    def follow(self, process: "subprocess.Popen[bytes]", on_end: Callable[[], None]) -> None:
+        """From now on signals go to that process. `on_end` is called before the first that is to end it."""
+        self._process, self._on_end = process, on_end
         for number in self._early:
             self._pass_on(number, from_terminal=False)
         if self._waits:
@@ -78,9 +80,9 @@ class PassedOn:
 
     def _pass_on(self, number: int, *, from_terminal: bool) -> None:
         assert self._process
-        if number == signal.SIGINT and self._on_interrupt:
-            on_interrupt, self._on_interrupt = self._on_interrupt, None
-            on_interrupt()
+        if number in _ENDING and self._on_end:
+            on_end, self._on_end = self._on_end, None
+            on_end()
         if self._process.returncode is not None:  # what is left is to write down what was seen
             self._after_end += number != signal.SIGCONT
             if self._after_end > 1:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,6 +25,9 @@ CPU_SHARE = 0.1
 
 RUNNABLE = 0.5
 """of the looks: a process that was found runnable, or at a disk, in more computes, however little CPU time it gets"""
+
+WAKES_PER_S = 4.0
+"""A main thread that goes to sleep so often looks for something again and again, as a server does between requests."""
 
 MUTE_S = 3.0
 """A heart beats four times a second. One that has not for so long is stopped, or C code holds its interpreter."""
@@ -45,6 +49,8 @@ class _Sample:
     runnable: bool
     children: Mapping[int, float] = field(default_factory=dict)
     """CPU seconds of the processes that it has started, and these; looked at while it computes nothing itself"""
+    wakes: int | None = None
+    """how often its main thread has gone to sleep, if the system says so"""
 
 
 @dataclass
@@ -73,7 +79,7 @@ class ProcessPulse:
         is_stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         self.stopped_since = (self.stopped_since or now) if is_stopped else None
         is_busy = status in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
-        self.samples.append(_Sample(now, times.user + times.system, is_busy))
+        self.samples.append(_Sample(now, times.user + times.system, is_busy, wakes=_wakes(self.process.pid)))
         if not self._computes:
             self.samples[-1].children = _cpu_of(descendants_of(self.process.pid))
         while len(self.samples) > 2 and now - self.samples[1].at > WINDOW_S:
@@ -103,6 +109,16 @@ class ProcessPulse:
         return share > CPU_SHARE or runnable > RUNNABLE
 
     @property
+    def polls(self) -> bool:
+        """Whether its main thread wakes up again and again, and sleeps."""
+        if self._computes is not False:
+            return False
+        first, last = self.samples[0], self.samples[-1]
+        if first.wakes is None or last.wakes is None:
+            return False
+        return last.wakes - first.wakes >= WAKES_PER_S * (last.at - first.at)
+
+    @property
     def _children_compute(self) -> bool | None:
         if self._computes is None:
             return None
@@ -112,6 +128,16 @@ class ProcessPulse:
         first, last = looked[0].children, looked[-1].children
         used = sum(last[pid] - first[pid] for pid in last.keys() & first.keys())
         return used > CPU_SHARE * (looked[-1].at - looked[0].at)
+
+
+def _wakes(pid: int) -> int | None:
+    """The voluntary context switches of a process's main thread; None where the system does not say."""
+    try:
+        status = Path(f"/proc/{pid}/task/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)$", status, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _cpu_of(pids: Iterable[int]) -> dict[int, float]:
@@ -143,12 +169,15 @@ def signs_of(
     is. `pulse`: None where the process is of another host, or of a record."""
     ended, phase = _ended(watched, pulse)
     is_alive = not ended and phase != "done"
-    beat_s = (now_ns - _last_sign(watched)) / 1e9 if now_ns else 0.0
+    beat_s = (now_ns - last_sign(watched)) / 1e9 if now_ns else 0.0
     stopped = pulse is not None and pulse.stopped_since is not None and now - pulse.stopped_since >= 0.3
     here = watched.host == socket.gethostname() and now_ns is not None  # else its clock is another
     answers = None if not is_alive or stopped or not here else beat_s < MUTE_S
     taken = watched.stacks[-1] if watched.stacks and is_alive else None
     thread = watched.ops[-1].thread if watched.ops else MAIN
+    outside = outside_of(taken, thread) if taken else ""
+    if not outside and pulse and pulse.polls and is_alive:
+        outside = "something that it looks for again and again"
     waits_for_child = taken is not None and child_waited(taken, thread)
     return Signs(
         phase=phase,
@@ -157,13 +186,14 @@ def signs_of(
         answers=answers,
         ended=ended,
         raised=_raised(watched),
+        between_cells=phase == "done" and watched.ended is None,
         frames=frames_of(taken, thread) if taken else {},
-        outside=outside_of(taken, thread) if taken else "",
+        outside=outside,
         child=child_text(watched.pid, here) if waits_for_child else "",
     )
 
 
-def _last_sign(watched: WatchedProcess) -> int:
+def last_sign(watched: WatchedProcess) -> int:
     """When the process was last known to run Python, in nanoseconds since the epoch."""
     ops = (max(op.issued_ns, op.done_ns) for op in watched.ops[-50:])
     return max(watched.heartbeat_ns, watched.started_ns, *ops, 0)
@@ -182,14 +212,14 @@ def _ended(watched: WatchedProcess, pulse: ProcessPulse | None) -> tuple[str, st
         return ("", "done") if how.endswith("(0)") else (f"ended by {how}", "prefill")
     if pulse and pulse.gone is not None:
         return "died: a signal killed it, or C code ended it", "prefill"
-    return "", "prefill"
+    return "", "done" if watched.cell == "ended" else "prefill"
 
 
 def _raised(watched: WatchedProcess) -> Raised | None:
     """The exception that ended it or one of its threads, or that it handles while it waits in an op."""
     error, is_handled = watched.exception, False
-    if error is None or (error.thread != MAIN and watched.ended != "exception"):
-        error, is_handled = _handled(watched) or error, True
+    if error is None or error.thread != MAIN or _goes_on(watched, error):
+        error, is_handled = _handled(watched) or _of_cell(watched) or error, True
     if error is None:
         return None
     lines = error.message.strip().splitlines() or [""]
@@ -199,11 +229,22 @@ def _raised(watched: WatchedProcess) -> Raised | None:
     return Raised(said, op=place, lane=error.thread, secondary=is_lost, handled=is_handled)
 
 
+def _goes_on(watched: WatchedProcess, error: RaisedError) -> bool:
+    """Whether it has issued ops since, as after an exception that somebody has only printed as if it ended all."""
+    return watched.ended is None and any(op.issued_ns > error.at_ns for op in watched.ops[-50:])
+
+
 def _handled(watched: WatchedProcess) -> RaisedError | None:
     """The exception in whose handler the process waits."""
     waiting = {op.seq for op in watched.ops[-50:] if not op.done_ns and (op.waited_ns or not op.is_async)}
     found = (one for one in reversed(watched.handled) if one.seq in waiting and one.type not in _USUAL)
     return next(found, None)
+
+
+def _of_cell(watched: WatchedProcess) -> RaisedError | None:
+    """The exception that ended the last cell of a notebook, where no other runs."""
+    found = watched.cell_raised
+    return found if found and found.type not in _USUAL else None
 
 
 _USUAL = frozenset({"StopIteration", "StopAsyncIteration", "GeneratorExit", "Empty", "KeyboardInterrupt"})
@@ -254,7 +295,7 @@ def stack_text(taken: StacksTaken) -> str:
     for thread in taken.threads:
         if thread.user_frames or thread.name == MAIN:
             lines.append(f"thread {thread.name}:")
-            for file, line, function, text in thread.frames[: max(thread.user_frames, 5)]:
+            for file, line, function, text in thread.frames[: thread.user_frames or 5]:
                 lines.append(f"  {place_of(file, line)} in {function}{f': {text}' if text else ''}")
     return "\n".join(lines)
 
@@ -278,6 +319,7 @@ def as_plain(signs: Mapping[int, Signs]) -> dict[str, Any]:
             ],
             "outside": its.outside,
             "child": its.child,
+            "between_cells": its.between_cells,
             "frames": {name: list(frame[:4]) for name, frame in its.frames.items()},
         }
         for rank, its in signs.items()
@@ -298,6 +340,7 @@ def of_plain(values: Mapping[str, Any]) -> dict[int, Signs]:
             raised=_raised_of_plain(raised) if raised else None,
             outside=str(its.get("outside", "")),
             child=str(its.get("child", "")),
+            between_cells=bool(its.get("between_cells", False)),
             frames={
                 str(name): StackFrame(str(at[0]), int(at[1]), str(at[2]), str(at[3]))
                 for name, at in its.get("frames", {}).items()

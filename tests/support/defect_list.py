@@ -41,7 +41,7 @@ DEFECTS: Mapping[str, Defect] = {
     "exception_then_barrier": Defect("exception", (1,), (_VALUE_ERROR, "`barrier`")),
     "exception_then_barrier_of_all": Defect("exception", (1,), (_VALUE_ERROR,)),
     "both_send_first": Defect("cycle", (0, 1), ("`send -> 1` ([8, 2] float32)", "`send -> 0`")),
-    "wrong_group_rank": Defect("cycle", (0, 1), ("`recv <- 0`", "`send -> 2`"), n=3),
+    "wrong_group_rank": Defect("never received", (2,), ("`send -> 2`", "rank 0"), n=3),
     "to_itself": Defect("exception", (1, 2), ("ValueError: Invalid destination rank",), within_s=DEAD_S),
     "micro_batches": Defect("cycle", (0,), ("`all_reduce`", "`recv <- 0`")),
     "group_on_one_rank": Defect("cycle", (1,), ("`new_group`", "`all_reduce`")),

@@ -314,6 +314,9 @@ class _ProcessFiles:
         process.hook = line.text("name")
         process.torch = line.text("torch", process.torch)
 
+    def _take_meant(self, line: "Fields", process: WatchedProcess) -> None:
+        process.expected_rank = line.number("rank")
+
     def _take_rank(self, line: "Fields", process: WatchedProcess) -> None:
         process.rank, process.world_size = line.number("rank"), line.number("world_size")
         process.store = line.text("store", "")
@@ -357,6 +360,14 @@ class _ProcessFiles:
 
     def _take_handled(self, line: "Fields", process: WatchedProcess) -> None:
         process.handled.append(_raised(line, process.clock))
+
+    def _take_cell(self, line: "Fields", process: WatchedProcess) -> None:
+        process.cell = line.text("state")
+        if process.cell == "running":
+            process.cell_raised = None
+
+    def _take_cell_raised(self, line: "Fields", process: WatchedProcess) -> None:
+        process.cell_raised = _raised(line, process.clock)
 
     def _take_end(self, line: "Fields", process: WatchedProcess) -> None:
         process.ended = line.text("how")

@@ -207,6 +207,13 @@ class OpRecorder:
         if self._on_open:
             self._on_open()
 
+    def meant_to_be(self, rank: int) -> None:
+        """Which rank this process asks to be. Where it is not in the environment, nothing else tells whose failure to
+        join it is."""
+        records = self.open()
+        if records is not None:
+            records.lines.write("meant", rank=rank)
+
     def say_hook(self, hook: str, torch: str) -> None:
         """How ops are seen from now on."""
         self.hook, self.torch = hook, torch
@@ -471,7 +478,8 @@ class OpRecorder:
     # -- exceptions
 
     def raised(self, error: BaseException, what: str, thread: str = "") -> None:
-        """Say that an exception ended a thread (`exception`), or is being handled while ops are issued (`handled`)."""
+        """Say that an exception ended a thread (`exception`) or a notebook's cell (`cell_raised`), or is being handled
+        while ops are issued (`handled`)."""
         if self._raised >= MOST_RAISED or (what == "handled" and self._last_raised == id(error)):
             return
         records = self.open()

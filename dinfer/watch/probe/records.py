@@ -215,6 +215,10 @@ class WatchedProcess:
     """the last one that ended a thread or the process"""
     handled: list[RaisedError] = field(default_factory=list)
     """exceptions that were being handled while the process issued ops, each once: `seq` is the number of the first"""
+    cell: str = ""
+    """of a process that runs a notebook's cells: `running`, or `ended` between them"""
+    cell_raised: RaisedError | None = None
+    """what ended its last cell, as long as no other has begun"""
     problems: list[str] = field(default_factory=list)
     """of the probe: what it could not see, and which of its parts switched themselves off"""
     heartbeat_ns: int = 0

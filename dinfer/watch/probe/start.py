@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from .captures import captures
+from .cells import Cells
 from .endings import Endings
 from .imports import ImportWatch
 from .labels import enter_module
@@ -21,6 +22,8 @@ from .works import Works
 
 VARIABLE = "DINFER_WATCH"
 _C10D = "torch.distributed.distributed_c10d"
+_RANK = 4
+"""the argument `rank` of init_process_group, where it has no name"""
 
 
 class Probe:
@@ -35,6 +38,7 @@ class Probe:
         self._dump: int | None = None
         self._thread: ProbeThread | None = None
         self._restore: list[tuple[Any, str, Any, Any]] = []
+        self._cells: Cells | None = None
         self._imports = ImportWatch()
         self._endings = Endings(self.recorder, self._imports, self._stop_thread)
         self._tensors = TensorWatch(self.recorder, self._imports)
@@ -46,6 +50,8 @@ class Probe:
     def stop(self) -> None:
         """Watch no more, and leave torch as it was. What was recorded stays."""
         self._stop_thread()
+        if self._cells is not None:
+            self._cells.remove()
         self._tensors.stop()
         self._imports.remove()
         self._endings.remove()
@@ -59,6 +65,12 @@ class Probe:
         dump_no_more()
         self._works.clear()
         self.recorder.close()
+
+    def follow_cells(self, shell: Any) -> None:
+        """Of an IPython shell, whose cells this process runs: when they begin, end and fail. A second call changes
+        nothing."""
+        if self._cells is None:
+            self._cells = Cells(self.recorder, shell)
 
     def _on_open(self) -> None:
         self._thread = ProbeThread(self.recorder, self._works, self._check_dump)
@@ -133,6 +145,9 @@ class Probe:
         @wraps(before)
         def init_process_group(*args: Any, **options: Any) -> Any:
             self._hook_ops()
+            rank = options.get("rank", args[_RANK] if len(args) > _RANK else None)
+            if isinstance(rank, int) and rank >= 0:
+                self.recorder.meant_to_be(rank)
             pending = self.recorder.issued(
                 "init_group", NO_GROUP, NOTHING, NOTHING, (), False, sys._getframe(1)
             )

@@ -30,15 +30,15 @@ KV_VARIABLE = "DINFER_WATCH_KV"
 expressions of the method's arguments, `self` and `result`, which are evaluated once it has returned."""
 
 
-EXIT_S = 2.0
-"""for so long a process that ends waits for digests from a device"""
-
 COMPARE_VARIABLE = "DINFER_WATCH_COMPARE"
 """If it is 1, what a comparison with a reference needs is taken, too: sketches of KV, what enters and leaves decoder
 layers of transformers' models, and the token ids that such models are fed."""
 
 HIDDEN, OUTPUT, IDS = "hidden", "output", "ids of "
 """names of what is taken then: what enters a layer, what leaves it; and ids, with the model's checkpoint behind"""
+
+EXIT_S = 2.0
+"""for so long a process that ends waits for digests from a device"""
 
 
 class TensorWatch:

@@ -268,6 +268,49 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_sketches_say_how_far_rows_are_apart() -> None:
+    one = torch.randn(3, 4096, generator=torch.manual_seed(1))
+    other = one + 0.01 * torch.randn(3, 4096, generator=torch.manual_seed(2))
+    apart = (row_sketches(one) - row_sketches(other)).square().mean(-1).sqrt()
+    assert torch.all((apart / (one - other).norm(dim=-1)).log().abs() < 0.5)
+    assert torch.equal(row_sketches(one), row_sketches(one.clone()))
+
+
+@pytest.fixture
+def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Taken]:
+    """Watches this process for a comparison."""
+    monkeypatch.setenv(tensors.COMPARE_VARIABLE, "1")
+    probe = Probe(tmp_path)
+
+    def found() -> list[RowsTaken]:
+        (process,) = read(tmp_path)
+        assert process.problems == []
+        return read_rows(tmp_path, process)
+
+    yield found
+    probe.stop()
+
+
+def test_a_model_for_a_comparison(compared: Taken) -> None:
+    model, cache = Qwen3Model(CONFIG), dynamic()
+    model.config._name_or_path = "/models/own"
+    for start in (0, 3):
+        with torch.no_grad():
+            left = model(torch.arange(start, start + 3)[None], past_key_values=cache).last_hidden_state
+    assert left.shape == (1, 3, 8)
+    rows = compared()
+    assert [(row.name, row.layer, row.start) for row in rows][:4] == [
+        ("ids of /models/own", None, 0), ("kv", 0, 0), ("hidden", 0, 0), ("output", 0, 0),
+    ]  # fmt: skip
+    ids = [row for row in rows if row.name.startswith("ids")]
+    assert [row.digests for row in ids] == [(((0,), (1,), (2,)),), (((3,), (4,), (5,)),)]
+    kept = {(row.name, row.layer, row.start): row for row in rows}
+    assert kept["output", 0, 3].digests == kept["hidden", 1, 3].digests
+    assert {row.cache for row in rows} == {1}
+    assert {len(row.sketches) for row in rows if row.name == "kv"} == {3 * 2 * 16}
+    assert {len(row.sketches) for row in rows if row.name in ("hidden", "output")} == {3 * 16}
+
+
 class Delivery:
     """An event on a device: it has come once it is told so."""
 
@@ -333,46 +376,3 @@ def test_nothing_is_left_open_once_it_stops(tmp_path: Path) -> None:
     assert os.waitpid(child, 0)[1] == 0
     probe.stop()
     assert opened() - before == set()
-
-
-def test_sketches_say_how_far_rows_are_apart() -> None:
-    one = torch.randn(3, 4096, generator=torch.manual_seed(1))
-    other = one + 0.01 * torch.randn(3, 4096, generator=torch.manual_seed(2))
-    apart = (row_sketches(one) - row_sketches(other)).square().mean(-1).sqrt()
-    assert torch.all((apart / (one - other).norm(dim=-1)).log().abs() < 0.5)
-    assert torch.equal(row_sketches(one), row_sketches(one.clone()))
-
-
-@pytest.fixture
-def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Taken]:
-    """Watches this process for a comparison."""
-    monkeypatch.setenv(tensors.COMPARE_VARIABLE, "1")
-    probe = Probe(tmp_path)
-
-    def found() -> list[RowsTaken]:
-        (process,) = read(tmp_path)
-        assert process.problems == []
-        return read_rows(tmp_path, process)
-
-    yield found
-    probe.stop()
-
-
-def test_a_model_for_a_comparison(compared: Taken) -> None:
-    model, cache = Qwen3Model(CONFIG), dynamic()
-    model.config._name_or_path = "/models/own"
-    for start in (0, 3):
-        with torch.no_grad():
-            left = model(torch.arange(start, start + 3)[None], past_key_values=cache).last_hidden_state
-    assert left.shape == (1, 3, 8)
-    rows = compared()
-    assert [(row.name, row.layer, row.start) for row in rows][:4] == [
-        ("ids of /models/own", None, 0), ("kv", 0, 0), ("hidden", 0, 0), ("output", 0, 0),
-    ]  # fmt: skip
-    ids = [row for row in rows if row.name.startswith("ids")]
-    assert [row.digests for row in ids] == [(((0,), (1,), (2,)),), (((3,), (4,), (5,)),)]
-    kept = {(row.name, row.layer, row.start): row for row in rows}
-    assert kept["output", 0, 3].digests == kept["hidden", 1, 3].digests
-    assert {row.cache for row in rows} == {1}
-    assert {len(row.sketches) for row in rows if row.name == "kv"} == {3 * 2 * 16}
-    assert {len(row.sketches) for row in rows if row.name in ("hidden", "output")} == {3 * 16}

@@ -1,16 +1,25 @@
 """The evidence of one moment: signs of life, first failures, and what is kept of it in a trace."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
 from pathlib import Path
+
+import psutil
+import pytest
 
 from dinfer.trace.read import read_jsonl
 from dinfer.verdict.signs import Signs
-from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedProcess
+from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedOp, WatchedProcess
 from dinfer.watching.alarm import CONFIRM_S, HangAlarm
 from dinfer.watching.events import trace_of
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.failures import before_they_were_killed, only_first_failures
 from dinfer.watching.given import of_trace
-from dinfer.watching.signs import ProcessPulse, dumped_frame, signs_of
+from dinfer.watching.signs import ProcessPulse, _Sample, dumped_frame, signs_of
 from tests.support.made_processes import SECOND, op, process, raised
 
 
@@ -85,6 +94,64 @@ def test_a_lost_connection_is_no_cause() -> None:
     assert found
     assert (found.kind, found.ranks) == ("dead", (1,))
     assert "os._exit(3)" in found.sentence
+
+
+def test_a_death_before_the_first_heartbeat_is_no_earlier_than_an_exception() -> None:
+    found = evidence(
+        process(0, op(0, "recv", 5, peer=1)),
+        process(1, ended="exception", exception=raised("a shape", 5)),
+        now=7,
+        rank0=ProcessPulse(None, gone=6.0),
+    ).problem
+    assert found
+    assert (found.kind, found.ranks) == ("exception", (1,))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_ranks_that_said_nothing_the_first_that_vanished_is_to_blame(first: int) -> None:
+    """Whatever their heartbeats say, and although another rank ended well before."""
+    ranks = {
+        0: process(0, op(0, "barrier", 1, 2), heartbeat_ns=2 * SECOND),
+        1: process(1, op(0, "barrier", 1, 2), heartbeat_ns=3 * SECOND),
+        2: process(2, op(0, "barrier", 1, 2), ended="exit"),
+    }
+    gone = {first: 5.0, 1 - first: 5.5, 2: 4.0}
+    signs = {
+        rank: signs_of(one, ProcessPulse(None, gone=gone[rank]), 7, 7 * SECOND) for rank, one in ranks.items()
+    }
+    told = told_apart(signs, ranks, gone)
+    assert told[first].ended
+    assert not told[first].raised
+    later = told[1 - first].raised
+    assert later
+    assert later.secondary
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "kind", "ranks"),
+    [
+        (op(0, "recv", 5, peer=1), op(0, "send", 5, 6, peer=0, nbytes=64, shape=(16,)), "other size", (1,)),
+        (op(0, "all_reduce", 5), op(0, "all_reduce", 5, nbytes=64, shape=(16,)), "other size", (1,)),
+        (op(0, "all_reduce", 5), op(0, "barrier", 5, nbytes=0, shape=()), "out of order", (1,)),
+        (op(0, "all_reduce", 5), op(0, "all_reduce", 5), "dead", (0,)),
+    ],
+)
+def test_a_rank_that_died_of_what_it_met_is_no_mere_death(
+    mine: WatchedOp, theirs: WatchedOp, kind: str, ranks: tuple[int, ...]
+) -> None:
+    """gloo ends the process whose op meets another size."""
+    found = evidence(
+        process(0, mine, heartbeat_ns=6 * SECOND),
+        process(1, theirs, heartbeat_ns=6 * SECOND),
+        now=9,
+        rank0=ProcessPulse(None, gone=6.0),
+    ).problem
+    assert found
+    assert (found.kind, found.ranks) == (kind, ranks)
+    if kind != "dead":
+        assert "infer.py:10" in found.sentence
+        assert "this ended rank 0" in found.sentence
+        assert "waits for it" not in found.sentence
 
 
 def test_a_handled_exception_counts_while_its_handler_waits() -> None:
@@ -164,3 +231,59 @@ def test_ranks_that_were_killed_together_hung_before() -> None:
     assert (before.kind, before.ranks) == ("cycle", (0, 1))
     alone = evidence(process(0, ops[0], **heart), process(1, heartbeat_ns=20 * SECOND), now=40, **gone)
     assert before_they_were_killed(alone) is alone  # one died first
+
+
+def test_a_rank_whose_cell_has_ended_is_no_rank_that_is_stuck() -> None:
+    """A notebook's engine lives on between cells; its own exception is told only where another rank waits for it."""
+    waits = process(
+        0, op(0, "barrier", 1, 2), op(1, "recv", 3, peer=1), heartbeat_ns=20 * SECOND, cell="running"
+    )
+    idle = process(1, op(0, "barrier", 1, 2), heartbeat_ns=20 * SECOND, cell="ended")
+    assert evidence(waits, idle, now=4).problem is None  # its next cell may send
+    found = evidence(waits, idle, now=20)
+    assert found.problem
+    assert (found.problem.kind, found.problem.ranks) == ("never sent", (1,))
+    assert "rank 1 has ended its cell" in found.problem.sentence
+    assert found.where(1) == "has ended its cell"
+    failed = process(
+        1, op(0, "barrier", 1, 2), heartbeat_ns=20 * SECOND, cell="ended", cell_raised=raised("a shape", 3)
+    )
+    found = evidence(waits, failed, now=20)
+    assert found.problem
+    assert (found.problem.kind, found.problem.ranks) == ("exception", (1,))
+    assert "ValueError: a shape at infer.py:99" in found.problem.sentence
+    assert evidence(process(0, op(0, "barrier", 1, 2), cell="ended"), failed, now=20).problem is None
+
+
+def test_a_rank_that_polls_for_a_request_hangs_nobody() -> None:
+    """As a server does that shares its requests out by a broadcast."""
+    polling = ProcessPulse(None, deque([_Sample(18, 1.0, False, wakes=0), _Sample(20, 1.0, False, wakes=40)]))
+    asleep = ProcessPulse(None, deque([_Sample(18, 1.0, False, wakes=0), _Sample(20, 1.0, False, wakes=0)]))
+    waits = process(0, op(0, "barrier", 1, 2), op(1, "broadcast", 3), heartbeat_ns=20 * SECOND)
+    serves = process(1, op(0, "barrier", 1, 2), heartbeat_ns=20 * SECOND)
+    found = evidence(waits, serves, now=20, rank1=polling)
+    assert found.problem is None
+    assert "looks for again and again" in found.verdict.sentence
+    assert evidence(waits, serves, now=20, rank1=asleep).problem
+
+
+def test_a_rank_computes_while_what_it_has_started_does() -> None:
+    """A shell in between, which waits itself."""
+    spins = "while True: pass"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {spins!r}])"
+    child = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    try:
+        pulse = ProcessPulse(psutil.Process(child.pid))
+        deadline = time.monotonic() + 60
+        while not pulse.cpu_moves and time.monotonic() < deadline:
+            pulse.look(time.monotonic())
+        pulse.samples.clear()  # its own start took CPU time, too
+        while pulse.cpu_moves is None or not pulse.samples[0].children:
+            pulse.look(time.monotonic())
+            assert time.monotonic() < deadline
+        assert pulse.cpu_moves
+        assert not pulse._computes
+        assert pulse._children_compute
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()

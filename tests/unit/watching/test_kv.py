@@ -117,3 +117,23 @@ def test_a_row_missing_in_the_middle_moves_those_behind_it() -> None:
     assert [one.kind for one in found] == ["rows shifted", "rows missing"]
     assert "rows 1–2 should be rows 2–3: shifted, 1 earlier" in found[0].text
     assert "row 1 of the others is missing" in found[1].text
+
+
+def test_rows_of_an_older_chunk_that_are_returned_again() -> None:
+    """A stale cache: what chunk 0 has made, in the place of chunk 2."""
+    fresh = [rows(0, 1, 2), rows(2, 3, 4), rows(4, 5, 6, chunk=2)]
+    stale = [rows(0, 1, 2), rows(2, 3, 4), rows(4, 1, 2, chunk=2)]
+    (found,) = kv({0: fresh, 1: stale}).diff()
+    assert (found.kind, found.ranks, found.layer, found.chunk) == ("rows repeated", (1,), 0, 2)
+    assert found.text == "rank 1 in layer 0: rows 4–5 repeat rows 0–1"
+
+
+def test_rows_that_lie_a_few_places_behind_those_of_another_rank() -> None:
+    straight = [rows(0, 1, 2, 3, 4, 5, 6, 7, 8)]
+    behind = [rows(0, 1, 2, 99, 98, 3, 4, 5, 6, 7, 8)]
+    found = kv({0: straight, 1: behind}).diff()[0]
+    assert (found.kind, found.ranks, found.layer) == ("rows shifted", (1,), 0)
+
+
+def test_a_token_that_decoding_repeats_is_no_stale_row() -> None:
+    assert kv({0: [rows(0, 1, 2), rows(2, 7), rows(3, 8), rows(4, 7)]}).diff() == []

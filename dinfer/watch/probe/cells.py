@@ -1,0 +1,36 @@
+"""When cells of a notebook begin, end and fail in this process, which itself goes on: as IPython's shell says."""
+
+from typing import Any
+
+from .recorder import OpRecorder
+
+
+class Cells:
+    """Tells the recorder of the cells that a shell runs. None runs now."""
+
+    def __init__(self, recorder: OpRecorder, shell: Any) -> None:
+        self._recorder, self._shell = recorder, shell
+        shell.events.register("pre_run_cell", self._begun)
+        shell.events.register("post_run_cell", self._ended)
+        self._say("ended")
+
+    def remove(self) -> None:
+        """Tell no more."""
+        self._shell.events.unregister("pre_run_cell", self._begun)
+        self._shell.events.unregister("post_run_cell", self._ended)
+
+    def _begun(self, _: Any) -> None:
+        self._say("running")
+
+    def _ended(self, result: Any) -> None:
+        error = getattr(result, "error_in_exec", None)
+        self._say("ended", error if isinstance(error, BaseException) else None)
+
+    def _say(self, state: str, error: BaseException | None = None) -> None:
+        try:
+            if error is not None:
+                self._recorder.raised(error, "cell_raised")
+            if (records := self._recorder.open()) is not None:
+                records.lines.write("cell", state=state)
+        except Exception as failure:
+            self._recorder.switch_off("following cells", failure)

@@ -1,0 +1,130 @@
+"""What counts at the end of a command under watch, and when a verdict is told."""
+
+from dinfer.watch.probe.records import RaisedError, StacksTaken, ThreadLook
+from dinfer.watching.alarm import CONFIRM_MISSING_S, CONFIRM_S, CONFIRM_UNKNOWN_S, HangAlarm
+from dinfer.watching.command import JobFollowed
+from dinfer.watching.evidence import Evidence
+from dinfer.watching.signs import ProcessPulse
+from tests.support.made_processes import SECOND, op, process, raised
+from tests.unit.watching.test_evidence import crossed_sends, evidence
+
+GONE = ProcessPulse(None, gone=1.0)
+
+
+def killed(now: float = 9.0, **pulses: ProcessPulse) -> Evidence:
+    """Both ranks, in the midst of sends to each other."""
+    sends = [op(0, "send", 1, peer=1), op(0, "send", 1, peer=0)]
+    gone = pulses or {"rank0": GONE, "rank1": GONE}
+    return evidence(*(process(rank, one) for rank, one in enumerate(sends)), now=now, **gone)
+
+
+def interrupted() -> Evidence:
+    error = raised("", 8, kind="KeyboardInterrupt")
+    ranks = (process(rank, op(0, "barrier", 1, 2), ended="exception", exception=error) for rank in (0, 1))
+    return evidence(*ranks, now=9)
+
+
+def moves(now: float = 1.5) -> Evidence:
+    return crossed_sends(now)
+
+
+def test_a_death_is_told_and_stays() -> None:
+    job = JobFollowed()
+    told = job.look(killed(rank1=GONE), 1.0)
+    assert told
+    assert (told.kind, told.ranks) == ("dead", (1,))
+    assert job.conclude(killed(), 1).problem
+
+
+def test_ends_that_somebody_has_asked_for_are_no_news() -> None:
+    for end in (killed(), interrupted()):
+        job = JobFollowed()
+        assert job.look(moves(), 1.0) is None
+        assert job.look(end, 2.0, is_ending=True) is None
+        assert job.conclude(end, 143, moves()) is end
+        assert job.alarm.standing is None
+
+
+def test_a_hang_that_somebody_ends_before_it_is_told_is_told_at_the_end() -> None:
+    job, hangs = JobFollowed(), crossed_sends(3)
+    assert job.look(hangs, 1.0) is None
+    assert job.look(killed(), 1.1, is_ending=True) is None
+    found = job.conclude(killed(), 130, hangs)
+    assert found.problem
+    assert found.problem.kind == "cycle"
+
+
+def test_a_hang_that_was_told_stays_though_the_script_ends_well() -> None:
+    job, hangs = JobFollowed(), crossed_sends(3)
+    for at in (1.0, 1.1 + CONFIRM_S):
+        job.look(hangs, at)
+    assert job.conclude(killed(), 0).problem == hangs.problem
+    over = evidence(*(process(rank, op(0, "barrier", 1, 2), ended="exit") for rank in (0, 1)), now=9)
+    assert job.conclude(over, 0) is over  # it came free after all
+
+
+def test_what_a_rank_that_has_ended_left_out_is_told_at_the_next_look() -> None:
+    alarm = HangAlarm()
+    now = evidence(process(0, op(0, "recv", 1, peer=1)), process(1, ended="exit"), now=1.2)
+    assert alarm.consider(now, 1.0) is None
+    told = alarm.consider(now, 1.01 + CONFIRM_MISSING_S)
+    assert told
+    assert (told.kind, told.ranks) == ("never sent", (1,))
+
+
+def test_a_handled_exception_is_told_as_late_as_any_hang() -> None:
+    alarm = HangAlarm()
+    handling = process(1, op(1, "barrier", 2), handled=[raised("a shape", 2)])
+    now = evidence(process(0, op(0, "recv", 1, peer=1)), handling, now=9)
+    assert alarm.consider(now, 1.0) is None
+    told = alarm.consider(now, 1.1 + CONFIRM_S)
+    assert told
+    assert (told.kind, told.ranks) == ("exception", (1,))
+    assert alarm.consider(killed(), 9.0) is None  # a hang is ended by killing it
+
+
+def test_an_exception_that_ended_a_thread_alone_is_no_failure() -> None:
+    lost = RaisedError("KeyError", "3", "/code/a.py", 7, "sender", 5 * SECOND, 1)
+    ranks = [process(rank, op(0, "barrier", 1, 2), exception=lost) for rank in (0, 1)]
+    assert evidence(*ranks, now=9).problem is None
+    for one in ranks:
+        one.ended = "exception"
+    found = evidence(*ranks, now=9)
+    assert (found.problem, found.signs[0].phase) == (None, "done")
+
+
+def test_an_exception_after_which_a_rank_goes_on_is_no_failure() -> None:
+    """Somebody has called sys.excepthook to print it."""
+    printed = raised("a shape", 3)
+    ranks = [
+        process(rank, op(0, "barrier", 1, 2), op(1, "barrier", 4, 5), exception=printed) for rank in (0, 1)
+    ]
+    assert evidence(*ranks, now=9).problem is None
+    ranks[1].ops.pop()
+    found = evidence(*ranks, now=4.5).problem
+    assert found
+    assert (found.kind, found.ranks) == ("exception", (1,))
+
+
+def test_where_a_stack_may_still_come_a_rank_is_given_the_time() -> None:
+    heart = {"heartbeat_ns": 20 * SECOND}
+    waits, idle = (
+        process(0, op(0, "barrier", 0.5, 1), op(1, "barrier", 2)),
+        process(1, op(0, "barrier", 0.5, 1)),
+    )
+    for one in (waits, idle):
+        one.host = "here"
+        one.heartbeat_ns = heart["heartbeat_ns"]
+    alarm, now = HangAlarm(), evidence(waits, idle, now=20)
+    assert now.problem
+    assert now.problem.kind == "stuck"
+    assert alarm.consider(now, 1.0) is None
+    thread = ThreadLook("MainThread", 1, (("/code/a.py", 7, "serve", "sock.accept()"),), 1)
+    idle.stacks = [StacksTaken(1, 19 * SECOND, (thread,))]
+    serves = evidence(waits, idle, now=20)
+    assert alarm.consider(serves, 1.1 + CONFIRM_UNKNOWN_S) is None
+    assert serves.verdict.kind == "idle"
+    assert "waits for a connection, at `sock.accept()` in serve (a.py:7); rank 0 waits for it" in str(
+        serves.verdict
+    )
+    assert serves.where(1).startswith("waits for a connection")
