@@ -15,7 +15,7 @@ UNSEEN_NS = 1_000_000_000
 """for so long a process may have lived after its heart was last seen to beat, and said nothing"""
 
 
-def told_apart(
+def only_first_failures(
     signs: Mapping[int, Signs],
     ranks: Mapping[int, WatchedProcess],
     gone: Mapping[int, float],

@@ -18,7 +18,7 @@ from dinfer.watch.probe.stacks import DUMP_SIGNAL
 from dinfer.watching.clocks import on_one_clock
 from dinfer.watching.events import ranks_of, trace_of
 from dinfer.watching.evidence import Evidence
-from dinfer.watching.failures import told_apart
+from dinfer.watching.failures import only_first_failures
 from dinfer.watching.jobs import Job, jobs_of
 from dinfer.watching.kv import WatchedKv, layers_of
 from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, pulse_of, signs_of
@@ -127,7 +127,8 @@ class Watched:
     ) -> Evidence:
         ranks = job.ranks
         signs = {
-            rank: _fresh(signs_of(one, self._pulse(one), now, now_ns), one) for rank, one in ranks.items()
+            rank: _without_old_stacks(signs_of(one, self._pulse(one), now, now_ns), one)
+            for rank, one in ranks.items()
         }
         for rank, process in ranks.items():
             if _key(process) in unread:
@@ -142,7 +143,7 @@ class Watched:
         gone = {rank: at for rank, one in ranks.items() if (at := self._pulse(one).gone) is not None}
         trace = trace_of(ranks, self._command)
         seen = {rank: self._pulse(one).seen_ns for rank, one in ranks.items()}
-        told = told_apart(signs, ranks, gone, seen)
+        told = only_first_failures(signs, ranks, gone, seen)
         return Evidence(trace, told, now_ns, ranks, job=job.name, key=job.key, notes=notes)
 
     def _pulse(self, process: WatchedProcess) -> ProcessPulse:
@@ -257,7 +258,7 @@ def _takes_dumps(process: WatchedProcess) -> bool:
     return bool(int(caught, 16) >> (DUMP_SIGNAL - 1) & 1)
 
 
-def _fresh(signs: Signs, process: WatchedProcess) -> Signs:
+def _without_old_stacks(signs: Signs, process: WatchedProcess) -> Signs:
     """Without stacks that are older than the rank's last op."""
     last = max((max(op.issued_ns, op.done_ns) for op in process.ops[-50:]), default=0)
     if not process.stacks or process.stacks[-1].at_ns < last:

@@ -17,7 +17,7 @@ from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedOp, Watch
 from dinfer.watching.alarm import CONFIRM_S, HangAlarm
 from dinfer.watching.events import trace_of
 from dinfer.watching.evidence import Evidence
-from dinfer.watching.failures import before_they_were_killed, told_apart
+from dinfer.watching.failures import before_they_were_killed, only_first_failures
 from dinfer.watching.given import of_trace
 from dinfer.watching.signs import ProcessPulse, _Sample, dumped_frame, signs_of
 from tests.support.made_processes import SECOND, op, process, raised
@@ -27,7 +27,7 @@ def evidence(*processes: WatchedProcess, now: float, **pulses: ProcessPulse) -> 
     ranks = dict(enumerate(processes))
     now_ns = int(now * SECOND)
     signs = {rank: signs_of(one, pulses.get(f"rank{rank}"), now, now_ns) for rank, one in ranks.items()}
-    return Evidence(trace_of(ranks), told_apart(signs, ranks, {}), now_ns, ranks)
+    return Evidence(trace_of(ranks), only_first_failures(signs, ranks, {}), now_ns, ranks)
 
 
 def crossed_sends(now: float) -> Evidence:
