@@ -234,7 +234,10 @@ def _misplaced(mine: LayerRows, theirs: LayerRows) -> list[_Misplaced]:
     """Rows that lie where others should, as a run's diff finds them."""
     got, want = mine.rows.tensor(), theirs.rows.tensor()
     if len(got) != len(want):
-        return [_Misplaced(one.kind, one.text, concerned(one.cells)) for one in repeats(got, want)]
+        whole = [_Misplaced(one.kind, one.text, concerned(one.cells)) for one in repeats(got, want)]
+        # Rows behind those that are repeated or missing are shifted by these.
+        causes = [one for one in whole if one.kind != "shifted"]
+        return causes or whole
     found, previous = list[_Misplaced](), None
     starts = sorted({0, *mine.starts})
     for start, stop in pairwise([*(at for at in starts if at < len(got)), len(got)]):

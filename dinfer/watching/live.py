@@ -320,6 +320,8 @@ class EnginesSource:
         return self._alarm.standing
 
     def look(self) -> None:
+        if self._over.is_set() and self._evidence:  # the engines end, which is no news
+            return
         with self._looking:
             self._evidence = of_cells(self.watched.look(recent=True)[0])
             new = self._alarm.consider(self._evidence, time.monotonic())

@@ -113,10 +113,16 @@ def test_most_ranks_are_taken_to_be_right() -> None:
 
 
 def test_a_row_missing_in_the_middle_moves_those_behind_it() -> None:
-    found = kv({0: [rows(0, 1, 2, 3, 4)], 1: [rows(0, 1, 3, 4)]}).diff()
-    assert [one.kind for one in found] == ["rows shifted", "rows missing"]
-    assert "rows 1–2 should be rows 2–3: shifted, 1 earlier" in found[0].text
-    assert "row 1 of the others is missing" in found[1].text
+    (found,) = kv({0: [rows(0, 1, 2, 3, 4)], 1: [rows(0, 1, 3, 4)]}).diff()
+    assert (found.kind, found.ranks) == ("rows missing", (1,))
+    assert found.text == "rank 1 holds 3 rows of layer 0, rank 0 4: row 1 of the others is missing"
+
+
+def test_rows_behind_repeated_ones_are_not_told_besides() -> None:
+    (found,) = kv(
+        {0: [rows(0, 1, 2, 3, 4)], 1: [rows(0, 1, 2), rows(2, 1, 2, chunk=0), rows(4, 3, 4)]}
+    ).diff()
+    assert (found.kind, found.chunk) == ("rows repeated", 0)
 
 
 def test_rows_of_an_older_chunk_that_are_returned_again() -> None:
