@@ -155,7 +155,7 @@ class RecordedEvents:
             )
         if len(verdict.chain) > 1 and (waiting := self._open.get(verdict.chain[-2].node)):
             rank = waiting.event.rank
-            if waiting.event.call and rank in blocked:
+            if waiting.event.call and rank in blocked and full_text(waiting.event) not in sentence:
                 sentence += f": rank {rank} is in {full_text(waiting.event)}"
         return replace(found, sentence=listed([sentence, *more]))
 

@@ -19,7 +19,7 @@ from dinfer.watching.clocks import on_one_clock
 from dinfer.watching.events import ranks_of, trace_of
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.failures import only_first_failures
-from dinfer.watching.jobs import Job, jobs_of
+from dinfer.watching.jobs import WatchedJob, jobs_of
 from dinfer.watching.kv import WatchedKv, layers_of
 from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, pulse_of, signs_of
 
@@ -36,7 +36,7 @@ ASKED_S, SELDOM_S = 0.5, 60.0
 """seconds between two questions to one process: the least, and the most"""
 
 
-class Key(NamedTuple):
+class ProcessKey(NamedTuple):
     """What tells a process from all others that are looked at."""
 
     host: str
@@ -44,8 +44,8 @@ class Key(NamedTuple):
     name: str
 
 
-def _key(process: WatchedProcess) -> Key:
-    return Key(process.host, process.pid, process.name)
+def _key(process: WatchedProcess) -> ProcessKey:
+    return ProcessKey(process.host, process.pid, process.name)
 
 
 class Watched:
@@ -56,13 +56,13 @@ class Watched:
     ) -> None:
         self._readers = {Path(folder): Reader(folder) for folder in folders}
         self._command, self._one_job = command, one_job
-        self._folders: dict[Key, Path] = {}
+        self._folders: dict[ProcessKey, Path] = {}
         """where the files of each process are"""
-        self._pulses: dict[Key, ProcessPulse] = {}
-        self._asked: dict[Key, tuple[float, int, int]] = {}
-        self._mute: set[Key] = set()
-        self._dumped: set[Key] = set()
-        self._seen: dict[Key, int] = {}
+        self._pulses: dict[ProcessKey, ProcessPulse] = {}
+        self._asked: dict[ProcessKey, tuple[float, int, int]] = {}
+        self._mute: set[ProcessKey] = set()
+        self._dumped: set[ProcessKey] = set()
+        self._seen: dict[ProcessKey, int] = {}
         self.unreadable: list[str] = []
 
     def look(self, *, live: bool = True, recent: bool = False) -> list[Evidence]:
@@ -78,19 +78,19 @@ class Watched:
         for process in processes:
             self._pulse(process).look(now)
         if self._one_job:
-            jobs = [Job("", "", ranks_of(processes))]
+            jobs = [WatchedJob("", "", ranks_of(processes))]
         else:
-            jobs = jobs_of(processes, self._is_over) or [Job("", "", {})]
+            jobs = jobs_of(processes, self._is_over) or [WatchedJob("", "", {})]
         self._mute = set()
         notes = (*self.unreadable, *skewed)
         return [self._of_job(job, unread, unknown, notes, now, now_ns) for job in jobs]
 
-    def _read(self) -> tuple[list[WatchedProcess], set[Key], bool]:
+    def _read(self) -> tuple[list[WatchedProcess], set[ProcessKey], bool]:
         """All processes; which of them are those whose ops could not be read; whether of some nothing could."""
         found: list[WatchedProcess] = []
-        unread, unknown = set[Key](), False
+        unread, unknown = set[ProcessKey](), False
         self.unreadable = []
-        begun: dict[Key, int] = {}
+        begun: dict[ProcessKey, int] = {}
         for folder, reader in self._readers.items():
             try:
                 processes = reader.read_all()
@@ -118,8 +118,8 @@ class Watched:
 
     def _of_job(
         self,
-        job: Job,
-        unread: set[Key],
+        job: WatchedJob,
+        unread: set[ProcessKey],
         unknown: bool,
         notes: tuple[str, ...],
         now: float,
@@ -162,7 +162,7 @@ class Watched:
         pulses = (self._pulses[key] for key in self._folders if key in self._pulses)
         return any(pulse.has_gone() for pulse in pulses) or self._sizes() != self._seen
 
-    def _sizes(self) -> dict[Key, int]:
+    def _sizes(self) -> dict[ProcessKey, int]:
         """Of the lines of each process."""
         found = {}
         for key, folder in self._folders.items():

@@ -66,9 +66,11 @@ def _of_folders(folders: list[Path], others: list[Path]) -> list[Evidence]:
     if not any(found.processes for found in jobs) and watched.unreadable:
         raise ExplainError(f"cannot read what was watched: {'; '.join(watched.unreadable)}.")
     records = watched.look(live=False)  # processes of other hosts, and copies of a record, cannot be asked
+    kv = [watched.kv(found) for found in jobs]  # of which a part may not be readable, too
+    notes = tuple(watched.unreadable)
     return [
-        replace(_judged(found, record), kv=watched.kv(found))
-        for found, record in zip(jobs, records, strict=False)
+        replace(judged, kv=rows, notes=tuple(dict.fromkeys((*judged.notes, *notes))))
+        for judged, rows in zip(map(_judged, jobs, records), kv, strict=False)
     ]
 
 

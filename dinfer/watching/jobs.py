@@ -21,7 +21,7 @@ _LOCAL = ("localhost", "127.", "::1", "0.0.0.0")
 
 
 @dataclass(frozen=True)
-class Job:
+class WatchedJob:
     """`key`: the same at each look; `name`: for people, "" where there is one job only; `ranks`: as `ranks_of`."""
 
     key: str
@@ -31,7 +31,7 @@ class Job:
 
 def jobs_of(
     processes: Iterable[WatchedProcess], is_over: Callable[[WatchedProcess], bool] | None = None
-) -> list[Job]:
+) -> list[WatchedJob]:
     """The jobs, the oldest first. `is_over`: whether a process is known to have ended, by itself or not."""
     has_ended = is_over or _has_ended
     of_ranks = [one for one in processes if one.rank is not None or one.expected_rank is not None]
@@ -51,7 +51,7 @@ def jobs_of(
     found.sort(key=lambda part: min(one.started_ns for one in part))
     named = _names(found) if len(found) > 1 else [""] * len(found)
     return [
-        Job(_identity(min(part, key=lambda one: one.started_ns)), name, ranks_of(_newest(part)))
+        WatchedJob(_identity(min(part, key=lambda one: one.started_ns)), name, ranks_of(_newest(part)))
         for part, name in zip(found, named, strict=True)
     ]
 

@@ -349,7 +349,10 @@ class EnginesSource:
         pause = LOOK_S
         while not self._over.wait(pause):
             began = time.monotonic()
-            self.look()
+            try:
+                self.look()
+            except Exception as error:  # a later look may succeed
+                self.watched.unreadable.append(f"looks fail: {type(error).__name__}: {error}")
             pause = max(LOOK_S, 10 * (time.monotonic() - began))
 
 

@@ -102,6 +102,16 @@ def test_one_damaged_file_blinds_nobody_to_the_others(tmp_path: Path) -> None:
     )
 
 
+def test_rows_that_cannot_be_read_leave_the_verdict(tmp_path: Path) -> None:
+    first, lines = hang(tmp_path)
+    assert first != lines
+    lines.with_suffix(".kv").write_bytes(b"x" * 100)
+    (found,) = read([tmp_path])
+    assert found.notes == (f"{lines.with_suffix('.kv')}: it is damaged at byte 0",)
+    assert found.problem
+    assert found.problem.kind == "cycle"
+
+
 @pytest.mark.parametrize("damage", [b"", b"\x00\xff{", b'{"is": "start"}\n', b"[" * 100_000 + b"\n"])
 def test_lines_that_say_nothing(damage: bytes, tmp_path: Path) -> None:
     _, lines = hang(tmp_path)

@@ -127,7 +127,10 @@ def test_what_is_ignored_stays_ignored_and_closed_ends_do_not_disturb(tmp_path: 
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("code", "status"), [("os.kill(os.getpid(), 9)", 137), ("os._exit(200)", 200)])
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("os.kill(os.getpid(), 9)", 137), pytest.param("os._exit(200)", 200, marks=pytest.mark.slow)],
+)
 def test_the_status_is_what_a_shell_says(code: str, status: int, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "dinfer.cli", "watch", "--folder", str(tmp_path / "a"), "--"]
     run = subprocess.run(
