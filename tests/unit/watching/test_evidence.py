@@ -119,7 +119,7 @@ def test_of_ranks_that_said_nothing_the_first_that_vanished_is_to_blame(first: i
     signs = {
         rank: signs_of(one, ProcessPulse(None, gone=gone[rank]), 7, 7 * SECOND) for rank, one in ranks.items()
     }
-    told = told_apart(signs, ranks, gone)
+    told = only_first_failures(signs, ranks, gone)
     assert told[first].ended
     assert not told[first].raised
     later = told[1 - first].raised
