@@ -10,8 +10,9 @@ Backends for devices give no Work for an op whose caller waits at once, nor for 
 the caller's stream, where an event behind it says when it is over; of a batch the Work at its end does.
 
 A Work may hold tensors, so none is held for long: one that was just made, until its thread's next op or half a second;
-and on a device the last one of each group, or pair of ranks in it, until it is over, since these end in the order of
-their issue.
+that of a collective on the CPU, until it is over, as its backend holds it too (C++ code, such as DDP's, may wait for it
+where nobody sees); and on a device the last one of each group, or pair of ranks in it, until it is over, since these
+end in the order of their issue.
 """
 
 import sys
@@ -28,6 +29,9 @@ MOST_OUTPUTS = 1024
 
 MOST_ASKED = 512
 """So many ops are asked about at a time."""
+
+MOST_HELD = 256
+"""collectives on the CPU that are under way at a time, whose Work is held"""
 
 HELD_BYTES = 2**20
 """On a device, also older ops are followed one by one if they have no more bytes than this; at most 64 of a group."""
@@ -46,6 +50,8 @@ class Works:
         """Collectives by the address of their output, by which functional ones are waited for."""
         self._handed: dict[int, Any] = {}
         self._handed_before: dict[int, int] = {}
+        self._under_way: dict[int, Any] = {}
+        """the Work of collectives on the CPU that were not over when their thread went on, by its id"""
         self._batches: dict[int, list[PendingOp]] = {}
         """by thread"""
         self.devices = DeviceOps(recorder)
@@ -54,7 +60,8 @@ class Works:
     def clear(self) -> None:
         """Forget all: in a forked child none of them is this process's, and who records no more needs none."""
         for found in (
-            self._by_work, self._by_future, self.by_output, self._handed, self._handed_before, self._batches,
+            self._by_work, self._by_future, self.by_output, self._handed, self._handed_before, self._under_way,
+            self._batches,
         ):  # fmt: skip
             found.clear()
         self.devices.clear()
@@ -66,7 +73,7 @@ class Works:
         ident = threading.get_ident()
         before = self._handed.get(ident)
         if before is not None:
-            self._ask(before)
+            self._let_go(before)
         self._handed[ident] = work
         batch = self._batches.get(ident) if self._batches else None
         if batch is not None:
@@ -295,6 +302,17 @@ class Works:
 
     # -- without a wait
 
+    def _let_go(self, work: Any) -> None:
+        """The caller has this Work by now, unless it has let go of it, or is C++ code: then only it says that the op is
+        over."""
+        self._ask(work)
+        found = self._by_work.get(id(work))
+        if found is None or self._recorder.is_over(found[1][-1]) or not _is_of_collective(found[1][-1]):
+            return
+        self._under_way[id(work)] = work
+        if len(self._under_way) > MOST_HELD:
+            self._under_way.pop(next(iter(self._under_way)), None)
+
     def _ask(self, work: Any) -> None:
         """Whether it is over: C++ code may have waited for it, as DDP's does."""
         found = self._by_work.get(id(work))
@@ -312,8 +330,12 @@ class Works:
                 if work is not None:
                     self._ask(work)
             for ident, key in self._handed_before.items():
-                if id(self._handed.get(ident)) == key:  # the caller has it by now
-                    self._handed.pop(ident, None)
+                if id(self._handed.get(ident)) == key:
+                    self._let_go(self._handed.pop(ident, None))
+            for key in list(self._under_way):
+                found = self._by_work.get(key)
+                if found is None or self._recorder.is_over(found[1][-1]):
+                    self._under_way.pop(key, None)
             self._handed_before = {ident: id(work) for ident, work in list(self._handed.items())}
             return self.devices.look()
         except Exception as error:
@@ -395,6 +417,11 @@ def stream_event(device: Any) -> StreamEvent | None:
     event = module.Event()
     event.record(module.current_stream(device))
     return StreamEvent(event)
+
+
+def _is_of_collective(pending: PendingOp) -> bool:
+    """Of one on the CPU: gloo says when such an op is over, of a message never."""
+    return not pending.on_device and len(pending.channel) <= 2
 
 
 def is_completed(work: Any) -> bool:

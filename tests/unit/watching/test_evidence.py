@@ -287,3 +287,17 @@ def test_a_rank_computes_while_what_it_has_started_does() -> None:
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+def test_a_rank_whose_heart_beat_late_died_after_it_was_last_seen() -> None:
+    """On a busy machine; the launcher has killed it, as another rank had failed."""
+    failed = process(1, ended="exception", exception=raised("a shape", 5))
+    killed = process(0, op(0, "barrier", 1), heartbeat_ns=2 * SECOND)
+    ranks = {0: killed, 1: failed}
+    gone = {0: ProcessPulse(None, gone=1.0), 1: ProcessPulse(None, gone=1.0)}
+    signs = {rank: signs_of(one, gone[rank], 9.0, 9 * SECOND) for rank, one in ranks.items()}
+    told = told_apart(signs, ranks, {}, {0: 6 * SECOND})
+    assert told[1].raised
+    assert not told[1].raised.secondary
+    assert told[0].raised
+    assert told[0].raised.secondary
