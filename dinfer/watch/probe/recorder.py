@@ -62,7 +62,7 @@ def facts_of(number: int, ranks: tuple[int, ...], backend: str) -> GroupFacts:
 
 NO_GROUP = GroupFacts(0, ())
 
-Channel = tuple[Any, ...]
+ChannelKey = tuple[Any, ...]
 """What ops are numbered in: (kind,) for groups that are made, (group, backend) for collectives, and for messages
 (group, backend, kind, peer, tag)."""
 
@@ -92,7 +92,7 @@ class PendingOp:
     )
 
     def __init__(
-        self, base: int, commit: int, blocking: bool, place: int, on_device: bool, nbytes: int, channel: Channel,
+        self, base: int, commit: int, blocking: bool, place: int, on_device: bool, nbytes: int, channel: ChannelKey,
         number: int, any_source: AnySource | None,
     ) -> None:  # fmt: skip
         self.base, self.commit = base, commit
@@ -110,7 +110,7 @@ class PendingOp:
         return self.commit - 1
 
     @property
-    def queue(self) -> Channel:
+    def queue(self) -> ChannelKey:
         """On a device, what ends in the order of issue: a group's collectives, or the messages between two ranks."""
         return self.channel if len(self.channel) < 3 else (*self.channel[:2], self.channel[3])
 
@@ -153,7 +153,7 @@ class OpRecorder:
         self._made_groups = itertools.count(1)
         # Reentrant: a signal's handler may issue an op while its thread is here.
         self._knowing_groups, self._numbering = threading.RLock(), threading.RLock()
-        self._counts: dict[Channel, itertools.count[int]] = {}
+        self._counts: dict[ChannelKey, itertools.count[int]] = {}
         self._open_any_source: dict[int, list[AnySource]] = {}
         """by the group's number"""
         self._rank: tuple[int, int, str] | None = None
@@ -288,7 +288,7 @@ class OpRecorder:
             backend = group.backend_for(first)
             any_source: AnySource | None = None
             if is_message:
-                channel: Channel = (group.number, backend, kind, peer, tag if backend in TAGGED else 0)
+                channel: ChannelKey = (group.number, backend, kind, peer, tag if backend in TAGGED else 0)
             else:
                 channel = (kind,) if kind in MAKING else (group.number, backend)
             if kind == "recv" and (peer == NOTHING or self._open_any_source):
@@ -370,7 +370,7 @@ class OpRecorder:
 
     # -- numbers
 
-    def _next_number(self, channel: Channel) -> int:
+    def _next_number(self, channel: ChannelKey) -> int:
         count = self._counts.get(channel)
         if count is None:
             with self._numbering:
@@ -379,7 +379,7 @@ class OpRecorder:
                     self._counts.pop(next(iter(self._counts)))
         return next(count)
 
-    def _number_of_recv(self, group: GroupFacts, channel: Channel) -> tuple[int, AnySource | None]:
+    def _number_of_recv(self, group: GroupFacts, channel: ChannelKey) -> tuple[int, AnySource | None]:
         """Of a recv from any rank, the number is known once it is over. Until then no other recv of the group has one:
         who can say which of them gets which message."""
         with self._numbering:

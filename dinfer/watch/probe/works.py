@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .captures import captures
-from .recorder import Channel, OpRecorder, PendingOp
+from .recorder import ChannelKey, OpRecorder, PendingOp
 
 MOST_OUTPUTS = 1024
 
@@ -103,7 +103,7 @@ class Works:
         else:
             self._recorder.done(pending)
 
-    def _behind(self, pendings: Pendings, queue: Channel, device: Any) -> None:
+    def _behind(self, pendings: Pendings, queue: ChannelKey, device: Any) -> None:
         """Ops on the caller's stream: they are over when that has come so far."""
         event = None if captures.is_capturing else stream_event(device)
         if event is None:  # a graph is captured: they will run whenever that does
@@ -112,7 +112,7 @@ class Works:
         else:
             self.devices.add(event, pendings, queue)
 
-    def _follow_on_device(self, work: Any, pendings: Pendings, queue: Channel) -> None:
+    def _follow_on_device(self, work: Any, pendings: Pendings, queue: ChannelKey) -> None:
         if captures.is_capturing:
             for pending in pendings:  # it will run whenever the graph does: here it is only written down
                 self._recorder.done(pending)
@@ -352,13 +352,13 @@ class DeviceOps:
 
     def __init__(self, recorder: OpRecorder) -> None:
         self._recorder = recorder
-        self._queues: dict[Channel, deque[tuple[Any, Pendings]]] = {}
+        self._queues: dict[ChannelKey, deque[tuple[Any, Pendings]]] = {}
 
     def clear(self) -> None:
         """Forget all."""
         self._queues.clear()
 
-    def add(self, work: Any, pendings: Pendings, queue: Channel) -> None:
+    def add(self, work: Any, pendings: Pendings, queue: ChannelKey) -> None:
         """Ops were issued; `work`: their Work, or an event. Of those before only small ones are still held."""
         waiting = self._queues.setdefault(queue, deque(maxlen=4096))
         if waiting:
