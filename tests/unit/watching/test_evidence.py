@@ -287,3 +287,18 @@ def test_a_rank_computes_while_what_it_has_started_does() -> None:
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+@pytest.mark.parametrize("ended", ["exit", None])
+def test_an_op_whose_end_is_unknown_is_over_once_its_thread_or_program_has_gone_on(ended: str | None) -> None:
+    """DDP waits for it in C++, where nothing is seen of that."""
+    unseen = op(1, "all_reduce", 2, waited_ns=0, state="issued")
+    goes_on = process(
+        0, op(0, "barrier", 1, 2), unseen, op(2, "barrier", 3, 4), ended=ended, heartbeat_ns=20 * SECOND
+    )
+    other = process(
+        1, op(0, "barrier", 1, 2), op(1, "all_reduce", 2, 3), op(2, "barrier", 3, 4), ended="exit"
+    )
+    assert evidence(goes_on, other, now=20).problem is None
+    blocked = process(0, op(0, "barrier", 1, 2), unseen, heartbeat_ns=20 * SECOND)
+    assert evidence(blocked, other, now=20).problem
