@@ -506,6 +506,8 @@ class RecordedEvents:
     def _carried(self, wait: Wait, event: Event, root: Root) -> Root:
         """As `_ripe`, for what needs its time on the wire."""
         ripe = self._stuck_s + event.bytes / SLOWEST_BYTES_PER_S
+        if event.kind in MAKING:
+            ripe += START_S  # ranks connect to one another meanwhile, which takes long where there are many
         return root if wait.still_s >= ripe else root._replace(kind="moving")
 
     def _still(self, event: Event | None) -> float:

@@ -302,3 +302,9 @@ def test_an_op_whose_end_is_unknown_is_over_once_its_thread_or_program_has_gone_
     assert evidence(goes_on, other, now=20).problem is None
     blocked = process(0, op(0, "barrier", 1, 2), unseen, heartbeat_ns=20 * SECOND)
     assert evidence(blocked, other, now=20).problem
+
+
+def test_ranks_that_connect_to_one_another_may_take_long() -> None:
+    for at, is_told in ((20, False), (60, True)):
+        ranks = [process(rank, op(0, "init_group", 1, group=""), heartbeat_ns=at * SECOND) for rank in (0, 1)]
+        assert bool(evidence(*ranks, now=at).problem) == is_told
