@@ -95,8 +95,23 @@ class RecordedEvents:
         known = {rank for group in groups.values() for rank in group.ranks}
         self._ranks = sorted({*self._ops.by_rank, *signs, *known})
         self._open = {
-            Node(rank, op.order): op for rank in self._ranks for op in self._ops.by_rank[rank] if op.blocks
+            Node(rank, op.order): op
+            for rank in self._ranks
+            for op in self._still_open(self._ops.by_rank[rank], signs.get(rank, NOBODY))
         }
+
+    @staticmethod
+    def _still_open(ops: list[RecordedOp], signs: Signs) -> Iterator[RecordedOp]:
+        """The ops of a rank that block it. Where C++ code has waited for one, as DDP's does, its end may be unknown: it
+        was before its thread's next op, or the end of the program."""
+        if signs.phase == "done":
+            return
+        last = {op.event.lane: op.order for op in ops}
+        for op in ops:
+            call = op.event.call
+            is_past = call and not op.is_queued and not call.is_waited and op.order < last[op.event.lane]
+            if op.blocks and not is_past:
+                yield op
 
     def waits(self) -> Waits:
         found: Waits = {}
@@ -491,6 +506,8 @@ class RecordedEvents:
     def _carried(self, wait: Wait, event: Event, root: Root) -> Root:
         """As `_ripe`, for what needs its time on the wire."""
         ripe = self._stuck_s + event.bytes / SLOWEST_BYTES_PER_S
+        if event.kind in MAKING:
+            ripe += START_S  # ranks connect to one another meanwhile, which takes long where there are many
         return root if wait.still_s >= ripe else root._replace(kind="moving")
 
     def _still(self, event: Event | None) -> float:

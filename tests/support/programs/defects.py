@@ -160,9 +160,8 @@ def other_collective() -> None:
 
 def other_order_of_groups() -> None:
     """Two groups with the same ranks, in another order."""
-    for group in (PAIR, None) if RANK == 0 else (None, PAIR):
-        if RANK < 2:
-            dist.all_reduce(BLOCK, group=group)  # named
+    for group in {0: (PAIR, None), 1: (None, PAIR)}.get(RANK, (None,)):
+        dist.all_reduce(BLOCK, group=group)  # named
 
 
 def never_waited() -> None:
@@ -306,7 +305,7 @@ def slow() -> None:
     for _ in range(12):
         if RANK == 1:
             time.sleep(0.15)
-        dist.all_reduce(BLOCK)  # named
+        dist.all_reduce(BLOCK)
 
 
 def cut_link() -> None:

@@ -301,3 +301,24 @@ def test_a_rank_whose_heart_beat_late_died_after_it_was_last_seen() -> None:
     assert not told[1].raised.secondary
     assert told[0].raised
     assert told[0].raised.secondary
+
+
+@pytest.mark.parametrize("ended", ["exit", None])
+def test_an_op_whose_end_is_unknown_is_over_once_its_thread_or_program_has_gone_on(ended: str | None) -> None:
+    """DDP waits for it in C++, where nothing is seen of that."""
+    unseen = op(1, "all_reduce", 2, waited_ns=0, state="issued")
+    goes_on = process(
+        0, op(0, "barrier", 1, 2), unseen, op(2, "barrier", 3, 4), ended=ended, heartbeat_ns=20 * SECOND
+    )
+    other = process(
+        1, op(0, "barrier", 1, 2), op(1, "all_reduce", 2, 3), op(2, "barrier", 3, 4), ended="exit"
+    )
+    assert evidence(goes_on, other, now=20).problem is None
+    blocked = process(0, op(0, "barrier", 1, 2), unseen, heartbeat_ns=20 * SECOND)
+    assert evidence(blocked, other, now=20).problem
+
+
+def test_ranks_that_connect_to_one_another_may_take_long() -> None:
+    for at, is_told in ((20, False), (60, True)):
+        ranks = [process(rank, op(0, "init_group", 1, group=""), heartbeat_ns=at * SECOND) for rank in (0, 1)]
+        assert bool(evidence(*ranks, now=at).problem) == is_told
