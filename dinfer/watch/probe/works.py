@@ -10,6 +10,7 @@ Backends for devices give no Work for an op whose caller waits at once, nor for 
 the caller's stream, where an event behind it says when it is over; of a batch the Work at its end does.
 
 A Work may hold tensors, so none is held for long: one that was just made, until its thread's next op or half a second;
+one of a collective on the CPU until that is over, as its backend holds it, since C++ code may wait for it (DDP's does);
 and on a device the last one of each group, or pair of ranks in it, until it is over, since these end in the order of
 their issue.
 """
@@ -46,6 +47,8 @@ class Works:
         """Collectives by the address of their output, by which functional ones are waited for."""
         self._handed: dict[int, Any] = {}
         self._handed_before: dict[int, int] = {}
+        self._collectives: dict[int, Any] = {}
+        """on the CPU, that are not over"""
         self._batches: dict[int, list[PendingOp]] = {}
         """by thread"""
         self.devices = DeviceOps(recorder)
@@ -54,7 +57,8 @@ class Works:
     def clear(self) -> None:
         """Forget all: in a forked child none of them is this process's, and who records no more needs none."""
         for found in (
-            self._by_work, self._by_future, self.by_output, self._handed, self._handed_before, self._batches,
+            self._by_work, self._by_future, self.by_output, self._handed, self._handed_before, self._collectives,
+            self._batches,
         ):  # fmt: skip
             found.clear()
         self.devices.clear()
@@ -75,6 +79,8 @@ class Works:
             self._follow_on_device(work, (pending,), pending.queue)
         else:
             self._keep(work, (pending,))
+            if pending.is_collective and len(self._collectives) < MOST_ASKED:
+                self._collectives[id(work)] = work
 
     def keep_output(self, tensors: Any, pending: PendingOp) -> None:
         """A collective has these outputs, by which it may be waited for."""
@@ -246,6 +252,7 @@ class Works:
         for pending in pendings:
             if error is not None or not pending.on_device:
                 self._recorder.done(pending, error, work)
+        self._collectives.pop(id(work), None)
         ident = threading.get_ident()
         if self._handed.get(ident) is work:
             self._handed.pop(ident, None)
@@ -311,6 +318,10 @@ class Works:
                 work = reference()
                 if work is not None:
                     self._ask(work)
+            for key in list(self._collectives):
+                found = self._by_work.get(key)
+                if found is None or self._recorder.is_over(found[1][-1]):
+                    self._collectives.pop(key, None)
             for ident, key in self._handed_before.items():
                 if id(self._handed.get(ident)) == key:  # the caller has it by now
                     self._handed.pop(ident, None)
