@@ -110,9 +110,14 @@ class PendingOp:
         return self.commit - 1
 
     @property
+    def is_collective(self) -> bool:
+        """Or else a message."""
+        return len(self.channel) < 3
+
+    @property
     def queue(self) -> ChannelKey:
         """On a device, what ends in the order of issue: a group's collectives, or the messages between two ranks."""
-        return self.channel if len(self.channel) < 3 else (*self.channel[:2], self.channel[3])
+        return self.channel if self.is_collective else (*self.channel[:2], self.channel[3])
 
 
 class OpRecorder:

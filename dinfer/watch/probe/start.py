@@ -107,6 +107,7 @@ class Probe:
         self._tensors.flush()
         if thread is not None:
             thread.stop()
+        self._works.look()  # what was under way at its last look may be over
 
     # -- torch.distributed
 

@@ -253,6 +253,7 @@ class Works:
         for pending in pendings:
             if error is not None or not pending.on_device:
                 self._recorder.done(pending, error, work)
+        self._under_way.pop(id(work), None)
         ident = threading.get_ident()
         if self._handed.get(ident) is work:
             self._handed.pop(ident, None)
@@ -304,10 +305,11 @@ class Works:
 
     def _let_go(self, work: Any) -> None:
         """The caller has this Work by now, unless it has let go of it, or is C++ code: then only it says that the op is
-        over."""
+        over. gloo says so of collectives, of messages never."""
         self._ask(work)
         found = self._by_work.get(id(work))
-        if found is None or self._recorder.is_over(found[1][-1]) or not _is_of_collective(found[1][-1]):
+        last = found[1][-1] if found else None
+        if last is None or self._recorder.is_over(last) or last.on_device or not last.is_collective:
             return
         self._under_way[id(work)] = work
         if len(self._under_way) > MOST_HELD:
@@ -417,11 +419,6 @@ def stream_event(device: Any) -> StreamEvent | None:
     event = module.Event()
     event.record(module.current_stream(device))
     return StreamEvent(event)
-
-
-def _is_of_collective(pending: PendingOp) -> bool:
-    """Of one on the CPU: gloo says when such an op is over, of a message never."""
-    return not pending.on_device and len(pending.channel) <= 2
 
 
 def is_completed(work: Any) -> bool:
