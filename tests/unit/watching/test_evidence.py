@@ -296,7 +296,7 @@ def test_a_rank_whose_heart_beat_late_died_after_it_was_last_seen() -> None:
     ranks = {0: killed, 1: failed}
     gone = {0: ProcessPulse(None, gone=1.0), 1: ProcessPulse(None, gone=1.0)}
     signs = {rank: signs_of(one, gone[rank], 9.0, 9 * SECOND) for rank, one in ranks.items()}
-    told = told_apart(signs, ranks, {}, {0: 6 * SECOND})
+    told = only_first_failures(signs, ranks, {}, {0: 6 * SECOND})
     assert told[1].raised
     assert not told[1].raised.secondary
     assert told[0].raised
