@@ -22,6 +22,8 @@ _own = os.path.dirname(os.path.abspath(__file__))
 if os.environ.get("DINFER_WATCH"):
     sys.path.append(os.path.join(_own, "names"))
     try:
+        if sys.version_info < (3, 10):
+            raise RuntimeError("its Python is %d.%d, and the probe takes 3.10 or newer" % sys.version_info[:2])
         from dinfer_probe.start import start_from_environment
 
         start_from_environment()

@@ -67,7 +67,13 @@ class JobFollowed:
         self.evidence = hung if hung and has_failed else at_end
         # What has ended since says more of a rank that failed, unless it is the same.
         is_told_end = hung and told and is_end(told, hung)
-        if is_told_end and at_end.problem and told and at_end.problem.ranks != told.ranks:
+        if (
+            is_told_end
+            and before_end is None
+            and at_end.problem
+            and told
+            and at_end.problem.ranks != told.ranks
+        ):
             self.evidence = at_end
         return self.evidence
 
@@ -118,6 +124,16 @@ class WatchedCommand:
         hung = (found for found in self.jobs if self.standing(found))
         return next(hung, self.jobs[-1])
 
+    @property
+    def whole(self) -> Evidence:
+        """`evidence` with all ops, not the last ones only."""
+        found = self.evidence
+        if self.process.returncode is not None:
+            return found
+        with self._looking:
+            now = (one for one in self.watched.look() if one.key == found.key)
+            return found.with_older(next(now, found))
+
     def standing(self, found: Evidence) -> Verdict | None:
         """The verdict on that job that has been told and still holds."""
         followed = self._followed.get(found.key)
@@ -136,7 +152,7 @@ class WatchedCommand:
         """Look once, and tell what is new."""
         news = []
         with self._looking:
-            self.jobs = self.watched.look()
+            self.jobs = self.watched.look(recent=True)
             now = time.monotonic()
             for found in self.jobs:
                 followed = self._followed.setdefault(found.key, JobFollowed())
@@ -194,7 +210,7 @@ class WatchedCommand:
                 told = followed.alarm.standing
                 before_end = self._before_end.get(found.key) if self._is_ending else None
                 said = followed.conclude(found, status, before_end)
-                said = replace(said, kv=self.watched.kv(said))
+                said = replace(said.with_older(found), kv=self.watched.kv(said))
                 jobs.append(said)
                 # A script may end well whatever its jobs do, and a program may kill its own helpers at its end.
                 problem = said.problem if (status != 0 or told) and not self.living else None

@@ -49,6 +49,19 @@ class Evidence:
         """Nothing is known yet."""
         return cls(Trace.merge([]))
 
+    def with_older(self, whole: "Evidence") -> "Evidence":
+        """This one, with the ops that a look at the last ones has left out, from a look at all."""
+        mine = {(event.rank, event.index) for event in self.trace.events}
+        last = {event.rank: event.index or 0 for event in sorted(self.trace.events, key=_index)}
+        older = [
+            event
+            for event in whole.trace.events
+            if (event.rank, event.index) not in mine and _index(event) < last.get(event.rank, 0)
+        ]
+        if not older:
+            return self
+        return replace(self, trace=Trace.merge([(*older, *self.trace.events)], **self.trace.about))
+
     @cached_property
     def groups(self) -> dict[str, Group]:
         return groups_of(self.trace)
@@ -132,3 +145,7 @@ class Evidence:
             warnings=tuple(one.text for one in self.findings),
         )
         return with_findings(replace(self.trace, about=about), made)
+
+
+def _index(event: Event) -> int:
+    return event.index or 0

@@ -15,11 +15,16 @@ UNSEEN_NS = 1_000_000_000
 """for so long a process may have lived after its heart was last seen to beat, and said nothing"""
 
 
-def told_apart(
-    signs: Mapping[int, Signs], ranks: Mapping[int, WatchedProcess], gone: Mapping[int, float]
+def only_first_failures(
+    signs: Mapping[int, Signs],
+    ranks: Mapping[int, WatchedProcess],
+    gone: Mapping[int, float],
+    seen_ns: Mapping[int, int] | None = None,
 ) -> dict[int, Signs]:
     """The signs, in which only the first failure is one: ranks that fail later have lost the first, or its launcher has
-    ended them."""
+    ended them. `gone`: when each was seen to have vanished; `seen_ns`: when it was last seen to live, nanoseconds since
+    the epoch: on a busy machine a heart may beat late."""
+    seen = seen_ns or {}
     times: dict[int, float] = {}
     for rank, its in signs.items():
         if rank not in ranks:
@@ -30,7 +35,7 @@ def told_apart(
         if its.raised and not its.raised.secondary and error:
             times[rank] = error.at_ns
         elif its.ended:
-            times[rank] = error.at_ns if error else last_sign(ranks[rank]) + UNSEEN_NS
+            times[rank] = error.at_ns if error else max(_unseen_ns(ranks[rank]), seen.get(rank, 0))
     own = {
         rank: at
         for rank, at in times.items()
@@ -58,6 +63,11 @@ def told_apart(
         else:
             found[rank] = its
     return found
+
+
+def _unseen_ns(process: WatchedProcess) -> int:
+    """Until when it may have lived, by its record."""
+    return last_sign(process) + UNSEEN_NS
 
 
 def before_they_were_killed(found: Evidence) -> Evidence:

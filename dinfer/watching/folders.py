@@ -18,7 +18,7 @@ from dinfer.watch.probe.stacks import DUMP_SIGNAL
 from dinfer.watching.clocks import on_one_clock
 from dinfer.watching.events import ranks_of, trace_of
 from dinfer.watching.evidence import Evidence
-from dinfer.watching.failures import told_apart
+from dinfer.watching.failures import only_first_failures
 from dinfer.watching.jobs import Job, jobs_of
 from dinfer.watching.kv import WatchedKv, layers_of
 from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, pulse_of, signs_of
@@ -28,6 +28,9 @@ T = TypeVar("T")
 MOST_DUMPED = 1 << 18
 """characters of a dump of stacks that are read, the last"""
 
+
+RECENT = 500
+"""ops of a process that a look at what happens now needs"""
 
 ASKED_S, SELDOM_S = 0.5, 60.0
 """seconds between two questions to one process: the least, and the most"""
@@ -62,11 +65,14 @@ class Watched:
         self._seen: dict[Key, int] = {}
         self.unreadable: list[str] = []
 
-    def look(self, *, live: bool = True) -> list[Evidence]:
+    def look(self, *, live: bool = True, recent: bool = False) -> list[Evidence]:
         """What is known now: of each job, the oldest first; at least one, which may be empty. `live`: the processes may
-        be asked, as they are of this host; else the record is all."""
+        be asked, as they are of this host; else the record is all. `recent`: of long records only the last ops and the
+        open ones, which a verdict needs; so that a look takes as long however long the run is."""
         self._seen = self._sizes()
         processes, unread, unknown = self._read()
+        if recent:
+            processes = [shortened(process) for process in processes]
         processes, skewed = on_one_clock(processes)
         now, now_ns = time.monotonic(), time.time_ns() if live else None
         for process in processes:
@@ -121,7 +127,8 @@ class Watched:
     ) -> Evidence:
         ranks = job.ranks
         signs = {
-            rank: _fresh(signs_of(one, self._pulse(one), now, now_ns), one) for rank, one in ranks.items()
+            rank: _without_old_stacks(signs_of(one, self._pulse(one), now, now_ns), one)
+            for rank, one in ranks.items()
         }
         for rank, process in ranks.items():
             if _key(process) in unread:
@@ -135,7 +142,8 @@ class Watched:
             signs |= {rank: Signs(phase=UNREAD) for rank in range(size) if rank not in ranks}
         gone = {rank: at for rank, one in ranks.items() if (at := self._pulse(one).gone) is not None}
         trace = trace_of(ranks, self._command)
-        told = told_apart(signs, ranks, gone)
+        seen = {rank: self._pulse(one).seen_ns for rank, one in ranks.items()}
+        told = only_first_failures(signs, ranks, gone, seen)
         return Evidence(trace, told, now_ns, ranks, job=job.name, key=job.key, notes=notes)
 
     def _pulse(self, process: WatchedProcess) -> ProcessPulse:
@@ -222,6 +230,17 @@ class Watched:
         return dumped_frame(text[-MOST_DUMPED:])
 
 
+def shortened(process: WatchedProcess) -> WatchedProcess:
+    """With its last ops, and those before that are open, as if the others had made room."""
+    last = process.ops[-RECENT:]
+    if len(last) == len(process.ops) or any(op.number is None for op in last[-1:]):
+        return process
+    still = [op for op in process.ops[:-RECENT] if not op.done_ns]
+    return replace(
+        process, ops=[*still, *last], dropped=process.dropped + len(process.ops) - RECENT - len(still)
+    )
+
+
 def _takes_dumps(process: WatchedProcess) -> bool:
     """Whether the process of that number, on this host, is still one that takes the signal: any other would end."""
     if (
@@ -239,7 +258,7 @@ def _takes_dumps(process: WatchedProcess) -> bool:
     return bool(int(caught, 16) >> (DUMP_SIGNAL - 1) & 1)
 
 
-def _fresh(signs: Signs, process: WatchedProcess) -> Signs:
+def _without_old_stacks(signs: Signs, process: WatchedProcess) -> Signs:
     """Without stacks that are older than the rank's last op."""
     last = max((max(op.issued_ns, op.done_ns) for op in process.ops[-50:]), default=0)
     if not process.stacks or process.stacks[-1].at_ns < last:

@@ -73,6 +73,9 @@ class WatchSource(Protocol):
     def evidence(self) -> Evidence: ...
 
     @property
+    def whole(self) -> Evidence: ...
+
+    @property
     def verdict(self) -> Verdict | None: ...
 
 
@@ -127,12 +130,12 @@ class Watch(Tidy, Displayable, Closing):
     @property
     def trace(self) -> Trace:
         """The ops that have been recorded so far, as events; those that have not ended have an `end` of 0."""
-        return self._source.evidence.trace
+        return self._source.whole.trace
 
     @property
     def findings(self) -> list[OpFinding]:
         """What ended and is wrong all the same."""
-        return self._source.evidence.findings
+        return self._source.whole.findings
 
     def kv(self) -> WatchedKv:
         """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
@@ -164,7 +167,7 @@ class Watch(Tidy, Displayable, Closing):
 
     def links(self) -> Table:
         """What went over each link and through each kind of collective: MB, seconds, MB/s, waiting."""
-        return table_of(self._source.evidence.trace)
+        return table_of(self._source.whole.trace)
 
     def stack(self, rank: int) -> DisplayableText:
         """Where the threads of a rank stood in Python when they were last asked."""
@@ -186,7 +189,7 @@ class Watch(Tidy, Displayable, Closing):
         return target
 
     def _kept(self) -> Trace:
-        return self._source.evidence.kept(self._source.verdict)
+        return self._source.whole.kept(self._source.verdict)
 
     def _text(self) -> str:
         found = self._source.verdict
@@ -308,12 +311,17 @@ class EnginesSource:
         return self._evidence
 
     @property
+    def whole(self) -> Evidence:
+        with self._looking:
+            return of_cells(self.watched.look()[0])
+
+    @property
     def verdict(self) -> Verdict | None:
         return self._alarm.standing
 
     def look(self) -> None:
         with self._looking:
-            self._evidence = of_cells(self.watched.look()[0])
+            self._evidence = of_cells(self.watched.look(recent=True)[0])
             new = self._alarm.consider(self._evidence, time.monotonic())
             if self._alarm.is_suspicious:
                 self.watched.ask(self._evidence.processes.values())

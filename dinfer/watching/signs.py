@@ -3,6 +3,7 @@
 import linecache
 import re
 import socket
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -55,12 +56,14 @@ class _Sample:
 
 @dataclass
 class ProcessPulse:
-    """How one process of this host has lived lately. `gone`: when it was seen to have vanished."""
+    """How one process of this host has lived lately. `gone`: when it was seen to have vanished; `seen_ns`: when it was
+    last seen to live, in nanoseconds since the epoch."""
 
     process: psutil.Process | None
     samples: deque[_Sample] = field(default_factory=deque)
     stopped_since: float | None = None
     gone: float | None = None
+    seen_ns: int = 0
 
     def look(self, now: float) -> None:
         """Take a sample. A process that cannot be read has gone."""
@@ -76,6 +79,7 @@ class ProcessPulse:
         if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             self.gone = now
             return
+        self.seen_ns = time.time_ns()
         is_stopped = status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         self.stopped_since = (self.stopped_since or now) if is_stopped else None
         is_busy = status in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)

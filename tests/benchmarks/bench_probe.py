@@ -1,10 +1,9 @@
 """What the probe costs in a watched process: for each op on torch's fake backend, where an op takes no time of its own,
 and for each layer of a model whose KV it digests.
 
-Microseconds of CPU time of the calling thread, and of wall time beside it, which others use, too: medians of trials
-that take turns, watched and not, so that what else the machine does meets both. Run as
-`python tests/benchmarks/bench_probe.py` from the root; with `--full-ring` once so many ops are recorded that old ones
-make room. Not a test: times are never asserted.
+Microseconds of CPU time of the calling thread, and of wall time beside it: medians of trials that take turns, watched
+and not, so that what else the machine does meets both. Run as `python tests/benchmarks/bench_probe.py` from the root;
+with `--full-ring` so many ops are recorded before that old ones make room. Not a test: times are never asserted.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter, thread_time
@@ -91,7 +91,7 @@ def main() -> None:
                     for _ in range(MOST_SEGMENTS * SEGMENT_RECORDS):
                         dist.send(TENSOR, 1)
                 for name, call in OPS.items():
-                    found[name].append(seconds(lambda call=call: in_loops(call), ROUNDS))
+                    found[name].append(seconds(partial(in_loops, call), ROUNDS))
                 if trial < TRIALS // 3:
                     found["prefill"].append(seconds(lambda: prefill(model, ids), 1))
                 if probe:
@@ -101,8 +101,10 @@ def main() -> None:
         before, after = (medians(found[name], 1e6 / CALLS) for found in (plain, watched))
         columns = (before, after, (after[0] - before[0], after[1] - before[1]))
         print(f"{name:<14}{''.join(f'{cpu:10.1f}{wall:8.1f}' for cpu, wall in columns)}")
-    (before, _), (after, _) = (medians(found["prefill"], 1) for found in (plain, watched))
-    print(f"KV digests: {after / before - 1:+.1%} of a prefill whose layers take {before / 16 * 1000:.0f} ms")
+    alone, digested = (medians(found["prefill"], 1)[0] for found in (plain, watched))
+    print(
+        f"KV digests: {digested / alone - 1:+.1%} of a prefill whose layers take {alone / 16 * 1000:.0f} ms"
+    )
 
 
 if __name__ == "__main__":

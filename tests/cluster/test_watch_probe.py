@@ -299,6 +299,24 @@ def test_a_rank_that_waits_for_the_others_to_join(launch: Launch) -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_that_no_environment_names_and_that_cannot_join(launch: Launch) -> None:
+    program = launch(
+        """
+import socket
+taken = socket.create_server(("", 0))
+at = f"tcp://localhost:{taken.getsockname()[1]}"
+dist.init_process_group("gloo", init_method=at, rank=0, world_size=2)
+""",
+        0,
+    )
+    assert program.process.wait(200) == 1
+    (process,) = program.read()
+    assert (process.rank, process.expected_rank) == (None, 0)
+    assert process.exception is not None
+    assert process.exception.line == program.line("init_process_group")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_processes_that_python_starts(launch: Launch, method: str) -> None:
     program = launch(

@@ -79,6 +79,7 @@ class _Code:
         "owner",
         "places",
         "standard",
+        "tells",
     )
 
     def __init__(self, code: CodeType) -> None:
@@ -93,6 +94,7 @@ class _Code:
         self.layers = tuple(name for name in LAYER_NAMES if name in names)
         self.chunks = tuple(name for name in CHUNK_NAMES if name in names)
         self.owner = "self" in names
+        self.tells = bool(self.layers or self.chunks or self.owner)
         is_c10d = self.internal and code.co_filename.endswith("distributed_c10d.py")
         self.blocking = is_c10d and code.co_name in ("send", "recv")
         # Where Python issues ops; others of torch's files call C++ code that issues and waits by itself, as DDP does.
@@ -134,37 +136,41 @@ def caller(
     frame: FrameType | None, want_async: bool = False, want_layer: bool = True, want_chunk: bool = True
 ) -> Caller:
     """Look from `frame` outwards, no further than it takes to find what is wanted."""
+    blocking, in_cpp, async_op, known = False, False, None, _codes.get
+    code = None if frame is None else known(id(frame.f_code)) or _known(frame.f_code)
+    if code is not None:
+        in_cpp = not code.issues
+    while code is not None and code.internal:
+        if code.blocking:
+            blocking = True
+        elif code.flag and want_async and async_op is None:
+            async_op = _local(frame, code, ("async_op",))
+        frame = frame.f_back  # type: ignore[union-attr]
+        code = None if frame is None else known(id(frame.f_code)) or _known(frame.f_code)
     layer = chunk = NOTHING
     place: Place | None = None
-    outermost, blocking, in_cpp, async_op = ("", 0, ""), False, False, None
+    outermost = ("", 0, "")
     mine = libraries = deep = 0
     while frame is not None and deep < DEEPEST:
         deep += 1
-        code = _codes.get(id(frame.f_code)) or _known(frame.f_code)
-        if deep == 1:
-            in_cpp = not code.issues
-        if code.internal:
-            if place is None:
-                if code.blocking:
-                    blocking = True
-                elif want_async and code.flag and async_op is None:
-                    async_op = _local(frame, code, ("async_op",))
-        elif code.standard:
+        code = known(id(frame.f_code)) or _known(frame.f_code)
+        if code.standard:
             outermost = _place(frame, code)
-        else:
+        elif not code.internal:
             if place is None:
                 place = _place(frame, code)
             if code.library:
                 libraries += 1
             else:
                 mine += 1
-            if not code.library or libraries <= NEAR_FRAMES:
-                if want_layer and (code.layers or code.owner):
-                    layer = _number(frame, code, code.layers, code.owner)
-                    want_layer = layer == NOTHING
-                if want_chunk and code.chunks:
-                    chunk = _number(frame, code, code.chunks, False)
-                    want_chunk = chunk == NOTHING
+            if code.tells and (not code.library or libraries <= NEAR_FRAMES):
+                names = (code.layers if want_layer else (), code.chunks if want_chunk else ())
+                if names[0] or names[1] or (want_layer and code.owner):
+                    found_layer, found_chunk = _locals(frame, code, *names, want_layer and code.owner)
+                    if want_layer and found_layer is not None:
+                        layer, want_layer = found_layer, False
+                    if want_chunk and found_chunk is not None:
+                        chunk, want_chunk = found_chunk, False
             if mine == NEAR_FRAMES or not (want_layer or want_chunk):
                 break
         frame = frame.f_back
@@ -193,27 +199,36 @@ def _place(frame: FrameType, code: _Code) -> Place:
     return found
 
 
-def _number(frame: FrameType, code: _Code, names: tuple[str, ...], owner: bool) -> int:
-    """The first of these variables that is a number; if none is, the layer that `self` says it is."""
-    found = _local(frame, code, names, owner)
-    return NOTHING if found is None else int(found)
-
-
-def _local(frame: FrameType, code: _Code, names: tuple[str, ...], owner: bool = False) -> Any:
+def _locals(
+    frame: FrameType, code: _Code, layers: tuple[str, ...], chunks: tuple[str, ...], owner: bool
+) -> tuple[Any, Any]:
+    """Of each of these variables the first that is a number; if none of the layers' is, the layer that `self` says it
+    is."""
     # Before 3.13 the variables of a function come as a copy that the frame keeps: emptied, lest it keep tensors alive.
     # But not where the user's own `locals()` holds the same copy.
     found = frame.f_locals
     try:
-        for name in names:
-            value = found.get(name)
-            if (type(value) is int or (type(value) is bool and name == "async_op")) and _fits(value):
-                return value
-        if owner:
-            return _layer_of(found.get("self"))
-        return None
+        layer = _first(found, layers) if layers else None
+        if layer is None and owner:
+            layer = _layer_of(found.get("self"))
+        return layer, _first(found, chunks) if chunks else None
     finally:
         if not _LIVE_LOCALS and code.optimized and sys.getrefcount(found) <= 3:
             found.clear()
+
+
+def _local(frame: Any, code: _Code, names: tuple[str, ...]) -> Any:
+    """The first of these variables that is a number or a truth value."""
+    return _locals(frame, code, names, (), False)[0]
+
+
+def _first(found: Any, names: tuple[str, ...]) -> int | None:
+    for name in names:
+        value = found.get(name)
+        kind = type(value)
+        if (kind is int and NOTHING < value < 2**31) or (kind is bool and name == "async_op"):
+            return value  # type: ignore[no-any-return]
+    return None
 
 
 def _fits(value: int) -> bool:

@@ -31,10 +31,10 @@ class Captures:
         """In a forked child: nobody captures, or asks."""
         self.is_capturing, self._asking = False, threading.Lock()
 
-    def unless_capturing(self, ask: Callable[[], object]) -> bool:
-        """Ask a device something, without waiting, unless a graph is captured, which then begins after it. Returns
-        whether it was asked: not where another thread asks just now, either."""
-        if not self._asking.acquire(blocking=False):
+    def unless_capturing(self, ask: Callable[[], object], wait_s: float = 0.0) -> bool:
+        """Ask a device something, without waiting for it, unless a graph is captured, which then begins after that.
+        Returns whether it was asked: not where other threads have asked for longer than `wait_s`, either."""
+        if not self._asking.acquire(timeout=wait_s):
             return False
         try:
             if not self.is_capturing:

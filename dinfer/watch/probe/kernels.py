@@ -127,7 +127,7 @@ class KernelHook:
                 async_op(args),
                 frame,
                 args[placeholder_at] if placeholder_at >= 0 else None,
-                sized if _is_uneven(sized) else (),
+                sized if sized and _is_uneven(sized) else (),
             )  # fmt: skip
 
         def follow(pending: PendingOp, result: Any, args: tuple[Any, ...]) -> None:
@@ -142,14 +142,13 @@ class KernelHook:
                 works.keep_output(_flat(args[output_at]), pending)
 
         def kernel(keys: Any, *args: Any) -> Any:
+            if recorder.is_off:
+                return pass_on(keys.remove(select), *args)
             pending = None
-            if not recorder.is_off:
-                try:
-                    pending = begin(args, sys._getframe(1))
-                except Exception as error:
-                    recorder.switch_off("reading ops", error)
-            if pending is not None and not returns:  # it waits here and now
-                recorder.waiting(pending, sys._getframe(1))
+            try:
+                pending = begin(args, sys._getframe(1))
+            except Exception as error:
+                recorder.switch_off("reading ops", error)
             try:
                 result = pass_on(keys.remove(select), *args)
             except BaseException as error:
@@ -162,7 +161,7 @@ class KernelHook:
                 try:
                     if returns:
                         follow(pending, result, args)
-                    else:
+                    else:  # it has waited
                         recorder.done(pending)
                 except Exception as error:
                     recorder.switch_off("following ops", error)

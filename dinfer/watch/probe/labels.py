@@ -49,14 +49,8 @@ def _tell(now: Label) -> None:
         tell(*now)
 
 
-def labelled() -> Label:
-    """Layer and chunk that the user has said; None where he has not."""
-    return _label.get()
-
-
-def module_layer() -> int | None:
-    """The layer whose module is being called."""
-    return _module_layer.get()
+labelled, module_layer = _label.get, _module_layer.get
+"""Layer and chunk that the user has said, None where he has not; and the layer whose module is being called."""
 
 
 def enter_module(layer: int | None) -> int | None:

@@ -314,6 +314,9 @@ class _ProcessFiles:
         process.hook = line.text("name")
         process.torch = line.text("torch", process.torch)
 
+    def _take_meant(self, line: "Fields", process: WatchedProcess) -> None:
+        process.expected_rank = line.number("rank")
+
     def _take_rank(self, line: "Fields", process: WatchedProcess) -> None:
         process.rank, process.world_size = line.number("rank"), line.number("world_size")
         process.store = line.text("store", "")

@@ -67,6 +67,15 @@ Channel = tuple[Any, ...]
 (group, backend, kind, peer, tag)."""
 
 
+class AnySource:
+    """Of a recv from any rank: its group, and whether no other recv of that was open beside it."""
+
+    __slots__ = ("group", "is_alone")
+
+    def __init__(self, group: GroupFacts, is_alone: bool) -> None:
+        self.group, self.is_alone = group, is_alone
+
+
 class PendingOp:
     """An op that is not known to be over."""
 
@@ -84,7 +93,7 @@ class PendingOp:
 
     def __init__(
         self, base: int, commit: int, blocking: bool, place: int, on_device: bool, nbytes: int, channel: Channel,
-        number: int, any_source: "tuple[GroupFacts, int] | None",
+        number: int, any_source: AnySource | None,
     ) -> None:  # fmt: skip
         self.base, self.commit = base, commit
         """where its record is"""
@@ -94,7 +103,6 @@ class PendingOp:
         self.on_device, self.nbytes = on_device, nbytes
         self.channel, self.number = channel, number
         self.any_source = any_source
-        """of a recv from any rank: its group, and how many recvs were issued there when it was"""
 
     @property
     def seq(self) -> int:
@@ -145,9 +153,9 @@ class OpRecorder:
         self._made_groups = itertools.count(1)
         # Reentrant: a signal's handler may issue an op while its thread is here.
         self._knowing_groups, self._numbering = threading.RLock(), threading.RLock()
-        self._counts: dict[Channel, int] = {}
-        self._recvs: dict[int, int] = {}
-        self._open_any_source: dict[int, int] = {}
+        self._counts: dict[Channel, itertools.count[int]] = {}
+        self._open_any_source: dict[int, list[AnySource]] = {}
+        """by the group's number"""
         self._rank: tuple[int, int, str] | None = None
         self._problems = self._errors = self._raised = 0
         self._last_raised: int = 0
@@ -199,6 +207,13 @@ class OpRecorder:
         if self._on_open:
             self._on_open()
 
+    def meant_to_be(self, rank: int) -> None:
+        """Which rank this process asks to be. Where it is not in the environment, nothing else tells whose failure to
+        join it is."""
+        records = self.open()
+        if records is not None:
+            records.lines.write("meant", rank=rank)
+
     def say_hook(self, hook: str, torch: str) -> None:
         """How ops are seen from now on."""
         self.hook, self.torch = hook, torch
@@ -247,7 +262,7 @@ class OpRecorder:
         if self.is_off:
             return None
         try:
-            records = self.open()
+            records = self.records or self.open()
             if records is None:
                 return None
             layer, chunk = labelled()
@@ -271,20 +286,23 @@ class OpRecorder:
             if peer != NOTHING and group.ranks:
                 peer = group.ranks[peer] if 0 <= peer < len(group.ranks) else peer
             backend = group.backend_for(first)
-            any_source = None
+            any_source: AnySource | None = None
             if is_message:
                 channel: Channel = (group.number, backend, kind, peer, tag if backend in TAGGED else 0)
-                if kind == "recv":
-                    number, any_source = self._number_of_recv(group, channel)
-                else:
-                    number = self._next_number(channel)
             else:
                 channel = (kind,) if kind in MAKING else (group.number, backend)
+            if kind == "recv" and (peer == NOTHING or self._open_any_source):
+                number, any_source = self._number_of_recv(group, channel)
+            else:
                 number = self._next_number(channel)
             place = records.places.number(called.place)
+            try:
+                thread: int = self._threads.number
+            except AttributeError:  # kept with the thread: its ident will be another's once it has ended
+                thread = self._threads.number = records.threads.number(thread_name())
             base, commit = records.ops.begin(
                 time.monotonic_ns(), KIND_NUMBERS[kind], is_async, group.number, peer, tag, place, form,
-                self._thread_number(records), nbytes, called.layer if layer is None else layer,
+                thread, nbytes, called.layer if layer is None else layer,
                 called.chunk if chunk is None else chunk, number,
             )  # fmt: skip
             raised = sys.exc_info()[1]
@@ -297,19 +315,12 @@ class OpRecorder:
             self.switch_off("recording ops", error)
             return None
 
-    def _thread_number(self, records: Records) -> int:
-        """Kept with the thread: its ident will be another's once it has ended."""
-        found: int | None = getattr(self._threads, "number", None)
-        if found is None:
-            found = self._threads.number = records.threads.number(thread_name())
-        return found
-
     def waiting(self, pending: PendingOp, frame: FrameType | None) -> None:
-        """The caller begins to wait for the op. Never raises."""
+        """The caller begins to wait for the op; one that waits at once has waited since it was issued. Never raises."""
         try:
             records = self.records
-            if records is not None:
-                place = pending.place if pending.blocking else records.places.number(place_of(frame))
+            if records is not None and not pending.blocking:
+                place = records.places.number(place_of(frame))
                 records.ops.waiting(pending.base, pending.commit, time.monotonic_ns(), place)
         except Exception as error:
             self.switch_off("recording waits", error)
@@ -333,8 +344,9 @@ class OpRecorder:
                 self._errors += 1
                 text = f"{type(error).__name__}: {error}"
                 records.lines.write("error", seq=pending.seq, text=text[:1000])
-            if pending.any_source is not None:
-                self._has_received(records, pending, None if error else work)
+            found, pending.any_source = pending.any_source, None
+            if found is not None:
+                self._has_received(records, pending, found, None if error else work)
             records.ops.done(pending.base, pending.commit, time.monotonic_ns(), error is not None)
         except Exception as failure:
             self.switch_off("recording ends", failure)
@@ -342,9 +354,10 @@ class OpRecorder:
     def not_issued(self, pending: PendingOp, error: BaseException) -> None:
         """The op failed before it was issued: the next one has its number. Never raises."""
         try:
-            with self._numbering:
-                if self._counts.get(pending.channel) == pending.number + 1:
-                    self._counts[pending.channel] = pending.number
+            if pending.number != UNNUMBERED:
+                number = self._next_number(pending.channel)
+                is_last = number == pending.number + 1
+                self._counts[pending.channel] = itertools.count(pending.number if is_last else number)
             if self.records is not None:
                 self.records.ops.set_number(pending.base, pending.commit, UNNUMBERED)
         except Exception as failure:
@@ -358,45 +371,45 @@ class OpRecorder:
     # -- numbers
 
     def _next_number(self, channel: Channel) -> int:
-        counts = self._counts
-        with self._numbering:
-            number = counts.get(channel, 0)
-            counts[channel] = number + 1
-            if number == 0 and len(counts) > MOST_CHANNELS:
-                counts.pop(next(iter(counts)))
-        return number
+        count = self._counts.get(channel)
+        if count is None:
+            with self._numbering:
+                count = self._counts.setdefault(channel, itertools.count())
+                if len(self._counts) > MOST_CHANNELS:
+                    self._counts.pop(next(iter(self._counts)))
+        return next(count)
 
-    def _number_of_recv(
-        self, group: GroupFacts, channel: Channel
-    ) -> tuple[int, tuple[GroupFacts, int] | None]:
+    def _number_of_recv(self, group: GroupFacts, channel: Channel) -> tuple[int, AnySource | None]:
         """Of a recv from any rank, the number is known once it is over. Until then no other recv of the group has one:
         who can say which of them gets which message."""
         with self._numbering:
-            recvs = self._recvs[group.number] = self._recvs.get(group.number, 0) + 1
-            are_open = self._open_any_source.get(group.number, 0)
+            are_open = self._open_any_source.get(group.number, [])
+            for other in are_open:
+                other.is_alone = False
             if channel[3] == NOTHING:
-                self._open_any_source[group.number] = are_open + 1
-                return UNNUMBERED, (group, 0 if are_open else recvs)
+                found = AnySource(group, not are_open)
+                self._open_any_source[group.number] = [*are_open, found]
+                return UNNUMBERED, found
             number = self._next_number(channel)
             return (UNNUMBERED if are_open else number), None
 
-    def _has_received(self, records: Records, pending: PendingOp, work: Any) -> None:
+    def _has_received(self, records: Records, pending: PendingOp, found: AnySource, work: Any) -> None:
         """A recv from any rank is over: from which one it has received, and its number, if it was the only recv."""
-        if pending.any_source is None:
-            return
-        (group, recvs), pending.any_source = pending.any_source, None
         try:
             source = work._source_rank() if work is not None else -1
         except RuntimeError:  # it has failed
             source = -1
+        group = found.group
         with self._numbering:
-            self._open_any_source[group.number] = self._open_any_source.get(group.number, 1) - 1
-            if source < 0:
-                return
+            are_open = [other for other in self._open_any_source.pop(group.number, ()) if other is not found]
+            if are_open:
+                self._open_any_source[group.number] = are_open
+        if source >= 0:
             peer = group.ranks[source] if source < len(group.ranks) else source
             number = self._next_number((*pending.channel[:3], peer, pending.channel[4]))
-            is_only = recvs == self._recvs[group.number]
-        records.ops.set_number(pending.base, pending.commit, number if is_only else UNNUMBERED, peer)
+            records.ops.set_number(
+                pending.base, pending.commit, number if found.is_alone else UNNUMBERED, peer
+            )
 
     # -- groups
 

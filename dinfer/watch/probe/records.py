@@ -9,8 +9,9 @@ Each process writes two files of its own:
   on the oldest records make room, those of open ops last.
 
 Another process reads while this one writes, without a lock: every word that changes later is one aligned 64-bit store,
-and a record counts only while the first and the last word of it name its number. `struct.pack_into` writes bytes one by
-one, so it is used only between these two. The words of a line are in the file before the op that refers to them.
+and a record counts only while the first and the last word of it name its number. `struct.pack_into` zeroes its target
+and then writes byte after byte, so the first word is 0 when it begins. The words of a line are in the file before the
+op that refers to them.
 
 Each op says its number: what of its kind this process did before. Who reads can thus tell which send a recv meets, and
 what the ranks of a group do together, though older ops are gone, on each rank others. Messages are numbered for each
@@ -62,10 +63,7 @@ MAGIC_AT, FORMAT_AT, SEGMENTS_AT, BEAT_AT, ASKED_AT, ANSWERED_AT, NOW_AT = range
 
 # words of a record; COMMIT and LAST are the op's number + 1
 COMMIT, ISSUED, WAITED, DONE, NUMBER = range(5)
-BODY = struct.Struct(
-    "<BBHiiIIIqii"
-)  # kind, is_async, group, peer, tag, place, form, thread, nbytes, layer, chunk
-BODY_AT = 5
+BODY_AT = 5  # kind, is_async, group, peer; tag, place; form, thread; nbytes; layer, chunk
 WAIT_PLACE, LAST = 10, 11
 # DONE is negative where the op failed; of the byte is_async, FOLLOWED is a bit of its own
 FOLLOWED = 2

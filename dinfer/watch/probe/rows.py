@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from .captures import captures
 from .records import NOTHING, RecordsError, WatchedProcess
 
 MAGIC = b"KVr1"
@@ -98,6 +99,10 @@ class RowsWriter:
             return self._write(digests, about)
         if digests.device.type != "cuda":
             return self._write(digests.cpu(), about)
+        captures.unless_capturing(lambda: self._fetch(digests, about), wait_s=1)
+        return True
+
+    def _fetch(self, digests: Any, about: tuple[Any, ...]) -> None:
         import torch
 
         host = torch.empty(digests.shape, dtype=torch.int64, pin_memory=True)
@@ -105,15 +110,27 @@ class RowsWriter:
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(digests.device))
         self._waiting.append((event, host, about))
-        return True
 
-    def flush(self, wait: bool = False) -> None:
-        """Write what has come from the device meanwhile; with `wait`, all."""
-        while self._waiting and (wait or self._waiting[0][0].query()):
-            event, host, about = self._waiting.popleft()
-            if wait:
-                event.synchronize()
+    def flush(self, wait_s: float = 0.0) -> int:
+        """Write what has come from the device meanwhile, or comes within so many seconds. Returns how many are missing:
+        a device that hangs delivers nothing."""
+        deadline = time.monotonic() + wait_s
+        while self._waiting:
+            captures.unless_capturing(self._write_delivered)
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.002)
+        return len(self._waiting)
+
+    def _write_delivered(self) -> None:
+        while self._waiting and self._waiting[0][0].query():
+            _, host, about = self._waiting.popleft()
             self._write(host, about)
+
+    def close(self) -> None:
+        """Write no more: whoever tries gets an OSError."""
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
 
     def _write(self, digests: Any, about: tuple[Any, ...]) -> bool:
         rows = digests.contiguous()

@@ -34,7 +34,25 @@ def dump_on_signal(path: Path) -> int | None:
         return None
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     faulthandler.register(DUMP_SIGNAL, descriptor, all_threads=True)
+    _close_dump()  # of the process that this one was forked from
+    _dumps.append(descriptor)
     return int(DUMP_SIGNAL)
+
+
+def dump_no_more() -> None:
+    """The signal does again what it did."""
+    if _dumps and DUMP_SIGNAL is not None:
+        faulthandler.unregister(DUMP_SIGNAL)
+    _close_dump()
+
+
+_dumps: list[int] = []
+"""the descriptor of the file, if there is one"""
+
+
+def _close_dump() -> None:
+    while _dumps:
+        os.close(_dumps.pop())
 
 
 def dumps_still() -> bool:

@@ -15,13 +15,15 @@ from .labels import enter_module
 from .paged import PagedCaches
 from .recorder import NO_GROUP, OpRecorder
 from .records import NOTHING
-from .stacks import dump_on_signal, dumps_still
+from .stacks import dump_no_more, dump_on_signal, dumps_still
 from .tensors import TensorWatch
 from .thread import ProbeThread
 from .works import Works
 
 VARIABLE = "DINFER_WATCH"
 _C10D = "torch.distributed.distributed_c10d"
+_RANK = 4
+"""the argument `rank` of init_process_group, where it has no name"""
 
 
 class Probe:
@@ -60,6 +62,7 @@ class Probe:
             if getattr(owner, name, None) is by:
                 setattr(owner, name, before)
         captures.unwatch()
+        dump_no_more()
         self._works.clear()
         self.recorder.close()
 
@@ -142,6 +145,9 @@ class Probe:
         @wraps(before)
         def init_process_group(*args: Any, **options: Any) -> Any:
             self._hook_ops()
+            rank = options.get("rank", args[_RANK] if len(args) > _RANK else None)
+            if isinstance(rank, int) and rank >= 0:
+                self.recorder.meant_to_be(rank)
             pending = self.recorder.issued(
                 "init_group", NO_GROUP, NOTHING, NOTHING, (), False, sys._getframe(1)
             )

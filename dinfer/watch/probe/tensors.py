@@ -16,6 +16,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from .callers import caller
+from .captures import captures
 from .imports import ImportWatch
 from .labels import Label, labelled, module_layer
 from .recorder import OpRecorder
@@ -36,6 +37,9 @@ layers of transformers' models, and the token ids that such models are fed."""
 HIDDEN, OUTPUT, IDS = "hidden", "output", "ids of "
 """names of what is taken then: what enters a layer, what leaves it; and ids, with the model's checkpoint behind"""
 
+EXIT_S = 2.0
+"""for so long a process that ends waits for digests from a device"""
+
 
 class TensorWatch:
     """Digests of rows in this process."""
@@ -46,6 +50,7 @@ class TensorWatch:
         self._within = threading.local()
         self._restore: list[tuple[Any, str, Any]] = []
         self.is_off = False
+        self._rows: RowsWriter | None = None
         self.clear()
         watching.append(self)
         imports.add("transformers.cache_utils", self._found_caches)
@@ -56,7 +61,9 @@ class TensorWatch:
 
     def clear(self) -> None:
         """In a forked child: files of its own."""
-        self._rows: RowsWriter | None = None
+        if self._rows is not None:
+            self._rows.close()
+        self._rows = None
         self._opening = threading.RLock()
         self._lengths: dict[tuple[int, str, int], int] = {}
 
@@ -71,12 +78,14 @@ class TensorWatch:
                 setattr(owner, name, before)
         self._restore.clear()
         self.flush()
+        self.clear()
 
     def flush(self) -> None:
         """Before the process ends: write what devices have still to deliver. Never raises."""
         try:
-            if self._rows is not None:
-                self._rows.flush(wait=True)
+            missing = self._rows.flush(EXIT_S) if self._rows is not None else 0
+            if missing:
+                self._recorder.problem(f"{missing} digests did not come from the device within {EXIT_S:g} s")
         except Exception as error:
             self.switch_off("writing digests", error)
 
@@ -422,4 +431,6 @@ def _is_compiling() -> bool:
 
 
 def _is_captured(torch: Any, tensor: Any) -> bool:
-    return tensor.device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
+    return tensor.device.type == "cuda" and (
+        captures.is_capturing or bool(torch.cuda.is_current_stream_capturing())
+    )

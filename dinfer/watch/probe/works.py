@@ -10,8 +10,9 @@ Backends for devices give no Work for an op whose caller waits at once, nor for 
 the caller's stream, where an event behind it says when it is over; of a batch the Work at its end does.
 
 A Work may hold tensors, so none is held for long: one that was just made, until its thread's next op or half a second;
-and on a device the last one of each group, or pair of ranks in it, until it is over, since these end in the order of
-their issue.
+that of a collective on the CPU, until it is over, as its backend holds it too (C++ code, such as DDP's, may wait for it
+where nobody sees); and on a device the last one of each group, or pair of ranks in it, until it is over, since these
+end in the order of their issue.
 """
 
 import sys
@@ -28,6 +29,9 @@ MOST_OUTPUTS = 1024
 
 MOST_ASKED = 512
 """So many ops are asked about at a time."""
+
+MOST_HELD = 256
+"""collectives on the CPU that are under way at a time, whose Work is held"""
 
 HELD_BYTES = 2**20
 """On a device, also older ops are followed one by one if they have no more bytes than this; at most 64 of a group."""
@@ -46,6 +50,8 @@ class Works:
         """Collectives by the address of their output, by which functional ones are waited for."""
         self._handed: dict[int, Any] = {}
         self._handed_before: dict[int, int] = {}
+        self._under_way: dict[int, Any] = {}
+        """the Work of collectives on the CPU that were not over when their thread went on, by its id"""
         self._batches: dict[int, list[PendingOp]] = {}
         """by thread"""
         self.devices = DeviceOps(recorder)
@@ -54,7 +60,8 @@ class Works:
     def clear(self) -> None:
         """Forget all: in a forked child none of them is this process's, and who records no more needs none."""
         for found in (
-            self._by_work, self._by_future, self.by_output, self._handed, self._handed_before, self._batches,
+            self._by_work, self._by_future, self.by_output, self._handed, self._handed_before, self._under_way,
+            self._batches,
         ):  # fmt: skip
             found.clear()
         self.devices.clear()
@@ -66,7 +73,7 @@ class Works:
         ident = threading.get_ident()
         before = self._handed.get(ident)
         if before is not None:
-            self._ask(before)
+            self._let_go(before)
         self._handed[ident] = work
         batch = self._batches.get(ident) if self._batches else None
         if batch is not None:
@@ -75,6 +82,8 @@ class Works:
             self._follow_on_device(work, (pending,), pending.queue)
         else:
             self._keep(work, (pending,))
+        if self._recorder.is_off:
+            self.clear()
 
     def keep_output(self, tensors: Any, pending: PendingOp) -> None:
         """A collective has these outputs, by which it may be waited for."""
@@ -89,8 +98,6 @@ class Works:
         if batch is not None:
             batch.append(pending)
             return
-        if pending.blocking:
-            self._recorder.waiting(pending, None)
         if pending.on_device:
             self._behind((pending,), pending.queue, tensor.device)
         else:
@@ -112,8 +119,6 @@ class Works:
             return
         self._keep(work, pendings)
         self.devices.add(work, pendings, queue)
-        if self._recorder.is_off:
-            self.clear()
 
     def _keep(self, work: Any, pendings: Pendings) -> None:
         key, by_work = id(work), self._by_work
@@ -158,14 +163,16 @@ class Works:
         return () if found is None or found[0]() is not work else found[1]
 
     def _waiting(self, original: Any) -> Any:
-        known, recorder = self._known, self._recorder
+        by_work, recorder = self._by_work, self._recorder
 
         def wait(work: Any, *args: Any, **options: Any) -> Any:
-            pendings = known(work)
-            if not pendings:
+            found = by_work.get(id(work))
+            if found is None or found[0]() is not work:
                 return original(work, *args, **options)
+            pendings = found[1]
             for pending in pendings:
-                recorder.waiting(pending, sys._getframe(1))
+                if not pending.blocking:
+                    recorder.waiting(pending, sys._getframe(1))
             try:
                 result = original(work, *args, **options)
             except BaseException as error:
@@ -295,6 +302,17 @@ class Works:
 
     # -- without a wait
 
+    def _let_go(self, work: Any) -> None:
+        """The caller has this Work by now, unless it has let go of it, or is C++ code: then only it says that the op is
+        over."""
+        self._ask(work)
+        found = self._by_work.get(id(work))
+        if found is None or self._recorder.is_over(found[1][-1]) or not _is_of_collective(found[1][-1]):
+            return
+        self._under_way[id(work)] = work
+        if len(self._under_way) > MOST_HELD:
+            self._under_way.pop(next(iter(self._under_way)), None)
+
     def _ask(self, work: Any) -> None:
         """Whether it is over: C++ code may have waited for it, as DDP's does."""
         found = self._by_work.get(id(work))
@@ -312,8 +330,12 @@ class Works:
                 if work is not None:
                     self._ask(work)
             for ident, key in self._handed_before.items():
-                if id(self._handed.get(ident)) == key:  # the caller has it by now
-                    self._handed.pop(ident, None)
+                if id(self._handed.get(ident)) == key:
+                    self._let_go(self._handed.pop(ident, None))
+            for key in list(self._under_way):
+                found = self._by_work.get(key)
+                if found is None or self._recorder.is_over(found[1][-1]):
+                    self._under_way.pop(key, None)
             self._handed_before = {ident: id(work) for ident, work in list(self._handed.items())}
             return self.devices.look()
         except Exception as error:
@@ -395,6 +417,11 @@ def stream_event(device: Any) -> StreamEvent | None:
     event = module.Event()
     event.record(module.current_stream(device))
     return StreamEvent(event)
+
+
+def _is_of_collective(pending: PendingOp) -> bool:
+    """Of one on the CPU: gloo says when such an op is over, of a message never."""
+    return not pending.on_device and len(pending.channel) <= 2
 
 
 def is_completed(work: Any) -> bool:

@@ -17,14 +17,11 @@ from .records import (
     ANSWERED_AT,
     ASKED_AT,
     BEAT_AT,
-    BODY,
     BODY_AT,
     DONE,
     FOLLOWED,
     FORMAT_AT,
     HEADER_BYTES,
-    ISSUED,
-    LAST,
     MAGIC,
     MAGIC_AT,
     MOST_LINES_BYTES,
@@ -33,6 +30,7 @@ from .records import (
     NOTHING,
     NOW_AT,
     NUMBER,
+    RECORD,
     RECORD_WORDS,
     SEGMENT_BYTES,
     SEGMENT_RECORDS,
@@ -43,7 +41,9 @@ from .records import (
     WORD,
 )
 
-_HEADER_WORDS = HEADER_BYTES // 8
+_FIRST = HEADER_BYTES // 8 - RECORD_WORDS
+"""where the record of an op 0 would be"""
+
 MOST_SKIPPED = 16
 """open ops that are passed over in search of one that can make room"""
 
@@ -60,7 +60,7 @@ class OpsWriter:
         self._map = mmap.mmap(self._descriptor, HEADER_BYTES + most_segments * SEGMENT_BYTES)
         self._words = memoryview(self._map).cast("q")
         self._most, self._reserved = most_segments * SEGMENT_RECORDS, 0
-        self._count, self._slots = itertools.count(1), itertools.count()
+        self._count, self._reused = itertools.count(1), itertools.count()  # of ops, of reused places
         # Reentrant: a signal's handler may issue an op while its thread is adding a segment.
         self._growing = threading.RLock()
         self.issued = 0
@@ -79,20 +79,14 @@ class OpsWriter:
         thread: int, nbytes: int, layer: int, chunk: int, number: int,
     ) -> tuple[int, int]:  # fmt: skip
         """Record that an op is issued: where its record is, and what it must hold to be still this op's. Numbers stand
-        for what the lines of the same number say."""
-        words, slot = self._words, next(self._slots)
-        base = _HEADER_WORDS + slot * RECORD_WORDS if slot < self._reserved else self._room(slot)
+        for what the lines of the same number say. Who does not wait later waits from now on."""
         commit = next(self._count)
-        words[base] = words[base + LAST] = words[base + WAITED] = words[base + DONE] = words[
-            base + WAIT_PLACE
-        ] = 0
-        words[base + ISSUED] = now
-        words[base + NUMBER] = number
-        BODY.pack_into(
-            words, (base + BODY_AT) * 8, kind, is_async, group, peer, tag, place, form, thread, nbytes, layer, chunk
+        base = _FIRST + commit * RECORD_WORDS if commit <= self._reserved else self._room(commit)
+        waited, wait_place = (0, 0) if is_async else (now, place)
+        RECORD.pack_into(
+            self._words, base * 8, commit, now, waited, 0, number, kind, is_async, group, peer, tag, place, form,
+            thread, nbytes, layer, chunk, wait_place, commit,
         )  # fmt: skip
-        words[base + LAST] = commit
-        words[base] = commit
         self.issued = commit
         return base, commit
 
@@ -145,10 +139,10 @@ class OpsWriter:
         """The stacks of this request are written."""
         self._words[ANSWERED_AT] = number
 
-    def _room(self, slot: int) -> int:
-        """Where the record of this number goes, beyond what is reserved."""
+    def _room(self, commit: int) -> int:
+        """Where the record of this op goes, beyond what is reserved."""
         with self._growing:
-            while slot >= self._reserved and self._reserved < self._most:
+            while commit > self._reserved and self._reserved < self._most:
                 start = HEADER_BYTES + self._reserved * RECORD_WORDS * 8
                 try:
                     self._reserve(start, SEGMENT_BYTES)
@@ -159,14 +153,14 @@ class OpsWriter:
                     break
                 self._reserved += SEGMENT_RECORDS
                 self._words[SEGMENTS_AT] = self._reserved // SEGMENT_RECORDS
-        if slot < self._reserved:
-            return _HEADER_WORDS + slot * RECORD_WORDS
+        if commit <= self._reserved:
+            return _FIRST + commit * RECORD_WORDS
         # The place of an old op, rather of one that is over: who waits is what a hang is about.
         for _ in range(MOST_SKIPPED):
-            base = _HEADER_WORDS + slot % self._reserved * RECORD_WORDS
+            base = _FIRST + (next(self._reused) % self._reserved + 1) * RECORD_WORDS
             if self._words[base + DONE]:
                 break
-            slot = next(self._slots)
+        self._words[base] = 0
         return base
 
     def _reserve(self, start: int, length: int) -> None:

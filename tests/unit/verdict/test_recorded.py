@@ -14,6 +14,7 @@ from dinfer.trace.read import read_jsonl
 from dinfer.verdict.judge import explain
 from dinfer.verdict.recorded import explain_events
 from dinfer.verdict.signs import Raised, Signs
+from tests.support.made_ops import MadeOps
 from tests.support.plan_game import Game
 from tests.support.plan_strategies import plans
 from tests.support.stuck_states import SLEEPS, signs_of
@@ -88,6 +89,24 @@ def as_events(game: Game) -> list[Event]:
                 Event(rank, lane.name, op.kind, 1, 1, 1, ended, op.what, op.chunk, op.layer, peer, op.tokens)
             )
     return found
+
+
+def test_an_op_before_a_later_one_of_its_thread_is_no_place() -> None:
+    """C++ code has waited for it where nobody sees, and the record of its end is missing."""
+    ops = MadeOps(2)
+    ops.all("all_reduce", 0, 1, open=True)
+    ops.recv(0, 1, open=True)
+    ops.recv(1, 0, open=True)
+    verdict = explain_events(ops.events, {}, groups=ops.groups)
+    assert verdict.kind == "cycle"
+    assert "all_reduce" not in str(verdict)
+
+
+def test_who_has_ended_is_in_no_op() -> None:
+    ops = MadeOps(2)
+    ops.all("all_reduce", 0, 1, open=True)
+    ended = {rank: Signs(phase="done") for rank in (0, 1)}
+    assert not explain_events(ops.events, ended, groups=ops.groups).is_hung
 
 
 @given(plan=plans(schedules=("batched",)), seed=st.integers(0, 99))

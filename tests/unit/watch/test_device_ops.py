@@ -12,7 +12,7 @@ import torch
 
 from dinfer.watch.probe.captures import captures
 from dinfer.watch.probe.reading import read
-from dinfer.watch.probe.recorder import NO_GROUP, OpRecorder, PendingOp
+from dinfer.watch.probe.recorder import NO_GROUP, OpRecorder, PendingOp, facts_of
 from dinfer.watch.probe.records import NOTHING
 from dinfer.watch.probe.works import HELD_BYTES, Works
 
@@ -35,10 +35,12 @@ def recorder(tmp_path: Path) -> Iterator[OpRecorder]:
     made.close()
 
 
-def issue(recorder: OpRecorder, peer: int = NOTHING, nbytes: int = 4) -> PendingOp:
+def issue(
+    recorder: OpRecorder, peer: int = NOTHING, nbytes: int = 4, is_async: bool | None = None
+) -> PendingOp:
     """An op on a device."""
     kind = "all_reduce" if peer == NOTHING else "send"
-    pending = recorder.issued(kind, NO_GROUP, peer, NOTHING, [torch.zeros(1)], True, None)
+    pending = recorder.issued(kind, NO_GROUP, peer, NOTHING, [torch.zeros(1)], is_async is not False, None)
     assert pending is not None
     pending.on_device, pending.nbytes = True, nbytes
     return pending
@@ -110,3 +112,132 @@ def test_nothing_is_asked_while_a_graph_is_captured(recorder: OpRecorder) -> Non
     assert states(recorder) == ["issued", "done"]
     works.look()
     assert states(recorder) == ["done", "done"]
+
+
+def test_ops_without_a_work_are_over_when_their_stream_has_come_so_far(
+    recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collective whose caller waits at once runs on the caller's stream, and NCCL gives no Work for it."""
+    works, event = Works(recorder), DeviceWork()
+    monkeypatch.setattr("dinfer.watch.probe.works.stream_event", lambda _: event)
+    works.without_work(issue(recorder, is_async=False), torch.zeros(1))
+    assert works.look()
+    assert states(recorder) == ["waiting"]
+    event.is_over = True
+    assert not works.look()
+    assert states(recorder) == ["done"]
+
+
+def test_an_op_without_a_work_is_over_while_a_graph_is_captured(recorder: OpRecorder) -> None:
+    works = Works(recorder)
+    captures.beginning(lambda: works.without_work(issue(recorder), torch.zeros(1)))()
+    captures.ending(lambda: None)()
+    assert states(recorder) == ["done"]
+
+
+class BatchingGroup:
+    """As torch's ProcessGroup on NCCL: within a batch ops give no Work, its end gives one for all."""
+
+    def __init__(self, work: object) -> None:
+        self._work = work
+
+    def start(self) -> None:
+        """A batch begins."""
+
+    def end(self, device: torch.device) -> object:
+        """All of it is issued."""
+        assert device.type == "cpu"  # there is no other here
+        return self._work
+
+
+def test_the_parts_of_a_batch_are_over_with_the_work_at_its_end(recorder: OpRecorder) -> None:
+    works, work, lone = Works(recorder), DeviceWork(), DeviceWork()
+    group = BatchingGroup(work)
+    works.hand_over(lone, issue(recorder, peer=1))  # on a communicator of this pair alone
+    works._starting(BatchingGroup.start)(group)
+    for peer in (1, 2):
+        works.without_work(issue(recorder, peer=peer), torch.zeros(1))
+    assert works.look()
+    assert works._ending(BatchingGroup.end)(group, torch.device("cpu")) is work
+    assert states(recorder) == ["issued"] * 3
+    work.is_over = True
+    assert works.look()
+    assert states(recorder) == ["issued", "done", "done"]
+
+
+def test_a_batch_without_a_work_is_over_when_its_stream_has_come_so_far(
+    recorder: OpRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works, event, group = Works(recorder), DeviceWork(), BatchingGroup(None)
+    monkeypatch.setattr("dinfer.watch.probe.works.stream_event", lambda _: event)
+    works._starting(BatchingGroup.start)(group)
+    works.without_work(issue(recorder), torch.zeros(1))
+    works._ending(BatchingGroup.end)(group, torch.device("cpu"))
+    assert works.look()
+    assert states(recorder) == ["waiting"]
+    event.is_over = True
+    works.look()
+    assert states(recorder) == ["done"]
+
+
+def test_a_device_that_has_failed_is_said_of_the_op_and_switches_nothing_off(recorder: OpRecorder) -> None:
+    class Failed(DeviceWork):
+        def is_completed(self) -> bool:
+            raise RuntimeError("device-side assert")
+
+    works = Works(recorder)
+    works.hand_over(Failed(), issue(recorder))
+    assert not works.look()
+    assert states(recorder) == ["failed"]
+    assert not recorder.is_off
+
+
+def test_no_work_is_kept_once_recording_is_off(tmp_path: Path) -> None:
+    recorder = OpRecorder(tmp_path, on_off=lambda: works.clear())
+    works = Works(recorder)
+    made = [DeviceWork() for _ in range(2)]
+    works.hand_over(made[0], issue(recorder))
+    left = [weakref.ref(work) for work in made]
+    recorder.switch_off("a part", ValueError("a bug"))
+    late = issue(OpRecorder(tmp_path))
+    works.hand_over(made[1], late)
+    del made
+    gc.collect()
+    assert [one() for one in left] == [None, None]
+
+
+class OnDevice:
+    """Of a tensor, as far as ops are recorded, on a device that is not here."""
+
+    is_cpu, is_meta, dtype = False, False, torch.float32
+    device = torch.device("cuda", 0)
+
+    def __init__(self, *shape: int) -> None:
+        self.shape, self.nbytes = torch.Size(shape), 4 * shape[0]
+
+
+def test_the_backend_that_serves_an_op_follows_its_device(recorder: OpRecorder) -> None:
+    records = recorder.open()
+    assert records is not None
+    backend = "cpu:gloo,cuda:nccl"
+    group = facts_of(records.groups.number((1, "0", (0, 1), backend, "default_pg")), (0, 1), backend)
+    for tensor in (torch.zeros(1), OnDevice(1), OnDevice(1)):
+        recorder.issued("send", group, 1, 7, [tensor], False, None)
+    recorder.issued("barrier", group, NOTHING, NOTHING, (), False, None, OnDevice(1))
+    recorder.issued("all_reduce", group, NOTHING, NOTHING, [torch.zeros(1)], False, None)
+    ops = read(recorder.folder)[0].ops
+    assert [(op.kind, op.backend, op.number) for op in ops] == [
+        ("send", "gloo", 0),
+        ("send", "nccl", 0),
+        ("send", "nccl", 1),
+        ("barrier", "nccl", 0),
+        ("all_reduce", "gloo", 0),
+    ]
+
+
+def test_parts_that_differ_count_together(recorder: OpRecorder) -> None:
+    """NCCL gathers parts of other sizes: of these each rank has all, and they must be as large on all ranks."""
+    parts = [OnDevice(1), OnDevice(5)]
+    recorder.issued("all_gather", NO_GROUP, NOTHING, NOTHING, parts[:1], False, None, None, parts)
+    (op,) = read(recorder.folder)[0].ops
+    assert (op.shape, op.nbytes) == ((1,), 24)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 import dinfer
 from dinfer.watch.probe import tensors
+from dinfer.watch.probe.captures import captures
 from dinfer.watch.probe.digests import last_dim_digests, row_sketches, token_digests
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.records import RecordsError
-from dinfer.watch.probe.rows import RowsTaken, read_rows
+from dinfer.watch.probe.rows import RowsTaken, RowsWriter, read_rows
 from dinfer.watch.probe.start import Probe
+from dinfer.watch.probe.writing import NumberedNames, Records
 
 Taken = Callable[[], list[RowsTaken]]
 CONFIG = Qwen3Config(
@@ -306,3 +309,70 @@ def test_a_model_for_a_comparison(compared: Taken) -> None:
     assert {row.cache for row in rows} == {1}
     assert {len(row.sketches) for row in rows if row.name == "kv"} == {3 * 2 * 16}
     assert {len(row.sketches) for row in rows if row.name in ("hidden", "output")} == {3 * 16}
+
+
+class Delivery:
+    """An event on a device: it has come once it is told so."""
+
+    def __init__(self) -> None:
+        self.has_come = False
+
+    def query(self) -> bool:
+        return self.has_come
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[RowsWriter]:
+    """Rows of one digest that a device has still to deliver."""
+    written = Records(tmp_path, "none")
+    made = RowsWriter(
+        tmp_path / f"{written.name}.kv", NumberedNames(written.lines, "tap", tensors._tap_fields)
+    )
+    about = (made._names.number(("kv", (1,), "float32")), 1, 0, 0, 0, 0, 0)
+    made._waiting.append((Delivery(), torch.ones(1, 1, 1, dtype=torch.int64), about))
+    yield made
+    made.close()
+
+
+def test_a_device_that_delivers_nothing_is_not_waited_for(writer: RowsWriter, tmp_path: Path) -> None:
+    assert writer.flush(0.01) == 1
+    (process,) = read(tmp_path)
+    assert read_rows(tmp_path, process) == []
+    writer._waiting[0][0].has_come = True
+    assert writer.flush() == 0
+    assert len(read_rows(tmp_path, process)) == 1
+
+
+def test_rows_ask_nothing_while_any_thread_captures_a_graph(writer: RowsWriter) -> None:
+    def ask() -> None:
+        raise AssertionError("asking would spoil the graph")
+
+    writer._waiting[0][0].query = ask
+    captures.beginning(lambda: None)()
+    try:
+        assert writer.flush() == 1
+    finally:
+        captures.ending(lambda: None)()
+    with pytest.raises(AssertionError, match="spoil"):
+        writer.flush()
+
+
+def test_nothing_is_left_open_once_it_stops(tmp_path: Path) -> None:
+    def opened() -> set[str]:
+        return {os.readlink(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd") if one.isdecimal()
+                and os.path.exists(f"/proc/self/fd/{one}")}  # fmt: skip
+
+    before = opened()
+    probe = Probe(tmp_path)
+    dinfer.tap("hidden", torch.zeros(2, 3))
+    assert {Path(one).suffix for one in opened() - before} == {".jsonl", ".ops", ".kv", ".dump"}
+    child = os.fork()
+    if child == 0:
+        mine = opened() - before
+        dinfer.tap("hidden", torch.zeros(2, 3))
+        names = {Path(one).suffix: Path(one).name for one in opened() - before}
+        is_right = {Path(one).suffix for one in mine} == {".dump"} and len(opened() - before) == 4
+        os._exit(0 if is_right and all(f"-{os.getpid()}." in name for name in names.values()) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    probe.stop()
+    assert opened() - before == set()

@@ -4,6 +4,7 @@ from dinfer.watch.probe.records import RaisedError, StacksTaken, ThreadLook
 from dinfer.watching.alarm import CONFIRM_MISSING_S, CONFIRM_S, CONFIRM_UNKNOWN_S, HangAlarm
 from dinfer.watching.command import JobFollowed
 from dinfer.watching.evidence import Evidence
+from dinfer.watching.folders import RECENT, shortened
 from dinfer.watching.signs import ProcessPulse
 from tests.support.made_processes import SECOND, op, process, raised
 from tests.unit.watching.test_evidence import crossed_sends, evidence
@@ -128,3 +129,25 @@ def test_where_a_stack_may_still_come_a_rank_is_given_the_time() -> None:
         serves.verdict
     )
     assert serves.where(1).startswith("waits for a connection")
+
+
+def test_a_look_at_the_last_ops_judges_as_one_at_all_and_the_older_come_back_at_the_end() -> None:
+    ranks = []
+    for rank in (0, 1):
+        barriers = [op(at, "barrier", 1 + at / 1000, 1 + (at + 0.5) / 1000, number=at) for at in range(2000)]
+        lost = op(2000, "send", 4, peer=1 - rank, number=0)
+        ranks.append(process(rank, *barriers, lost))
+    whole, recent = evidence(*ranks, now=9), evidence(*map(shortened, ranks), now=9)
+    assert len(recent.trace.events) == 2 * RECENT
+    assert recent.problem
+    assert whole.problem
+    assert recent.problem.sentence == whole.problem.sentence
+    assert recent.with_older(whole).trace.events == whole.trace.events
+    assert whole.with_older(whole) is whole
+
+
+def test_an_op_that_has_been_open_for_long_is_looked_at_still() -> None:
+    opened = op(0, "send", 0.5, peer=1, number=0)
+    later = [op(at, "barrier", at, at + 0.5, number=at, thread="other") for at in range(1, 1000)]
+    short = shortened(process(0, opened, *later))
+    assert (short.ops[0], len(short.ops), short.dropped) == (opened, RECENT + 1, 1000 - RECENT - 1)

@@ -17,7 +17,7 @@ from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedOp, Watch
 from dinfer.watching.alarm import CONFIRM_S, HangAlarm
 from dinfer.watching.events import trace_of
 from dinfer.watching.evidence import Evidence
-from dinfer.watching.failures import before_they_were_killed, told_apart
+from dinfer.watching.failures import before_they_were_killed, only_first_failures
 from dinfer.watching.given import of_trace
 from dinfer.watching.signs import ProcessPulse, _Sample, dumped_frame, signs_of
 from tests.support.made_processes import SECOND, op, process, raised
@@ -27,7 +27,7 @@ def evidence(*processes: WatchedProcess, now: float, **pulses: ProcessPulse) -> 
     ranks = dict(enumerate(processes))
     now_ns = int(now * SECOND)
     signs = {rank: signs_of(one, pulses.get(f"rank{rank}"), now, now_ns) for rank, one in ranks.items()}
-    return Evidence(trace_of(ranks), told_apart(signs, ranks, {}), now_ns, ranks)
+    return Evidence(trace_of(ranks), only_first_failures(signs, ranks, {}), now_ns, ranks)
 
 
 def crossed_sends(now: float) -> Evidence:
@@ -119,7 +119,7 @@ def test_of_ranks_that_said_nothing_the_first_that_vanished_is_to_blame(first: i
     signs = {
         rank: signs_of(one, ProcessPulse(None, gone=gone[rank]), 7, 7 * SECOND) for rank, one in ranks.items()
     }
-    told = told_apart(signs, ranks, gone)
+    told = only_first_failures(signs, ranks, gone)
     assert told[first].ended
     assert not told[first].raised
     later = told[1 - first].raised
@@ -308,3 +308,17 @@ def test_ranks_that_connect_to_one_another_may_take_long() -> None:
     for at, is_told in ((20, False), (60, True)):
         ranks = [process(rank, op(0, "init_group", 1, group=""), heartbeat_ns=at * SECOND) for rank in (0, 1)]
         assert bool(evidence(*ranks, now=at).problem) == is_told
+
+
+def test_a_rank_whose_heart_beat_late_died_after_it_was_last_seen() -> None:
+    """On a busy machine; the launcher has killed it, as another rank had failed."""
+    failed = process(1, ended="exception", exception=raised("a shape", 5))
+    killed = process(0, op(0, "barrier", 1), heartbeat_ns=2 * SECOND)
+    ranks = {0: killed, 1: failed}
+    gone = {0: ProcessPulse(None, gone=1.0), 1: ProcessPulse(None, gone=1.0)}
+    signs = {rank: signs_of(one, gone[rank], 9.0, 9 * SECOND) for rank, one in ranks.items()}
+    told = only_first_failures(signs, ranks, {}, {0: 6 * SECOND})
+    assert told[1].raised
+    assert not told[1].raised.secondary
+    assert told[0].raised
+    assert told[0].raised.secondary
