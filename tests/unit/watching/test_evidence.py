@@ -322,3 +322,15 @@ def test_a_rank_whose_heart_beat_late_died_after_it_was_last_seen() -> None:
     assert not told[1].raised.secondary
     assert told[0].raised
     assert told[0].raised.secondary
+
+
+def test_a_rank_that_lost_one_that_had_ended_did_not_die() -> None:
+    lost = raised("[...] Connection closed by peer [127.0.0.1]:1", 4, kind="RuntimeError")
+    found = evidence(
+        process(0, op(0, "all_reduce", 1, 4), ended="exception", exception=lost),
+        process(1, op(0, "barrier", 0.5, 1), ended="os._exit(0)"),
+        now=7,
+    ).problem
+    assert found
+    assert (found.kind, found.ranks) == ("lost peer", (0,))
+    assert "Connection closed by peer" in found.sentence
