@@ -41,9 +41,7 @@ def only_first_failures(
         for rank, at in times.items()
         if not (raised := signs[rank].raised) or raised.handled or not raised.secondary
     }
-    if not own:
-        return dict(signs)
-    first = min(own.values())
+    first = min(own.values(), default=0.0)  # without any, some rank ended well, and the others lost it
     # Of ranks that said nothing, it was seen when they vanished; their last signs of life are less exact.
     silent = {
         rank for rank in own if rank in gone and (not (its := signs[rank]).raised or its.raised.handled)

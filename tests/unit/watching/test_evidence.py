@@ -322,3 +322,15 @@ def test_ranks_that_connect_to_one_another_may_take_long() -> None:
     for at, is_told in ((20, False), (60, True)):
         ranks = [process(rank, op(0, "init_group", 1, group=""), heartbeat_ns=at * SECOND) for rank in (0, 1)]
         assert bool(evidence(*ranks, now=at).problem) == is_told
+
+
+def test_a_rank_that_lost_one_that_had_ended_did_not_die() -> None:
+    lost = raised("[...] Connection closed by peer [127.0.0.1]:1", 4, kind="RuntimeError")
+    found = evidence(
+        process(0, op(0, "all_reduce", 1, 4), ended="exception", exception=lost),
+        process(1, op(0, "barrier", 0.5, 1), ended="os._exit(0)"),
+        now=7,
+    ).problem
+    assert found
+    assert (found.kind, found.ranks) == ("lost peer", (0,))
+    assert "Connection closed by peer" in found.sentence
