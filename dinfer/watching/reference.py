@@ -49,11 +49,11 @@ class Rows(NamedTuple):
         return self.start + len(self.digests)
 
 
-WatchedTensor = tuple[int, int, str]
+TapKey = tuple[int, int, str]
 """sequence of the batch, layer, and one of ORDER"""
 
 
-class WatchedDeviation(NamedTuple):
+class RowDeviation(NamedTuple):
     """Where a rank first differs from the reference.
 
     `ranks`: those that differ there; `right`: those that have the reference's row; `difference`: about how far the row
@@ -77,7 +77,7 @@ class _Compared(NamedTuple):
     """One tensor of one rank beside the reference, row by row: `share` is the difference as a share of the length."""
 
     rank: int
-    key: WatchedTensor
+    key: TapKey
     start: int
     changed: Tensor
     share: Tensor
@@ -114,7 +114,7 @@ def compare(
     check_dtype(dtype)
     began = perf_counter()
     decoder = Decoder.load(path, dtype)
-    reference: dict[WatchedTensor, Rows] = {}
+    reference: dict[TapKey, Rows] = {}
     for sequence, tokens in enumerate(fed):
         reference |= _reference(decoder, sequence, tokens, pieces)
     width = max(decoder.hidden_size, decoder.spec.intermediate_size, len(fed[0]))
@@ -149,15 +149,15 @@ class WatchedComparison(Tidy, Composed):
     def __init__(
         self,
         compared: Sequence[_Compared],
-        tensors: Mapping[int, Mapping[WatchedTensor, Sequence[Rows]]],
-        reference: Mapping[WatchedTensor, Rows],
+        tensors: Mapping[int, Mapping[TapKey, Sequence[Rows]]],
+        reference: Mapping[TapKey, Rows],
         pieces: Sequence[range],
         about: str,
         not_compared: Sequence[str],
     ) -> None:
         self._compared, self._tensors, self._reference = compared, tensors, reference
         self._pieces, self._about, self.not_compared = pieces, about, list(not_compared)
-        self.first: WatchedDeviation | None = self._first(lambda one: one.wrong)
+        self.first: RowDeviation | None = self._first(lambda one: one.wrong)
 
     @property
     def equal(self) -> bool:
@@ -230,7 +230,7 @@ class WatchedComparison(Tidy, Composed):
 
     # -- the first deviation
 
-    def _first(self, which: Callable[[_Compared], Tensor]) -> WatchedDeviation | None:
+    def _first(self, which: Callable[[_Compared], Tensor]) -> RowDeviation | None:
         """The first in the order of computing: by piece, layer, tensor and token."""
         found: list[tuple[tuple[int, int, int, int], _Compared, int]] = []
         for one in self._compared:
@@ -249,7 +249,7 @@ class WatchedComparison(Tidy, Composed):
             )
         )
         source = self._source(one, row)
-        return WatchedDeviation(
+        return RowDeviation(
             self._kind(one, row, right, source), tuple(sorted(ranks)), right, order[0], one.key[1], one.key[2],
             order[3], float(one.share[row - one.start]), one.tolerated, source,
         )  # fmt: skip
@@ -278,10 +278,10 @@ class WatchedComparison(Tidy, Composed):
     def _piece(self, token: int) -> int:
         return next((n for n, piece in enumerate(self._pieces) if token in piece), len(self._pieces))
 
-    def _where(self, one: WatchedDeviation) -> str:
+    def _where(self, one: RowDeviation) -> str:
         return f"{_place_text(one.layer, one.tensor)}, chunk {one.chunk}, token {one.token}, on {ranks_text(one.ranks)}"
 
-    def _text(self, one: WatchedDeviation) -> str:
+    def _text(self, one: RowDeviation) -> str:
         if one.source is not None:
             return f"{self._where(one)}: it holds what belongs to {places_text([one.source])}"
         how = "by an unknown amount: only digests were taken, dinfer.watch(…, compare=True) takes more"
@@ -323,9 +323,9 @@ def _newest(rows: Sequence[RowsTaken]) -> list[RowsTaken]:
     return [one for one in rows if one.cache in (0, newest)]
 
 
-def _tensors(rows: Sequence[RowsTaken]) -> dict[WatchedTensor, list[Rows]]:
+def _tensors(rows: Sequence[RowsTaken]) -> dict[TapKey, list[Rows]]:
     """By tensor its rows, in parts; what was written to the same place again counts, not what it replaced."""
-    found: dict[WatchedTensor, dict[int, Rows]] = {}
+    found: dict[TapKey, dict[int, Rows]] = {}
     for one in rows:
         if one.name.startswith(IDS) or not one.digests or not one.digests[0]:
             continue
@@ -423,7 +423,7 @@ def _of_pieces(parts: Sequence[Rows], pieces: Sequence[range]) -> list[Rows]:
     return found
 
 
-def _beside(rank: int, key: WatchedTensor, mine: Rows, theirs: Rows, tolerated: float) -> _Compared | None:
+def _beside(rank: int, key: TapKey, mine: Rows, theirs: Rows, tolerated: float) -> _Compared | None:
     """The rows that both have."""
     start, stop = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
     if start >= stop:
@@ -449,7 +449,7 @@ def _beside(rank: int, key: WatchedTensor, mine: Rows, theirs: Rows, tolerated: 
     return _Compared(rank, key, start, changed, torch.where(changed, share, 0.0), tolerated)
 
 
-def _dtype(tensors: Iterable[Mapping[WatchedTensor, Sequence[Rows]]]) -> str:
+def _dtype(tensors: Iterable[Mapping[TapKey, Sequence[Rows]]]) -> str:
     """That of KV or hidden states."""
     dtypes = [rows[0].dtype for own in tensors for key, rows in own.items() if key[2] != LOGITS]
     return dtypes[0] if dtypes else "auto"
@@ -460,8 +460,8 @@ def _dtype(tensors: Iterable[Mapping[WatchedTensor, Sequence[Rows]]]) -> str:
 
 def _reference(
     decoder: Decoder, sequence: int, ids: Sequence[int], pieces: Sequence[range]
-) -> dict[WatchedTensor, Rows]:
-    parts: dict[WatchedTensor, list[tuple[Tensor, Tensor]]] = {}
+) -> dict[TapKey, Rows]:
+    parts: dict[TapKey, list[tuple[Tensor, Tensor]]] = {}
 
     def add(layer: int, tensor: str, digests: Tensor, sketches: Tensor) -> None:
         parts.setdefault((sequence, layer, tensor), []).append((digests.cpu(), sketches.cpu()))

@@ -412,10 +412,17 @@ def _row_words(name: str, values: list[Any], by_token: bool, *, sketched: bool) 
 
     if name.startswith(IDS):
         return values[0].to(torch.int64).reshape(-1, values[0].shape[-1], 1)
-    digests = [token_digests(value) if by_token else last_dim_digests(value) for value in values]
+    # K and V as one: of a few tokens, the calls cost more than the work
+    alike = {(value.shape, value.dtype) for value in values}
+    together = [torch.stack(values)] if len(values) > 1 and len(alike) == 1 else [one[None] for one in values]
+    digests = [
+        one for part in together for one in (token_digests(part) if by_token else last_dim_digests(part))
+    ]
     words = [one.reshape(-1, one.shape[-1] if one.dim() else 1, 1) for one in digests]
     if sketched and all(value.is_floating_point() for value in values):
-        sketches = [token_sketches(value) if by_token else row_sketches(value) for value in values]
+        sketches = [
+            one for part in together for one in (token_sketches(part) if by_token else row_sketches(part))
+        ]
         shape = words[0].shape[:2]
         words += [one.contiguous().view(torch.int64).reshape(*shape, -1) for one in sketches]
     return torch.cat(words, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dinfer.watch.probe.digests import token_digests
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.rows import RowsTaken, read_rows
 from dinfer.watch.probe.start import Probe
+from dinfer.watch.probe.tensors import KV_VARIABLE
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32,
@@ -196,3 +198,23 @@ def test_a_decoder_s_own_rows_and_its_encoder_s_are_two_caches(taken: Callable[[
     ]
     for mine, its in zip(by_cache, seen, strict=True):
         assert_rows_are_those(mine, its)
+
+
+def test_a_method_of_a_real_class_that_the_command_line_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The states of linear attention are no rows of KV, so they are not taken without being asked for."""
+    method = "transformers.cache_utils:LinearAttentionLayer.update_conv_state"
+    asked = {"method": method, "k": "conv_states", "v": "result", "layer": "7 + state_idx"}
+    monkeypatch.setenv(KV_VARIABLE, json.dumps([asked]))
+    model = model_of("Qwen3Next", **LINEAR)
+    probe = Probe(tmp_path)
+    try:
+        fill(model, dynamic(model.config))
+    finally:
+        probe.stop()
+    (process,) = read(tmp_path)
+    assert process.problems == []
+    rows = read_rows(tmp_path, process)
+    assert {one.layer for one in rows} == {1, 3, 7}
+    assert len([one for one in rows if one.layer == 7]) >= 2 * len(CHUNKS) - 2
