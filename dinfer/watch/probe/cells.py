@@ -6,24 +6,24 @@ from .recorder import OpRecorder
 
 
 class Cells:
-    """Tells the recorder of the cells that a shell runs. None runs now."""
+    """Tells the recorder of the cells that a shell runs, silent ones too, as ipyparallel's are. None runs now."""
 
     def __init__(self, recorder: OpRecorder, shell: Any) -> None:
         self._recorder, self._shell = recorder, shell
-        shell.events.register("pre_run_cell", self._begun)
-        shell.events.register("post_run_cell", self._ended)
+        shell.events.register("pre_execute", self._begun)
+        shell.events.register("post_execute", self._ended)
         self._say("ended")
 
     def remove(self) -> None:
         """Tell no more."""
-        self._shell.events.unregister("pre_run_cell", self._begun)
-        self._shell.events.unregister("post_run_cell", self._ended)
+        self._shell.events.unregister("pre_execute", self._begun)
+        self._shell.events.unregister("post_execute", self._ended)
 
-    def _begun(self, _: Any) -> None:
+    def _begun(self) -> None:
         self._say("running")
 
-    def _ended(self, result: Any) -> None:
-        error = getattr(result, "error_in_exec", None)
+    def _ended(self) -> None:
+        error = getattr(getattr(self._shell, "last_execution_result", None), "error_in_exec", None)
         self._say("ended", error if isinstance(error, BaseException) else None)
 
     def _say(self, state: str, error: BaseException | None = None) -> None:

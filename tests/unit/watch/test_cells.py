@@ -22,35 +22,38 @@ class Events:
     def unregister(self, name: str, call: Any) -> None:
         self.called[name].remove(call)
 
-    def trigger(self, name: str, value: object) -> None:
+    def trigger(self, name: str) -> None:
         for call in self.called[name]:
-            call(value)
+            call()
 
 
 def test_the_last_cell_and_what_ended_it(tmp_path: Path) -> None:
     events = Events()
     recorder = OpRecorder(tmp_path)
-    cells = Cells(recorder, SimpleNamespace(events=events))
+    shell = SimpleNamespace(events=events, last_execution_result=None)
+    cells = Cells(recorder, shell)
 
     def process() -> WatchedProcess:
         (found,) = read(tmp_path)
         return found
 
     assert process().cell == "ended"
-    events.trigger("pre_run_cell", None)
+    events.trigger("pre_execute")
     assert process().cell == "running"
     try:
         raise ValueError("a shape")
     except ValueError as error:
-        events.trigger("post_run_cell", SimpleNamespace(error_in_exec=error))
+        shell.last_execution_result = SimpleNamespace(error_in_exec=error)
+        events.trigger("post_execute")
     found = process()
     assert found.cell == "ended"
     assert found.cell_raised
     assert (found.cell_raised.type, found.cell_raised.message) == ("ValueError", "a shape")
     assert found.cell_raised.file == __file__
     assert found.exception is None
-    events.trigger("pre_run_cell", None)
-    events.trigger("post_run_cell", SimpleNamespace(error_in_exec=None))
+    events.trigger("pre_execute")
+    shell.last_execution_result = SimpleNamespace(error_in_exec=None)
+    events.trigger("post_execute")
     assert (process().cell, process().cell_raised) == ("ended", None)
     cells.remove()
     assert not any(events.called.values())
