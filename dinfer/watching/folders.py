@@ -19,8 +19,9 @@ from dinfer.watching.clocks import on_one_clock
 from dinfer.watching.events import ranks_of, trace_of
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.failures import only_first_failures
+from dinfer.watching.held_rows import layers_of
 from dinfer.watching.jobs import WatchedJob, jobs_of
-from dinfer.watching.kv import WatchedKv, layers_of
+from dinfer.watching.kv import WatchedKv
 from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, pulse_of, signs_of
 
 T = TypeVar("T")

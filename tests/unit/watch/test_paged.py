@@ -19,7 +19,8 @@ from dinfer.watch.probe.paged import layer_number
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.rows import RowsTaken, read_rows
 from dinfer.watch.probe.start import Probe
-from dinfer.watching.kv import WatchedKv, layers_of
+from dinfer.watching.held_rows import layers_of
+from dinfer.watching.kv import WatchedKv
 
 HEADS, WIDTH, BLOCK = 2, 4, 4
 

@@ -1,7 +1,8 @@
 """KV of other people's code, by the digests of its rows."""
 
 from dinfer.watch.probe.rows import RowsTaken
-from dinfer.watching.kv import HeldRows, WatchedKv, layers_of
+from dinfer.watching.held_rows import HeldRows, layers_of
+from dinfer.watching.kv import WatchedKv
 
 
 def rows(start: int, *digests: int, layer: int = 0, cache: int = 1, chunk: int | None = None) -> RowsTaken:

@@ -1,0 +1,121 @@
+"""The rows of KV that watched ranks hold: digests, as the probe took them when rows were added to caches."""
+
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+from dinfer.watch.probe.rows import RowsTaken
+
+RowDigests = tuple[int, ...]
+
+MOST_GAP = 1 << 16
+"""positions between two rows of one cache"""
+
+MOST_REPEATED = 100
+"""findings of one layer"""
+
+KV_ROWS = "kv"
+"""the name of rows of KV; taps have others"""
+
+
+class HeldRows(Mapping[int, RowDigests]):
+    """The digests of a layer's rows by position, of K and of V or of one tensor, in few bytes: a run of days has many
+    rows."""
+
+    def __init__(self) -> None:
+        self._base = self._parts = 0
+        self._digests, self._held = array("Q"), bytearray()
+        self.dropped = 0
+        """rows so far from all others that no cache has them there, or of another number of tensors"""
+
+    def put(self, start: int, digests: Sequence[RowDigests]) -> None:
+        """Rows from position `start` on; what was there before is replaced."""
+        if not self._held:
+            self._base, self._parts = start, len(digests[0])
+        at, parts = start - self._base, self._parts
+        if at < -MOST_GAP or at > len(self._held) + MOST_GAP or any(len(row) != parts for row in digests):
+            self.dropped += len(digests)
+            return
+        if at < 0:
+            self._digests[:0], self._held[:0] = array("Q", [0]) * (-at * parts), bytes(-at)
+            self._base, at = start, 0
+        lacks = at + len(digests) - len(self._held)
+        if lacks > 0:
+            self._digests.extend([0] * (lacks * parts))
+            self._held.extend(bytes(lacks))
+        stop = at + len(digests)
+        self._digests[at * parts : stop * parts] = array("Q", chain.from_iterable(digests))
+        self._held[at:stop] = b"\1" * len(digests)
+
+    def __len__(self) -> int:
+        return self._held.count(1)
+
+    def __iter__(self) -> Iterator[int]:
+        return (self._base + at for at, is_held in enumerate(self._held) if is_held)
+
+    def __contains__(self, position: object) -> bool:
+        at = position - self._base if isinstance(position, int) else -1
+        return 0 <= at < len(self._held) and bool(self._held[at])
+
+    def __getitem__(self, position: int) -> RowDigests:
+        if position not in self:
+            raise KeyError(position)
+        at = (position - self._base) * self._parts
+        return tuple(self._digests[at : at + self._parts])
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for the same rows at the same positions. (What is not held is 0.)"""
+        held = self._held.rstrip(b"\0")
+        return self._base, bytes(held), self._digests[: len(held) * self._parts].tobytes()
+
+    @property
+    def digests(self) -> tuple["array[int]", int]:
+        """Of a cache without a gap: the digests, one row after another, and how many a row has."""
+        return self._digests, self._parts
+
+
+class LayerRows(NamedTuple):
+    """One layer of a rank's newest cache, of one sequence: its rows, and its findings' words."""
+
+    rows: HeldRows
+    repeated: list[tuple[int, int, int | None]]
+    """first position, count and chunk of rows that were added a second time"""
+    shape: tuple[int, ...]
+    starts: dict[int, int | None]
+    """by the first position of what was added at a time, its chunk; rows that came one by one count as one piece"""
+
+    def chunk_of(self, position: int) -> int | None:
+        begun = [start for start in self.starts if start <= position]
+        return self.starts[max(begun)] if begun else None
+
+
+Layers = dict[tuple[int, int], LayerRows]
+"""by layer and sequence of the batch"""
+
+
+def layers_of(taken: Iterable[RowsTaken]) -> Layers:
+    """The layers of the cache that was used last."""
+    newest = 0
+    found: Layers = {}
+    before: dict[tuple[int, int], tuple[int, tuple[RowDigests, ...], int | None]] = {}
+    for one in taken:
+        if one.name != KV_ROWS or one.layer is None or one.cache < newest:
+            continue
+        if one.cache > newest:
+            newest, found, before = one.cache, {}, {}
+        for sequence, digests in enumerate(one.digests):
+            if not digests:  # rows of another request
+                continue
+            key = (one.layer, sequence)
+            held = found.setdefault(key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:], {}))
+            at, last, chunk = before.get(key, (-1, (), None))
+            is_new = one.start not in held.rows and len(held.repeated) < MOST_REPEATED
+            if digests == last and is_new:
+                held.repeated.append((one.start, len(digests), one.chunk))
+            if not (len(digests) == len(last) == 1 and (one.start, one.chunk) == (at + 1, chunk)):
+                held.starts[one.start] = one.chunk
+            before[key] = one.start, digests, one.chunk
+            held.rows.put(one.start, digests)
+    return found
