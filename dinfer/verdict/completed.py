@@ -6,13 +6,14 @@ that changed places, a wait that nobody made, a send that nobody received, a ran
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
 from dinfer.trace.events import COLLECTIVES, Event, Group
+from dinfer.verdict.left_out import left_out
 from dinfer.verdict.matching import MAKING, MatchedOps, RecordedOp
-from dinfer.verdict.recorded import difference, full_text
+from dinfer.verdict.recorded import difference, full_text, left_out_text
 from dinfer.verdict.where import ranks_text, seconds_text
 
 MOST = 100
@@ -50,6 +51,7 @@ def findings_of_events(
     found = [
         *_mismatches(ops),
         *_other_collectives(ops),
+        *_left_out(ops),
         *_never_received(ops, over),
         *_never_waited(ops, over),
         *_uneven_groups(ops),
@@ -145,6 +147,13 @@ def _shape_of(op: RecordedOp) -> object:
 def _block_of(op: RecordedOp) -> object:
     event = op.event
     return None if event.layer is None and event.chunk is None else (event.layer, event.chunk)
+
+
+def _left_out(ops: MatchedOps) -> Iterator[OpFinding]:
+    """Messages that are missing in a row of them, each of which has then met the one before."""
+    for rank, lonely, instead in left_out(ops):
+        one = _finding(f"missing {instead.event.kind}", (lonely,), left_out_text(rank, lonely, instead))
+        yield replace(one, ranks=(rank, lonely.event.rank))
 
 
 def _never_received(ops: MatchedOps, over: set[int]) -> Iterator[OpFinding]:

@@ -9,6 +9,7 @@ what they carry, and their collectives by lane.
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import NamedTuple
 
 from dinfer.trace.events import COLLECTIVES, QUEUED, TAGGED, Event, Group
@@ -156,6 +157,15 @@ class MatchedOps:
                 if number in recvs and self.is_matchable(send):
                     yield send, recvs[number]
 
+    def links(self) -> Iterator[tuple[list[RecordedOp], list[RecordedOp]]]:
+        """The sends and the recvs of each link whose first message both ranks have recorded, in order without a gap."""
+        for channel, sides in list(self._by_channel.items()):
+            if channel.source is None or channel.target is None:
+                continue
+            sends, recvs = sides.get((channel.source, False), {}), sides.get((channel.target, True), {})
+            if 0 in sends and 0 in recvs and self.is_matchable(sends[0]):
+                yield [*_from_first(sends)], [*_from_first(recvs)]
+
     def collectives(self) -> Iterator[dict[int, RecordedOp]]:
         """The parts of each collective by rank, in the order of numbers."""
         for channel, sides in list(self._by_channel.items()):
@@ -163,6 +173,10 @@ class MatchedOps:
                 continue
             for number in sorted({number for side in sides.values() for number in side}):
                 yield {rank: side[number] for (rank, _), side in sides.items() if number in side}
+
+
+def _from_first(side: Mapping[int, RecordedOp]) -> Iterator[RecordedOp]:
+    return map(side.__getitem__, takewhile(side.__contains__, count()))
 
 
 def _are_some_gone(ops: Sequence[RecordedOp]) -> bool:

@@ -12,8 +12,9 @@ from dataclasses import replace
 from math import inf
 
 from dinfer.display import listed
-from dinfer.trace.events import COLLECTIVES, Event, Group
+from dinfer.trace.events import COLLECTIVES, Event, Group, block_text
 from dinfer.verdict.judge import TERMS, judge
+from dinfer.verdict.left_out import left_out
 from dinfer.verdict.matching import MAKING, MESSAGES, MatchedOps, RecordedOp
 from dinfer.verdict.planned import busy
 from dinfer.verdict.signs import Raised, Signs
@@ -79,6 +80,17 @@ def full_text(event: Event) -> str:
     return f"`{event_text(event)}`{place_text(event)}"
 
 
+def left_out_text(rank: int, lonely: RecordedOp, instead: RecordedOp) -> str:
+    """Of `LeftOut`, for example `rank 2 has left out a send of c5 to rank 1: rank 1's recv … has received …`."""
+    mine, its = lonely.event, instead.event
+    block = block_text("", mine.chunk, mine.layer).strip()
+    way, got = ("to", "has received") if its.kind == "send" else ("from", "was received by")
+    return (
+        f"rank {rank} has left out a {its.kind} of {block} {way} rank {mine.rank}: rank {mine.rank}'s "
+        f"{full_text(mine)} {got} rank {rank}'s {full_text(its)}, and so each one after it"
+    )
+
+
 class RecordedEvents:
     """The events of a run up to one moment."""
 
@@ -139,6 +151,11 @@ class RecordedEvents:
         verdict = replace(verdict, lines=merged_lines(verdict.lines))
         if not verdict.is_hung:
             return verdict
+        if verdict.kind == "cycle" and (missing := next(left_out(self._ops), None)) is not None:
+            # What was left out earlier is why the last ones wait.
+            blocked = tuple(rank for rank in (*verdict.ranks, *verdict.blocked) if rank != missing.rank)
+            sentence = f"missing {missing.instead.event.kind}: {left_out_text(*missing)}"
+            return replace(verdict, sentence=sentence, ranks=(missing.rank,), blocked=blocked)
         if verdict.kind not in ("exception", "dead") and (handled := self._handled_by(verdict)) is not None:
             return self._not_gone_on(verdict, handled)
         if verdict.kind == "cycle":
