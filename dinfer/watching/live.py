@@ -134,8 +134,9 @@ class Watch(Tidy, Displayable, Closing):
 
     @property
     def findings(self) -> list[OpFinding]:
-        """What ended and is wrong all the same."""
-        return self._source.whole.findings
+        """What ended and is wrong all the same, also of KV."""
+        found = self._source.whole
+        return (found if found.kv.layers else replace(found, kv=self.kv())).findings
 
     def kv(self) -> WatchedKv:
         """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
