@@ -83,6 +83,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_command_once_and_a_signal_to_watch_alo
         time.sleep(0.01)
 
     def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
         fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 
     ends = {"stdin": subprocess.DEVNULL, "stdout": side, "stderr": side, "preexec_fn": take_terminal}
