@@ -149,6 +149,7 @@ def caller(
         code = None if frame is None else known(id(frame.f_code)) or _known(frame.f_code)
     layer = chunk = NOTHING
     place: Place | None = None
+    is_package = False
     outermost = ("", 0, "")
     mine = libraries = deep = 0
     while frame is not None and deep < DEEPEST:
@@ -158,7 +159,9 @@ def caller(
             outermost = _place(frame, code)
         elif not code.internal:
             if place is None:
-                place = _place(frame, code)
+                place, is_package = _place(frame, code), code.library
+            elif is_package and not code.library:
+                place, is_package = _through(place, _place(frame, code)), False
             if code.library:
                 libraries += 1
             else:
@@ -171,10 +174,26 @@ def caller(
                         layer, want_layer = found_layer, False
                     if want_chunk and found_chunk is not None:
                         chunk, want_chunk = found_chunk, False
-            if mine == NEAR_FRAMES or not (want_layer or want_chunk):
+            if not is_package and (mine == NEAR_FRAMES or not (want_layer or want_chunk)):
                 break
         frame = frame.f_back
     return Caller(place or outermost, layer, chunk, blocking, in_cpp, async_op)
+
+
+_throughs: dict[tuple[Place, Place], Place] = {}
+
+
+def _through(package: Place, user: Place) -> Place:
+    """A line of an installed package, with the user's line from which it was reached: the one to mend is that."""
+    found = _throughs.get((package, user))
+    if found is None:
+        if len(_throughs) > _MOST_CODES:
+            _throughs.clear()
+        file, line, function = user
+        name = "cell" if "ipykernel_" in file else os.path.basename(file)
+        told = f"{package[2]}, called at {name}:{line} in {function}"
+        found = _throughs[package, user] = (*package[:2], told)
+    return found
 
 
 def place_of(frame: FrameType | None) -> Place:

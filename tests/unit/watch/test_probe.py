@@ -97,6 +97,23 @@ def test_a_send_and_who_called_it(watched: Watched) -> None:
 
 
 @pytest.mark.usefixtures("fake")
+def test_a_line_of_a_package_comes_with_the_users_line(watched: Watched) -> None:
+    package: dict[str, Any] = {"dist": dist}
+    source = "def _gather(tensor):\n    dist.all_reduce(tensor)\ndef gather(tensor):\n    _gather(tensor)\n"
+    exec(compile(source, "/lib/site-packages/parallel/mappings.py", "exec"), package)
+
+    def forward(layer: int) -> None:
+        assert layer
+        package["gather"](torch.zeros(2))
+
+    forward(3)
+    op = only(watched(), "all_reduce")
+    line = line_of(forward, 'package["gather"]')
+    assert (op.file, op.line, op.layer) == ("/lib/site-packages/parallel/mappings.py", 2, 3)
+    assert op.function == f"_gather, called at test_probe.py:{line} in forward"
+
+
+@pytest.mark.usefixtures("fake")
 def test_an_isend_that_nobody_waits_for(watched: Watched) -> None:
     work = dist.isend(torch.zeros(2), 0)
     op = only(watched(), "send")
