@@ -259,10 +259,11 @@ class RecordedEvents:
             where = f" at {signs.raised.op}" if signs.raised.op else ""
             waits = f"; it now waits in its handler{at}" if at and not signs.ended else ""
             return Root("exception", rank, f"raised {signs.raised.message}{where}{waits}")
-        if signs.ended:
+        if signs.ended or signs.is_stopped:
             last = self._last(rank)
-            dead = Root("dead", rank, f"{signs.ended}{at or (last and f', after {full_text(last)}') or ''}")
-            return self._killed_by_other(rank) or dead
+            at = at or (last and f", after {full_text(last)}") or ""
+        if signs.ended:
+            return self._killed_by_other(rank) or Root("dead", rank, f"{signs.ended}{at}")
         if signs.is_stopped:
             return Root("stopped", rank, f"is stopped by a signal or a debugger{at}")
         if signs.raised and not signs.raised.handled:

@@ -102,6 +102,16 @@ def test_an_op_before_a_later_one_of_its_thread_is_no_place() -> None:
     assert "all_reduce" not in str(verdict)
 
 
+def test_where_a_stopped_rank_was() -> None:
+    ops = MadeOps(2)
+    ops.message(0, 1)
+    ops.recv(0, 1, open=True)
+    signs = {1: Signs(process="T", answers=False)}
+    verdict = explain_events(ops.events, signs, groups=ops.groups)
+    assert (verdict.kind, verdict.ranks) == ("stopped", (1,))
+    assert "after `recv <- 0` ([4] float32) at rank1.py:1" in verdict.sentence
+
+
 def test_who_has_ended_is_in_no_op() -> None:
     ops = MadeOps(2)
     ops.all("all_reduce", 0, 1, open=True)
