@@ -181,10 +181,11 @@ def accelerated() -> None:
 
 
 if __name__ == "__main__":
+    NAME = sys.argv[1] if len(sys.argv) > 1 else "ring_attention"
     torch.set_num_threads(1)
-    if sys.argv[1] != "accelerated":  # which does so itself
+    if NAME != "accelerated":  # which does so itself
         dist.init_process_group("gloo")
-    globals()[sys.argv[1]]()
+    globals()[NAME]()
     dist.barrier()
     dist.destroy_process_group()
     print("WELL", flush=True)
