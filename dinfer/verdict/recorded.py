@@ -245,7 +245,7 @@ class RecordedEvents:
             text = "left a record that cannot be read"
             root = Root("stuck" if self._now is None else "moving", rank, text)
         root = root or (Root("done", rank, text) if is_through else self._busy(rank, text, still))
-        return Wait(Node(rank), root.text, still, root=root)
+        return Wait(Node(rank), root.text if root.rank == rank else self._lost(rank), still, root=root)
 
     def _waited(self) -> float:
         """For how long others have waited for a rank that has begun nothing yet: programs may take long to start."""
@@ -267,7 +267,33 @@ class RecordedEvents:
         if signs.is_stopped:
             return Root("stopped", rank, f"is stopped by a signal or a debugger{at}")
         if signs.raised and not signs.raised.handled:
-            return Root("lost peer", rank, f"lost its connection: {signs.raised.message}")
+            return self._left_by(rank) or Root("lost peer", rank, self._lost(rank))
+        return None
+
+    def _lost(self, rank: int) -> str:
+        raised = self._signs[rank].raised
+        return f"lost its connection: {raised.message if raised else ''}"
+
+    def _left_by(self, rank: int) -> Root | None:
+        """Of a rank that lost its connection: the rank that had ended by itself without its part in that op."""
+        op = max(self._ops.by_rank[rank], key=lambda one: one.event.ready, default=None)
+        if op is None:
+            return None
+        event = op.event
+        others = [event.peer] if event.kind in MESSAGES else self._ops.ranks_of(op)
+        for other in others:
+            if other in (None, rank) or self._signs.get(other, NOBODY).phase != "done":
+                continue
+            if self._ops.is_missing(op, other, receives=event.kind == "send"):
+                last = self._last(other)
+                after = f", after {full_text(last)}" if last else ""
+                text = (
+                    f"{self._signs[other].left}{after} and takes no part in {full_text(event)} of rank {rank}"
+                )
+                kind: HangKind = "never joined"
+                if event.kind in MESSAGES:
+                    kind = "never received" if event.kind == "send" else "never sent"
+                return Root(kind, other, text, rank)
         return None
 
     def _killed_by_other(self, rank: int) -> Root | None:

@@ -327,10 +327,13 @@ def test_ranks_that_connect_to_one_another_may_take_long() -> None:
 def test_a_rank_that_lost_one_that_had_ended_did_not_die() -> None:
     lost = raised("[...] Connection closed by peer [127.0.0.1]:1", 4, kind="RuntimeError")
     found = evidence(
-        process(0, op(0, "all_reduce", 1, 4), ended="exception", exception=lost),
+        process(0, op(0, "barrier", 0.5, 1), op(1, "all_reduce", 1, 4), ended="exception", exception=lost),
         process(1, op(0, "barrier", 0.5, 1), ended="os._exit(0)"),
         now=7,
     ).problem
     assert found
-    assert (found.kind, found.ranks) == ("lost peer", (0,))
-    assert "Connection closed by peer" in found.sentence
+    assert (found.kind, found.ranks) == ("never joined", (1,))
+    assert found.sentence.startswith("missing collective: rank 1 has ended, after `barrier`")
+    assert "takes no part in `all_reduce`" in found.sentence
+    assert "of rank 0" in found.sentence
+    assert "Connection closed by peer" in str(found)
