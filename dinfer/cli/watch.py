@@ -102,14 +102,18 @@ def _watched(
 
     passed.follow(running.process, on_end)
     status = running.wait(lines.notes if quiet else lines.ranks)
-    lines.conclusion(running, status)
-    state = "" if running.verdict or not status else "failed"
-    kept = [found.kept(running.standing(found), state=state) for found in running.jobs]
-    with suppress(Exit):  # it has said so; the status is the command's own
-        _write(kept, trace or str(place / "trace.jsonl"), report, lines.say)
-    if json_path:
-        verdicts = [running.standing(found) for found in running.jobs]
-        keep_json(as_dict(running.jobs, verdicts, running.verdict, status), json_path)
+    try:
+        lines.conclusion(running, status)
+        state = "" if running.verdict or not status else "failed"
+        kept = [found.kept(running.standing(found), state=state) for found in running.jobs]
+        with suppress(Exit):  # it has said so; the status is the command's own
+            _write(kept, trace or str(place / "trace.jsonl"), report, lines.say)
+        if json_path:
+            verdicts = [running.standing(found) for found in running.jobs]
+            with suppress(Exit):
+                keep_json(as_dict(running.jobs, verdicts, running.verdict, status), json_path)
+    except Exception as error:  # a fault of dinfer's must not decide the status
+        lines.say(f"dinfer: what was seen cannot be told: {type(error).__name__}: {error}")
     return status
 
 

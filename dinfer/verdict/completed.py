@@ -93,6 +93,7 @@ def _mismatches(ops: MatchedOps) -> Iterator[OpFinding]:
             )
             yield _finding("crossed", (recv, send), text)
         apart = {id(op) for pair in crossed for one in pair for op in one}
+        is_usual = 2 * sum(_shape_of(one) == _shape_of(other) for one, other in pairs) > len(pairs)
         for send, recv in pairs:
             if id(send) not in apart and (wrong := difference(send.event, recv.event)):
                 text = (
@@ -101,7 +102,7 @@ def _mismatches(ops: MatchedOps) -> Iterator[OpFinding]:
                     f"{_bytes_text(send.event, recv.event)}: both have ended as if all were right"
                 )
                 yield _finding("other size", (send, recv), text)
-            elif id(send) not in apart and _is_odd_shape(send, recv, pairs):
+            elif is_usual and id(send) not in apart and _have_other_shapes(send, recv):
                 text = (
                     f"rank {recv.event.rank}'s {full_text(recv.event)} has received rank {send.event.rank}'s "
                     f"{full_text(send.event)}: another message than it was made for, though it has as many bytes"
@@ -109,12 +110,10 @@ def _mismatches(ops: MatchedOps) -> Iterator[OpFinding]:
                 yield _finding("other shape", (recv, send), text)
 
 
-def _is_odd_shape(send: RecordedOp, recv: RecordedOp, pairs: Sequence[tuple[RecordedOp, RecordedOp]]) -> bool:
-    """Whether the shapes differ where those of most messages of the link, of other lines of code too, do not."""
-    if None in (shapes := (_shape_of(send), _shape_of(recv))) or shapes[0] == shapes[1]:
-        return False
-    equal = sum(_shape_of(one) == _shape_of(other) for one, other in pairs)
-    return 2 * equal > len(pairs)
+def _have_other_shapes(send: RecordedOp, recv: RecordedOp) -> bool:
+    """Whether the shapes are known and differ, which says something where those of most messages of the link do not."""
+    shapes = _shape_of(send), _shape_of(recv)
+    return None not in shapes and shapes[0] != shapes[1]
 
 
 def _bytes_text(send: Event, recv: Event) -> str:

@@ -145,7 +145,7 @@ def _ranks(found: Evidence, verdict: Verdict | None) -> str:
         process, event = found.processes.get(rank), found.at(rank)
         place = f"{process.host} {process.pid}" if process else ""
         rank_text = f"✖ {rank}" if rank in blamed else str(rank)
-        ops = sum(one.rank == rank for one in found.trace.events)
+        ops = process.dropped + len(process.ops) if process else 0
         doing = f"{escape(found.where(rank))}{_code(event)}"
         cells = (rank_text, escape(place), f"{ops:,}")
         rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}<td {_LEFT}>{doing}</td></tr>"

@@ -5,7 +5,7 @@ clock is off. Clocks that agree within a second are left as they are.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from statistics import median
@@ -22,8 +22,9 @@ MOST = 2000
 """ops of a process that are looked at, the last"""
 
 
-def on_one_clock(processes: Sequence[WatchedProcess]) -> tuple[list[WatchedProcess], list[str]]:
-    """The processes, those of hosts whose clock is off with other times; and what was done, in words."""
+def on_one_clock(ranks: Iterable[WatchedProcess]) -> tuple[list[WatchedProcess], list[str]]:
+    """The ranks of one job, those of hosts whose clock is off with other times; and what was done, in words."""
+    processes = list(ranks)
     hosts = sorted({process.host for process in processes if process.rank is not None})
     if len(hosts) < 2:
         return list(processes), []

@@ -34,6 +34,11 @@ NOT_STARTED = 127
 """exit status of a command that is not found, as a shell's"""
 
 
+def exit_status(status: int) -> int:
+    """As a shell has it: 128 and more for a signal."""
+    return status if status >= 0 else 128 - status
+
+
 class JobFollowed:
     """One job of the command: its last look, and the verdict that was told of it."""
 
@@ -182,25 +187,29 @@ class WatchedCommand:
                 status = self.process.wait(GLANCE_S)
                 break
             except subprocess.TimeoutExpired:
-                since, spent = time.monotonic() - ended, ended - began
-                is_due = since >= max(LOOK_S, spent / SHARE)
-                if not is_due and since >= spent / GLANCE_SHARE:
-                    is_due = self.is_suspicious or self.watched.has_news()
-                if not is_due:
-                    continue
-                began = time.monotonic()
                 try:
+                    if not self._is_due(time.monotonic() - ended, ended - began):
+                        continue
+                    began = time.monotonic()
                     jobs = self.look()
                     if each:
                         each(jobs)
                 except Exception as error:  # the command goes on, whatever a look at it runs into
-                    text = f"looks fail: {type(error).__name__}: {error}"
-                    if text not in self.watched.unreadable:
-                        self.watched.unreadable.append(text)
+                    self.watched.trouble(error)
                 ended = time.monotonic()
-        return self.conclude(status)
+        try:
+            self.conclude(status)
+        except Exception as error:  # its status is what counts
+            self.watched.trouble(error)
+        return exit_status(status)
 
-    def conclude(self, status: int) -> int:
+    def _is_due(self, since: float, spent: float) -> bool:
+        """Whether to look again, `since` seconds after a look that took `spent`."""
+        if since >= max(LOOK_S, spent / SHARE):
+            return True
+        return since >= spent / GLANCE_SHARE and (self.is_suspicious or self.watched.has_news())
+
+    def conclude(self, status: int) -> None:
         """The last look, once the command has ended."""
         with self._looking:
             self.living = self.watched.living(LINGERS_S)
@@ -221,4 +230,3 @@ class WatchedCommand:
                 followed.alarm.standing = problem
             self.jobs = jobs
             self.verdict = self.standing(self.evidence)
-        return status if status >= 0 else 128 - status

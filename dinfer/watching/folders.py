@@ -26,6 +26,9 @@ from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, pulse_of, si
 
 T = TypeVar("T")
 
+RECORDS = "records"
+"""in the folder of a command that a notebook watches: where its processes write"""
+
 MOST_DUMPED = 1 << 18
 """characters of a dump of stacks that are read, the last"""
 
@@ -65,6 +68,11 @@ class Watched:
         self._dumped: set[ProcessKey] = set()
         self._seen: dict[ProcessKey, int] = {}
         self.unreadable: list[str] = []
+        self._troubles: dict[str, None] = {}
+
+    def trouble(self, error: Exception) -> None:
+        """A look has failed: later ones note it."""
+        self._troubles[f"looks fail: {type(error).__name__}: {error}"] = None
 
     def look(self, *, live: bool = True, recent: bool = False) -> list[Evidence]:
         """What is known now: of each job, the oldest first; at least one, which may be empty. `live`: the processes may
@@ -74,7 +82,6 @@ class Watched:
         processes, unread, unknown = self._read()
         if recent:
             processes = [shortened(process) for process in processes]
-        processes, skewed = on_one_clock(processes)
         now, now_ns = time.monotonic(), time.time_ns() if live else None
         for process in processes:
             self._pulse(process).look(now)
@@ -83,8 +90,13 @@ class Watched:
         else:
             jobs = jobs_of(processes, self._is_over) or [WatchedJob("", "", {})]
         self._mute = set()
-        notes = (*self.unreadable, *skewed)
-        return [self._of_job(job, unread, unknown, notes, now, now_ns) for job in jobs]
+        looked = []
+        for job in jobs:
+            ranks, skewed = on_one_clock(job.ranks.values())
+            notes = (*self.unreadable, *self._troubles, *skewed)
+            job = replace(job, ranks=dict(zip(job.ranks, ranks, strict=True)))
+            looked.append(self._of_job(job, unread, unknown, notes, now, now_ns))
+        return looked
 
     def _read(self) -> tuple[list[WatchedProcess], set[ProcessKey], bool]:
         """All processes; which of them are those whose ops could not be read; whether of some nothing could."""
@@ -160,13 +172,13 @@ class Watched:
 
     def has_news(self) -> bool:
         """Whether, since the last look, a process has ended or written a line. Much cheaper than a look."""
-        pulses = (self._pulses[key] for key in self._folders if key in self._pulses)
+        pulses = [self._pulses[key] for key in list(self._folders) if key in self._pulses]
         return any(pulse.has_gone() for pulse in pulses) or self._sizes() != self._seen
 
     def _sizes(self) -> dict[ProcessKey, int]:
         """Of the lines of each process."""
         found = {}
-        for key, folder in self._folders.items():
+        for key, folder in list(self._folders.items()):
             with suppress(OSError):
                 found[key] = (folder / f"{key.name}.jsonl").stat().st_size
         return found

@@ -11,7 +11,7 @@ from dinfer.trace.read import read_traces
 from dinfer.trace.trace import Trace
 from dinfer.watching.evidence import JOB, NOW, SIGNS, Evidence
 from dinfer.watching.failures import before_they_were_killed
-from dinfer.watching.folders import Watched
+from dinfer.watching.folders import RECORDS, Watched
 from dinfer.watching.signs import of_plain
 
 
@@ -25,6 +25,7 @@ def read(paths: Sequence[str | Path]) -> list[Evidence]:
     given = [Path(path) for path in paths]
     for path in given:
         path.stat()  # raises where there is nothing
+    given = [path / RECORDS if (path / RECORDS).is_dir() else path for path in given]
     given = list({path.resolve(): path for path in given}.values())
     folders = [path for path in given if path.is_dir() and any(path.glob("*.ops"))]
     if folders:

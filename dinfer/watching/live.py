@@ -23,10 +23,10 @@ from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.verdict import Verdict
 from dinfer.watch.probe.tensors import COMPARE_VARIABLE
 from dinfer.watching.alarm import HangAlarm, is_end
-from dinfer.watching.command import WatchedCommand
+from dinfer.watching.command import WatchedCommand, exit_status
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.figures import table_of
-from dinfer.watching.folders import Watched
+from dinfer.watching.folders import RECORDS, Watched
 from dinfer.watching.kv import WatchedKv
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 TRACE = "trace.jsonl"
 """in the folder that `save` writes"""
 
-STOP_S = 10.0
+STOP_S = 40.0
 """for so long a command may take to end by itself once it was told to"""
 
 LOOK_S = 0.5
@@ -102,6 +102,8 @@ class Watch(Tidy, Displayable, Closing):
     def ask_stacks(self) -> None:
         """Have ranks that live write where they stand, for a later look."""
         found = self._source.evidence
+        if found.problem is None:
+            return
         self._source.watched.ask(
             process for rank, process in found.processes.items() if not found.signs[rank].ended
         )
@@ -190,7 +192,9 @@ class Watch(Tidy, Displayable, Closing):
         return target
 
     def _kept(self) -> Trace:
-        return self._source.whole.kept(self._source.verdict)
+        found = self._source.whole
+        found = found if found.kv.layers else replace(found, kv=self.kv())
+        return found.kept(self._source.verdict)
 
     def _text(self) -> str:
         found = self._source.verdict
@@ -223,11 +227,14 @@ class CommandWatch(Watch):
         words[0] = _found(words[0])
         self.folder = Path(folder) if folder else Path(tempfile.mkdtemp(prefix="dinfer-watch-"))
         self.folder.mkdir(parents=True, exist_ok=True)
+        records = self.folder / RECORDS
+        if records.is_dir() and any(records.iterdir()):
+            raise NotPossible(f"{self.folder} holds the records of another command: give another folder.")
         self._output = self.folder / "output.log"
         with self._output.open("wb") as file:
             self._command = WatchedCommand(
                 words,
-                self.folder / "records",
+                records,
                 tell=_tell,
                 environment={**(environment or {}), **({COMPARE_VARIABLE: "1"} if compare else {})},
                 output=file.fileno(),
@@ -238,7 +245,11 @@ class CommandWatch(Watch):
         self._thread.start()
 
     def _follow(self) -> None:
-        self.status = self._command.wait()
+        try:
+            self.status = self._command.wait()
+        finally:  # whatever telling of it runs into, the command has ended
+            if self.status is None:
+                self.status = exit_status(self._command.process.wait())
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait until the command has ended; its exit status. Raises WatchHung once it will not end by itself, and
@@ -265,6 +276,7 @@ class CommandWatch(Watch):
         """End the command, if it still runs: by SIGTERM, and by SIGKILL if that does not help."""
         process = self._command.process
         if process.poll() is None:
+            self._command.told_to_end()
             process.terminate()
             try:
                 process.wait(STOP_S)
@@ -336,7 +348,10 @@ class EnginesSource:
         found = self._alarm.standing
         if found is None or self._evidence is None:
             return []
-        return sorted({event.rank for event in self._evidence.trace.events if not event.end})
+        events = self._evidence.trace.events
+        return sorted(
+            {event.rank for event in events if not event.end and (event.call is None or event.call.is_waited)}
+        )
 
     @property
     def is_closed(self) -> bool:
@@ -353,7 +368,7 @@ class EnginesSource:
             try:
                 self.look()
             except Exception as error:  # a later look may succeed
-                self.watched.unreadable.append(f"looks fail: {type(error).__name__}: {error}")
+                self.watched.trouble(error)
             pause = max(LOOK_S, 10 * (time.monotonic() - began))
 
 

@@ -82,12 +82,13 @@ class PassedOn:
         assert self._process
         if number in _ENDING and self._on_end:
             on_end, self._on_end = self._on_end, None
-            on_end()
+            with suppress(Exception):  # the signal comes first, whatever writing of it runs into
+                on_end()
         if self._process.returncode is not None:  # what is left is to write down what was seen
             self._after_end += number != signal.SIGCONT
             if self._after_end > 1:
                 os._exit(128 + number)
-        elif not from_terminal:
+        elif not (from_terminal and _is_in_my_group(self._process.pid)):
             with suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
@@ -99,6 +100,14 @@ class PassedOn:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def _is_in_my_group(pid: int) -> bool:
+    """Whether what the terminal sends to this process reaches that one, too: `timeout`, for one, leaves the group."""
+    try:
+        return os.getpgid(pid) == os.getpgrp()
+    except ProcessLookupError:
+        return False
 
 
 def _is_in_foreground() -> bool:

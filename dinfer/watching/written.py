@@ -52,7 +52,9 @@ def _rank(job: Evidence, rank: int) -> dict[str, Any]:
         "line": (event and event.call and event.call.place) or None,
         "layer": event.layer if event else None,
         "chunk": event.chunk if event else None,
-        "ops": sum(one.rank == rank for one in job.trace.events),
+        "ops": process.dropped + len(process.ops)
+        if process
+        else sum(one.rank == rank for one in job.trace.events),
         "hook": process.hook if process else None,
         "problems": list(process.problems) if process else [],
     }

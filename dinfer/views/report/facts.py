@@ -337,10 +337,12 @@ def exposed_part(found: Shares, span: str = "prefill") -> str:
     """How much of prefill was exposed communication, and where most of it occurred. `span`: `Trace.span`."""
     if not found.ranks:
         return f"the trace holds no {span.removeprefix('the ')}"
-    if not found.links:
+    if not found.links and not found.exposed:
         return "nothing was sent between ranks"
     if found.exposed == 0:
         return f"no communication of {span} was exposed"
+    if not found.links:
+        return f"{percent(found.exposed)} of {span} was exposed communication, in collectives"
     # Waiting or the wire, whichever is more over all ranks, as in their figure, and the link with most of it.
     waits = found.wait_s > found.wire_s
     where, seconds = ("waiting", attrgetter("wait_s")) if waits else ("on the wire", attrgetter("wire_s"))

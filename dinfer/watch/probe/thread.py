@@ -11,7 +11,9 @@ from .works import Works
 TICK_S = 0.25
 DEVICE_TICK_S = 0.02
 """While ops on a device are under way: their ends are found by asking."""
-MOST_STACKS = 200
+MOST_STACKS, STACKS_EVERY_S = 200, 30.0
+"""So many questions for stacks are answered at once, and one more each time so many seconds have passed: a run of days
+must answer at its end, too, and its record stay small."""
 
 
 class ProbeThread:
@@ -21,7 +23,7 @@ class ProbeThread:
         """`more`: called at each tick, and must not raise."""
         self._recorder, self._works, self._more = recorder, works, more
         self._stop = threading.Event()
-        self._answers = 0
+        self._began, self._answers = time.monotonic(), 0
         self._thread = threading.Thread(target=self._run, name="dinfer probe", daemon=True)
         try:
             self._thread.start()
@@ -49,7 +51,7 @@ class ProbeThread:
         records.ops.beat(time.monotonic_ns())
         asked = records.ops.asked
         if asked:
-            if self._answers < MOST_STACKS:
+            if self._answers < MOST_STACKS + (time.monotonic() - self._began) / STACKS_EVERY_S:
                 self._answers += 1
                 threads = thread_stacks()
                 records.lines.write("stacks", number=asked, at_ns=time.monotonic_ns(), threads=threads)
