@@ -15,7 +15,7 @@ C = TypeVar("C", bound=Command[Any])
 
 
 class OnThread(StrEnum):
-    """The threads of a rank on which commands are carried out that are not carried out at once."""
+    """Where a rank carries out commands that it does not carry out at once."""
 
     SLOW = "slow commands"
     LOOKING = "looking"
@@ -43,7 +43,7 @@ def slow(kind: type[C], function: Callable[[C], Answer | None]) -> Handler:
 
 
 def looking(kind: type[C], function: Callable[[C], Answer | None]) -> Handler:
-    """Carry out these commands, which compute and change nothing, on the thread for looking."""
+    """Carry out these commands, which may compute but change nothing, on the thread for looking."""
     return Handler(kind, function, OnThread.LOOKING)
 
 

@@ -14,8 +14,8 @@ Act = Callable[[ModuleType], None]
 class _Loader(importlib.abc.Loader):
     """Loads a module as its own loader does, then acts. The module keeps its own loader."""
 
-    def __init__(self, loader: Any, act: Act) -> None:
-        self._loader, self._act = loader, act
+    def __init__(self, loader: Any, acts: Sequence[Act]) -> None:
+        self._loader, self._acts = loader, acts
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -29,14 +29,15 @@ class _Loader(importlib.abc.Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        self._act(module)
+        for act in self._acts:
+            act(module)
 
 
 class ImportWatch(importlib.abc.MetaPathFinder):
     """Calls a function with each of some modules: at once if it is imported already, else right after it is."""
 
     def __init__(self) -> None:
-        self._acts: dict[str, Act] = {}
+        self._acts: dict[str, list[Act]] = {}
         self._busy: set[str] = set()
 
     def add(self, name: str, act: Act) -> None:
@@ -45,7 +46,7 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         if module is not None and not getattr(module.__spec__, "_initializing", False):
             act(module)
             return
-        self._acts[name] = act
+        self._acts.setdefault(name, []).append(act)
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
@@ -58,8 +59,8 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec that all other finders find, with a loader that acts."""
-        act = self._acts.get(fullname)
-        if act is None or fullname in self._busy:
+        acts = self._acts.get(fullname)
+        if acts is None or fullname in self._busy:
             return None
         self._busy.add(fullname)
         try:
@@ -67,7 +68,7 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         finally:
             self._busy.discard(fullname)
         if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _Loader(spec.loader, act)
+            spec.loader = _Loader(spec.loader, acts)
         return spec
 
     def _specs(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> Any:

@@ -88,7 +88,7 @@ class KernelHook:
         )
 
     def remove(self) -> None:
-        """Take the kernels awhere."""
+        """Take the kernels away."""
         for library in self._libraries:
             library._destroy()
 

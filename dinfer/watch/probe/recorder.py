@@ -215,9 +215,12 @@ class OpRecorder:
     def meant_to_be(self, rank: int) -> None:
         """Which rank this process asks to be. Where it is not in the environment, nothing else tells whose failure to
         join it is."""
-        records = self.open()
-        if records is not None:
-            records.lines.write("meant", rank=rank)
+        try:
+            records = None if self.is_off else self.open()
+            if records is not None:
+                records.lines.write("meant", rank=rank)
+        except Exception as error:
+            self.switch_off("saying the rank", error)
 
     def say_hook(self, hook: str, torch: str) -> None:
         """How ops are seen from now on."""
@@ -243,8 +246,12 @@ class OpRecorder:
         self.turn_off()
 
     def _set_now(self, layer: int | None, chunk: int | None) -> None:
-        if self.records is not None:
-            self.records.ops.set_now(NOTHING if layer is None else layer, NOTHING if chunk is None else chunk)
+        try:
+            records = self.records
+            if records is not None:
+                records.ops.set_now(_kept_number(layer), _kept_number(chunk))
+        except Exception as error:
+            self.switch_off("following labels", error)
 
     # -- ops
 
@@ -287,7 +294,7 @@ class OpRecorder:
                     (first.shape, first.dtype, device) if tensors else ((), "", device)
                 )
                 for tensor in sized or tensors:
-                    nbytes += tensor.nbytes
+                    nbytes += _bytes_of(tensor)
             if peer != NOTHING and group.ranks:
                 peer = group.ranks[peer] if 0 <= peer < len(group.ranks) else peer
             backend = group.backend_for(first)
@@ -307,8 +314,8 @@ class OpRecorder:
                 thread = self._threads.number = records.threads.number(thread_name())
             base, commit = records.ops.begin(
                 time.monotonic_ns(), KIND_NUMBERS[kind], is_async, group.number, peer, tag, place, form,
-                thread, nbytes, called.layer if layer is None else layer,
-                called.chunk if chunk is None else chunk, number,
+                thread, nbytes, called.layer if layer is None else _kept_number(layer),
+                called.chunk if chunk is None else _kept_number(chunk), number,
             )  # fmt: skip
             raised = sys.exc_info()[1]
             if raised is not None:
@@ -485,7 +492,8 @@ class OpRecorder:
     def raised(self, error: BaseException, what: str, thread: str = "") -> None:
         """Say that an exception ended a thread (`exception`) or a notebook's cell (`cell_raised`), or is being handled
         while ops are issued (`handled`)."""
-        if self._raised >= MOST_RAISED or (what == "handled" and self._last_raised == id(error)):
+        is_handled = what == "handled"
+        if is_handled and (self._raised >= MOST_RAISED or self._last_raised == id(error)):
             return
         records = self.open()
         if records is None:
@@ -496,13 +504,38 @@ class OpRecorder:
         records.lines.write(
             what,
             type=type(error).__name__,
-            message=str(error)[:2000],
+            message=_message_of(error, is_handled),
             file=file,
             line=line,
             thread=thread or thread_name()[1],
             at_ns=time.monotonic_ns(),
-            seq=records.ops.issued - (what == "handled"),
+            seq=records.ops.issued - is_handled,
         )
+
+
+def _kept_number(number: int | None) -> int:
+    """A layer or chunk as the record has room for it: NOTHING for none, and for one of more than 32 bits."""
+    return number if number is not None and -(2**31) <= number < 2**31 else NOTHING
+
+
+def _bytes_of(tensor: Any) -> int:
+    """0 for a sparse tensor, which does not say."""
+    try:
+        return int(tensor.nbytes)
+    except Exception:
+        return 0
+
+
+def _message_of(error: BaseException, is_handled: bool) -> str:
+    """Its text. While the program goes on, that of plain arguments only: a tensor's would wait for its device."""
+    try:
+        if is_handled and not all(
+            isinstance(one, (str, int, float, bytes, type(None))) for one in error.args
+        ):
+            return f"({', '.join(type(one).__name__ for one in error.args)})"
+        return str(error)[:2000]
+    except Exception:
+        return ""
 
 
 def _store(c10d: Any) -> str:

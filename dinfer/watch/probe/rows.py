@@ -80,7 +80,10 @@ class RowsWriter:
         """The number of a cache object, which is not kept alive."""
         found = self._caches.get(id(cache))
         if found is None or found[0]() is not cache:
-            found = (weakref.ref(cache), next(self._next_cache))
+            try:
+                found = (weakref.ref(cache), next(self._next_cache))
+            except TypeError:  # a plain tuple, as caches once were
+                return 0
             self._caches[id(cache)] = found
         return found[1]
 

@@ -160,12 +160,15 @@ class Probe:
         @wraps(before)
         def new_group(*args: Any, **options: Any) -> Any:
             pending = None
+            args, options = _with_listed_ranks(args, options)
             if not self.recorder.is_off:
                 try:
                     group = self._wanted(args, options)
                     pending = self.recorder.issued(
                         "new_group", group, NOTHING, NOTHING, (), False, sys._getframe(1)
                     )
+                except (TypeError, ValueError):
+                    pass  # no ranks: torch will say so
                 except Exception as error:
                     self.recorder.switch_off("seeing new groups", error)
             return self._made(pending, before, args, options)
@@ -274,3 +277,14 @@ def start_from_environment() -> None:
                 f"dinfer: process {os.getpid()} is not watched: {type(error).__name__}: {error}",
                 file=sys.stderr,
             )
+
+
+def _with_listed_ranks(
+    args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `new_group`, with a list in place of ranks that can be gone through only once."""
+    if hasattr(options.get("ranks"), "__next__"):
+        return args, {**options, "ranks": list(options["ranks"])}
+    if args and hasattr(args[0], "__next__"):
+        return (list(args[0]), *args[1:]), options
+    return args, options

@@ -20,6 +20,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from .captures import captures
@@ -49,7 +50,8 @@ class Works:
         self.by_output: dict[int, PendingOp] = {}
         """Collectives by the address of their output, by which functional ones are waited for."""
         self._handed: dict[int, Any] = {}
-        self._handed_before: dict[int, int] = {}
+        self._handed_before: dict[int, tuple[int, int]] = {}
+        """at the last look: the id of each thread's Work, and its op, since another Work may get the same id"""
         self._under_way: dict[int, Any] = {}
         """the Work of collectives on the CPU that were not over when their thread went on, by its id"""
         self._batches: dict[int, list[PendingOp]] = {}
@@ -88,9 +90,11 @@ class Works:
     def keep_output(self, tensors: Any, pending: PendingOp) -> None:
         """A collective has these outputs, by which it may be waited for."""
         if tensors:
-            self.by_output[tensors[0].data_ptr()] = pending
-            if len(self.by_output) > MOST_OUTPUTS:
-                self.by_output.pop(next(iter(self.by_output)), None)
+            try:
+                self.by_output[tensors[0].data_ptr()] = pending
+            except RuntimeError:  # a sparse tensor has no address
+                return
+            _keep_at_most(self.by_output, MOST_OUTPUTS)
 
     def without_work(self, pending: PendingOp, tensor: Any) -> None:
         """The op was issued, and there is no Work. `tensor`: one of its own, on its device."""
@@ -312,8 +316,7 @@ class Works:
         if last is None or self._recorder.is_over(last) or last.on_device or not last.is_collective:
             return
         self._under_way[id(work)] = work
-        if len(self._under_way) > MOST_HELD:
-            self._under_way.pop(next(iter(self._under_way)), None)
+        _keep_at_most(self._under_way, MOST_HELD)
 
     def _ask(self, work: Any) -> None:
         """Whether it is over: C++ code may have waited for it, as DDP's does."""
@@ -324,6 +327,11 @@ class Works:
             for pending in found[1]:
                 self._recorder.done(pending, None, work)
 
+    def _handed_of(self, ident: int) -> tuple[int, int]:
+        key = id(self._handed.get(ident))
+        found = self._by_work.get(key)
+        return key, found[1][-1].commit if found else 0
+
     def look(self) -> bool:
         """Ask, without waiting, which ops are over. Returns whether device ops are under way. Never raises."""
         try:
@@ -331,14 +339,14 @@ class Works:
                 work = reference()
                 if work is not None:
                     self._ask(work)
-            for ident, key in self._handed_before.items():
-                if id(self._handed.get(ident)) == key:
+            for ident, before in self._handed_before.items():
+                if self._handed_of(ident) == before:
                     self._let_go(self._handed.pop(ident, None))
             for key in list(self._under_way):
                 found = self._by_work.get(key)
                 if found is None or self._recorder.is_over(found[1][-1]):
                     self._under_way.pop(key, None)
-            self._handed_before = {ident: id(work) for ident, work in list(self._handed.items())}
+            self._handed_before = {ident: self._handed_of(ident) for ident in list(self._handed)}
             return self.devices.look()
         except Exception as error:
             self._recorder.switch_off("asking whether ops are over", error)
@@ -355,6 +363,8 @@ class DeviceOps:
     def __init__(self, recorder: OpRecorder) -> None:
         self._recorder = recorder
         self._queues: dict[ChannelKey, deque[tuple[Any, Pendings]]] = {}
+        # Reentrant: a signal's handler may issue an op while its thread is here. Never held while anything is asked.
+        self._changing = threading.RLock()
 
     def clear(self) -> None:
         """Forget all."""
@@ -362,14 +372,15 @@ class DeviceOps:
 
     def add(self, work: Any, pendings: Pendings, queue: ChannelKey) -> None:
         """Ops were issued; `work`: their Work, or an event. Of those before only small ones are still held."""
-        waiting = self._queues.setdefault(queue, deque(maxlen=4096))
-        if waiting:
-            older = waiting[-1][1]
-            if sum(pending.nbytes for pending in older) > HELD_BYTES:
-                waiting[-1] = (None, older)
-            if len(waiting) > 64:
-                waiting[-65] = (None, waiting[-65][1])
-        waiting.append((work, pendings))
+        with self._changing:
+            waiting = self._queues.setdefault(queue, deque(maxlen=4096))
+            if waiting:
+                older = waiting[-1][1]
+                if sum(pending.nbytes for pending in older) > HELD_BYTES:
+                    waiting[-1] = (None, older)
+                if len(waiting) > 64:
+                    waiting[-65] = (None, waiting[-65][1])
+            waiting.append((work, pendings))
 
     def look(self) -> bool:
         """Which are over: those that say so, and all issued before them. Returns whether others are under way."""
@@ -391,11 +402,20 @@ class DeviceOps:
                     over = number + 1
                     if error is not None:
                         break
-            for number in range(over):
-                for pending in waiting.popleft()[1]:
+            with self._changing:
+                ended = [waiting.popleft()[1] for _ in range(over)]
+            for number, pendings in enumerate(ended):
+                for pending in pendings:
                     self._recorder.done(pending, error if number == over - 1 else None)
             is_any = is_any or bool(waiting)
         return is_any
+
+
+def _keep_at_most(found: dict[int, Any], most: int) -> None:
+    """Drop the oldest, unless other threads are changing it just now: they will."""
+    with suppress(RuntimeError, StopIteration):
+        if len(found) > most:
+            found.pop(next(iter(found)), None)
 
 
 class StreamEvent:
