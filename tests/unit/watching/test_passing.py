@@ -108,6 +108,27 @@ def test_ctrl_c_in_a_terminal_reaches_the_command_once_and_a_signal_to_watch_alo
 
 
 @pytest.mark.cluster
+def test_ctrl_c_reaches_a_command_that_has_left_the_terminals_group(tmp_path: Path) -> None:
+    """As `timeout 600 torchrun …` does."""
+    terminal, side = pty.openpty()
+
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(1, termios.TIOCSCTTY, 0)
+
+    command = watching(tmp_path)
+    (tmp_path / "counts.py").write_text(f"import os\nos.setpgid(0, 0)\n{COUNTS}")
+    with started(command, stdin=subprocess.DEVNULL, stdout=side, preexec_fn=take_terminal) as process:
+        os.close(side)
+        assert came(tmp_path / "started-False")
+        os.write(terminal, b"\x03")
+        assert came(tmp_path / "SIGINT-1")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 3
+    os.close(terminal)
+
+
+@pytest.mark.cluster
 def test_what_is_ignored_stays_ignored_and_closed_ends_do_not_disturb(tmp_path: Path) -> None:
     """As under nohup, with standard error closed and nobody who reads standard output."""
 
