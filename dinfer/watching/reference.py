@@ -8,7 +8,7 @@ and is digested and sketched likewise.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from dinfer.verdict.where import ranks_text
 from dinfer.watch.probe.digests import SKETCH, last_dim_digests, row_sketches, token_digests, token_sketches
 from dinfer.watch.probe.rows import RowsTaken
 from dinfer.watch.probe.tensors import HIDDEN, IDS, OUTPUT
+
+T = TypeVar("T")
 
 KV, LOGITS = "kv", "logits"
 
@@ -343,8 +345,17 @@ def _tensors(rows: Sequence[RowsTaken]) -> dict[TapKey, list[Rows]]:
             for n, name in enumerate(names):
                 part = None if sketches is None else sketches[sequence, :, n]
                 made = Rows(one.start, digests[sequence, :, n], part, one.dtype)
-                found.setdefault((sequence, layer, name), {})[one.start] = made
+                _put(found.setdefault((sequence, layer, name), {}), range(made.start, made.stop), made)
     return {key: list(parts.values()) for key, parts in found.items()}
+
+
+def _put(parts: dict[int, T], span: range, part: T) -> None:
+    """Put what was written last to these rows into `parts`, by first row. Parts that begin among them are replaced; and
+    what is written from the first row on is of another prompt."""
+    overlapped = [at for at in parts if span.start == 0 or at in span]
+    for at in overlapped:
+        del parts[at]
+    parts[span.start] = part
 
 
 def _signed(digests: Sequence[Sequence[tuple[int, ...]]]) -> Tensor:
@@ -371,7 +382,10 @@ def _checkpoint(taken: Iterable[Sequence[RowsTaken]]) -> str:
 def _ids(taken: Iterable[Sequence[RowsTaken]]) -> list[list[int]]:
     """The ids of each sequence, as the first rank that saw them has."""
     for rows in taken:
-        parts = {one.start: one for one in rows if one.name.startswith(IDS)}
+        parts: dict[int, RowsTaken] = {}
+        for one in rows:
+            if one.name.startswith(IDS) and one.digests:
+                _put(parts, range(one.start, one.start + len(one.digests[0])), one)
         if not parts:
             continue
         found = [list[int]() for _ in next(iter(parts.values())).digests]

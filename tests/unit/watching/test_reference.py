@@ -100,6 +100,16 @@ def test_a_run_in_the_reference_s_chunks_is_equal_bit_for_bit(model: Any, watche
     assert "hidden, K, V, output, logits of 6 layers" in str(found)
 
 
+def test_of_several_prompts_without_a_cache_the_last_counts(model: Any, watcher: Watcher) -> None:
+    def run() -> None:
+        for ids in (range(20, 32), range(5)):
+            model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+
+    found = compared({0: watcher.rows(run)})
+    assert found.kind == "equal", str(found)
+    assert "5 tokens" in str(found)
+
+
 def test_a_value_that_the_compute_gets_wrong_is_named(model: Any, watcher: Watcher) -> None:
     def alter(tensor: Tensor) -> None:
         tensor[0, 3] *= 1.5
