@@ -179,7 +179,7 @@ def _blocks(found: Evidence) -> str:
         states[event.layer, event.chunk or 0, event.rank] = 2 if event.end else 1
     picture = map_svg(states, [0] * layers, [f"chunk {chunk}" for chunk in range(chunks)], BLOCKS)
     about = "Ops by layer and chunk; a cell's parts are the ranks, left to right."
-    return f"{_head('layers and chunks')}{picture}<div><small>{about}</small></div>"
+    return f"{_head('layers and chunks')}{picture}<div><small>{about}</small></div>{_of_last(found)}"
 
 
 def _timeline(found: Evidence) -> str:
@@ -205,7 +205,14 @@ def _timeline(found: Evidence) -> str:
 
 def _links(found: Evidence) -> str:
     table = table_of(found.trace)
-    return table._repr_html_() if len(table) else ""
+    return f"{table._repr_html_()}{_of_last(found)}" if len(table) else ""
+
+
+def _of_last(found: Evidence) -> str:
+    """That older ops are not counted, where there are any: a live look takes the last ones only."""
+    if not any(process.dropped for process in found.processes.values()):
+        return ""
+    return "<div><small>of the last ops of each rank; <code>.links()</code> and <code>.trace</code> have all</small></div>"
 
 
 def _stacks(found: Evidence) -> str:

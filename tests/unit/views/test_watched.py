@@ -76,6 +76,16 @@ def test_a_hang_is_shown_with_its_ranks_lines_blocks_and_stacks(code: Path) -> N
     assert "<summary>rank 0: " in parts["stacks"]
 
 
+def test_a_long_run_says_that_older_ops_are_not_counted(code: Path) -> None:
+    found = hung(code)
+    assert "of the last ops" not in "".join(shown(found).values())
+    found.processes[0].dropped = 700
+    parts = shown(found)
+    assert "<td>702</td>" in parts["table"]
+    for name in ("blocks", "links"):
+        assert "of the last ops of each rank" in parts[name]
+
+
 def test_what_programs_say_is_text_and_no_markup(code: Path) -> None:
     parts = shown(hung(code), hung(code).verdict)
     assert not any("<script" in html.lower() for html in parts.values())
