@@ -212,7 +212,8 @@ def _of_last(found: Evidence) -> str:
     """That older ops are not counted, where there are any: a live look takes the last ones only."""
     if not any(process.dropped for process in found.processes.values()):
         return ""
-    return "<div><small>of the last ops of each rank; <code>.links()</code> and <code>.trace</code> have all</small></div>"
+    all_of_them = "<code>.links()</code> and <code>.trace</code> have all"
+    return f"<div><small>of the last ops of each rank; {all_of_them}</small></div>"
 
 
 def _stacks(found: Evidence) -> str:
