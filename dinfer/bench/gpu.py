@@ -142,7 +142,7 @@ class _Bench:
                 "peak": torch.cuda.max_memory_allocated(),
                 "weights": sum(weight.nbytes for weight in self.decoder.model.parameters()),
                 "kv": kv,
-                "graphs": self.kernels.bytes,
+                "graphs": self.kernels.nbytes,
             },
         }
 

@@ -64,9 +64,9 @@ class Kernels:
         return None
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """GPU memory that all graphs hold beside weights and KV."""
-        return sum(layers.bytes for layers in self._layers.values())
+        return sum(layers.nbytes for layers in self._layers.values())
 
     def drop(self) -> None:
         """Give up all graphs, with their memory."""
@@ -96,7 +96,7 @@ class Kernels:
             log.info(
                 "kernels=%s: graphs of %d layers for %s tokens and of one new token, captured in %.1f s, %.2f GiB",
                 mode, decoder.num_layers, " and ".join(map(str, layers.lengths)), perf_counter() - began,
-                layers.bytes / 2**30,
+                layers.nbytes / 2**30,
             )  # fmt: skip
         token = self._token[mode, sampling]
         token.seed(config.seed)

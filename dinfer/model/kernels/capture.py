@@ -21,7 +21,7 @@ class Capture:
         self._device = device
         self._pool: Any = None
         self._side: torch.cuda.Stream | None = None
-        self.bytes = 0
+        self.nbytes = 0
         """GPU memory that captures have taken, with what others took of the card meanwhile"""
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], object]:
@@ -52,10 +52,10 @@ class Capture:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Inside, what captures take of the device is added to `bytes`: buffers, pool and the graphs themselves."""
+        """Inside, what captures take of the device is added to `nbytes`: buffers, pool and the graphs themselves."""
         before = self._free()
         yield
-        self.bytes += max(0, before - self._free())
+        self.nbytes += max(0, before - self._free())
 
     def _free(self) -> int:
         if self._device.type != "cuda":

@@ -82,9 +82,9 @@ class LayerGraphs:
         """its first tokens, which run now"""
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """GPU memory that the graphs hold beside weights and KV."""
-        return self.capture.bytes
+        return self.capture.nbytes
 
     @property
     def lengths(self) -> list[int]:
