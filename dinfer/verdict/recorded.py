@@ -5,22 +5,30 @@ collective. `matching` says which ops belong together; `judge` judges the graph.
 same is in `completed`.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import inf
 
 from dinfer.display import listed
-from dinfer.trace.events import COLLECTIVES, Event, Group, block_text
+from dinfer.trace.events import COLLECTIVES, Event, Group
 from dinfer.verdict.judge import TERMS, judge
 from dinfer.verdict.left_out import left_out
 from dinfer.verdict.matching import MAKING, MESSAGES, MatchedOps, RecordedOp
+from dinfer.verdict.op_text import (
+    event_text,
+    full_text,
+    left_out_text,
+    merged_lines,
+    nth,
+    ranks_sentences,
+    size_text,
+)
 from dinfer.verdict.planned import busy
 from dinfer.verdict.signs import Raised, Signs
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import STUCK_S, HangKind, Node, Root, Wait, Waits
-from dinfer.verdict.where import rank_spans_text, ranks_text, seconds_text
+from dinfer.verdict.where import ranks_text, seconds_text
 
 NOBODY = Signs()
 
@@ -55,40 +63,6 @@ def explain_events(
     """
     made = RecordedEvents(events, signs or {}, now, groups or {}, stuck_s)
     return made.told(judge(made.waits()))
-
-
-def event_text(event: Event) -> str:
-    """The op, as far as it is known, for example `recv kv c0 l3 <- 1` or `all_reduce`."""
-    if event.peer is None:
-        return event.name
-    return f"{event.name} {'<-' if event.kind == 'recv' else '->'} {event.peer}"
-
-
-def place_text(event: Event) -> str:
-    """Tensor, group, tag and line of a call, as far as they are known: `([4] float32, group tp) at infer.py:31`."""
-    if (call := event.call) is None:
-        return ""
-    group = "" if call.group in ("", "default") else f"group {call.group}"
-    known = filter(None, (call.tensor, group, f"tag {call.tag}" if call.tag else ""))
-    inside = f" ({', '.join(known)})" if call.tensor or group or call.tag else ""
-    function = f" in {call.function}" if call.function and call.place else ""
-    return f"{inside}{f' at {call.place}' if call.place else ''}{function}"
-
-
-def full_text(event: Event) -> str:
-    """The op with what is known of its call, the op between backticks."""
-    return f"`{event_text(event)}`{place_text(event)}"
-
-
-def left_out_text(rank: int, lonely: RecordedOp, instead: RecordedOp) -> str:
-    """Of `LeftOut`, for example `rank 2 has left out a send of c5 to rank 1: rank 1's recv … has received …`."""
-    mine, its = lonely.event, instead.event
-    block = block_text("", mine.chunk, mine.layer).strip()
-    way, got = ("to", "has received") if its.kind == "send" else ("from", "was received by")
-    return (
-        f"rank {rank} has left out a {its.kind} of {block} {way} rank {mine.rank}: rank {mine.rank}'s "
-        f"{full_text(mine)} {got} rank {rank}'s {full_text(its)}, and so each one after it"
-    )
 
 
 class RecordedEvents:
@@ -233,8 +207,6 @@ class RecordedEvents:
     def _whole(self, rank: int, root: Root | None) -> Wait:
         last = self._last(rank)
         text = f"began nothing after {full_text(last)}" if last else "began nothing"
-        if rank not in self._signs and rank not in self._ops.by_rank:
-            text = "is not in the records"
         if self._signs.get(rank, NOBODY).phase == "done":
             left = self._signs[rank].left
             text = f"{left}, after {full_text(last)}" if last else left
@@ -332,7 +304,7 @@ class RecordedEvents:
     def _wait(self, node: Node, op: RecordedOp) -> Wait:
         event = op.event
         what = event_text(event)
-        wait = Wait(node, f"is in {full_text(event)}", self._still(event), detail=_size(event), what=what)
+        wait = Wait(node, f"is in {full_text(event)}", self._still(event), detail=size_text(event), what=what)
         if event.kind in MESSAGES:
             return self._transfer(wait, op)
         if op.channel is not None:
@@ -384,7 +356,7 @@ class RecordedEvents:
         after = f" after {full_text(last)}" if last else ""
         some = f", with {done} such {such}{'s' * (done != 1)}," if done else ""
         left = signs.left if signs else "has done nothing more"
-        text = f"{left}{after}{some} and not {verb} the {_nth(op.number)}, for which rank {event.rank} {wait.text}"
+        text = f"{left}{after}{some} and not {verb} the {nth(op.number)}, for which rank {event.rank} {wait.text}"
         root = Root(kind, peer, text, event.rank)
         is_over = signs is not None and not signs.between_cells  # what has ended does no more
         return wait._replace(root=root if is_over else self._ripe(wait, root))
@@ -509,8 +481,8 @@ class RecordedEvents:
             parts = [op, *filter(None, (self._ops.joined(op, rank) for rank in others))]
             return self._met(wait, op, parts)
         where = f"group {event.call.group}" if event.call else f"lane {event.lane}"
-        nth = f", the {_nth(op.number)} of {where}," if event.kind not in MAKING else ""
-        text = f"{wait.text}{nth} and waits for {ranks_text(behind)}"
+        which = f", the {nth(op.number)} of {where}," if event.kind not in MAKING else ""
+        text = f"{wait.text}{which} and waits for {ranks_text(behind)}"
         gone = [rank for rank in behind if self._has_left(rank)]
         if gone and event.call:
             last = self._last(gone[0])
@@ -560,55 +532,6 @@ class RecordedEvents:
         return (self._now - max(event.ready, event.start, event.met, event.end)) / 1e9
 
 
-def ranks_sentences(texts: Mapping[int, str]) -> list[str]:
-    """What is said of these ranks, for example `ranks 0–2 raised KeyError: 'ring'`: once for those of which it is the
-    same."""
-    alike: dict[str, list[int]] = {}
-    for rank, text in texts.items():
-        alike.setdefault(text, []).append(rank)
-    return [
-        f"{ranks_text(ranks)} {_of_several(text) if len(ranks) > 1 else text}"
-        for text, ranks in alike.items()
-    ]
-
-
-def _of_several(text: str) -> str:
-    """What a rank does, said of several."""
-    return _PLURAL.sub(_plural, text)
-
-
-_PLURAL = re.compile(
-    r"^(is|has|lost its)\b|(?<=[;,] )(it now waits)\b|(?<= and )(takes|waits|is)\b|(?<=waits in )its (handler)"
-)
-_PLURALS = {"is": "are", "has": "have", "lost its": "lost their", "it now waits": "they now wait"}
-
-
-def _plural(found: "re.Match[str]") -> str:
-    word = found[0]
-    return _PLURALS.get(word) or (word.removesuffix("s") if word in ("takes", "waits") else word)
-
-
-def merged_lines(lines: Iterable[str]) -> tuple[str, ...]:
-    """Lines such as `rank 3: is in …, for 2.1 s`, in which ranks that do the same for about as long share one."""
-    alike: dict[str, list[tuple[int, str]]] = {}
-    for line in lines:
-        rank, _, text = line.removeprefix("rank ").partition(": ")
-        alike.setdefault(without_durations(text), []).append((int(rank), text))
-    return tuple(
-        f"{rank_spans_text(rank for rank, _ in found)}: "
-        f"{_of_several(found[0][1]) if len(found) > 1 else found[0][1]}"
-        for found in alike.values()
-    )
-
-
-def without_durations(text: str) -> str:
-    """What a rank does, but not for how long: to compare."""
-    return _DURATION.sub("", text)
-
-
-_DURATION = re.compile(r", for [\d.]+ m?s|\(\d+(\.\d+)? s\)")
-
-
 SAME_BYTES = frozenset(
     {"send", "recv", "all_reduce", "broadcast", "all_gather", "reduce_scatter", "reduce", "other"}
 )
@@ -637,14 +560,3 @@ def difference(one: Event, other: Event) -> tuple[HangKind, str] | None:
 def _precedence(event: Event) -> int:
     """Of the ranks in a cycle, whose op is to be looked at first."""
     return 0 if event.kind in MAKING else 1 if event.kind in COLLECTIVES else 2
-
-
-def _nth(number: int) -> str:
-    """1st, 2nd, 3rd, 4th, for a number from 0."""
-    n = number + 1
-    ending = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{ending}"
-
-
-def _size(event: Event) -> str:
-    return f"{event.bytes:,} bytes" if event.bytes else ""

@@ -7,7 +7,7 @@ from typing import TextIO
 
 from dinfer.display import takes_colour
 from dinfer.severity import Severity
-from dinfer.verdict.recorded import merged_lines, without_durations
+from dinfer.verdict.op_text import merged_lines, without_durations
 from dinfer.verdict.verdict import Verdict
 from dinfer.watching.command import WatchedCommand
 from dinfer.watching.evidence import Evidence
