@@ -14,7 +14,7 @@ from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.recorder import NO_GROUP, OpRecorder, PendingOp
 from dinfer.watch.probe.records import NOTHING
 from dinfer.watch.probe.start import Probe
-from dinfer.watch.probe.works import Works
+from dinfer.watch.probe.works import MOST_HELD, Works
 
 LOOKS = 5
 
@@ -86,3 +86,15 @@ def test_at_its_end_a_process_asks_once_more(tmp_path: Path) -> None:
     work.over = True
     probe.stop()
     assert [op.state for op in read(tmp_path)[0].ops] == ["done"]
+
+
+def test_no_more_than_some_are_held(recorder: OpRecorder) -> None:
+    works = Works(recorder)
+    held = []
+    for _ in range(MOST_HELD + 10):
+        work = CpuWork()
+        held.append(weakref.ref(work))
+        works.hand_over(work, issue(recorder, "all_reduce"))
+    del work
+    gc.collect()
+    assert sum(one() is not None for one in held) <= MOST_HELD + 1
