@@ -89,7 +89,7 @@ class Trace(Tidy, Composed):
     """What `run.trace` returns: `events` in the order in which they ended, and `about`, a description of the run in
     plain values. `plot()` and its like draw figures of it."""
 
-    INTERNAL = frozenset({"once"})
+    INTERNAL = frozenset({"computing", "ended", "is_watched", "once", "span", "unended"})
 
     events: tuple[Event, ...]
     about: dict[str, Any] = field(default_factory=dict)

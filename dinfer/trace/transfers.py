@@ -9,7 +9,7 @@ from math import ceil
 from operator import attrgetter
 from typing import NamedTuple
 
-from dinfer.trace.events import pairs
+from dinfer.trace.events import COLLECTIVES, Event, pairs
 from dinfer.trace.trace import Trace
 
 LinkRanks = tuple[int, int]
@@ -101,6 +101,15 @@ def by_link_and_layer(found: Iterable[Transfer]) -> dict[tuple[LinkRanks, int], 
         if one.layer is not None:
             layers[one.link, one.layer].append(one)
     return dict(sorted(layers.items()))
+
+
+def by_collective(events: Iterable[Event]) -> dict[tuple[str, str], list[Event]]:
+    """The ended collectives of a watched program, by kind and group in order."""
+    found: dict[tuple[str, str], list[Event]] = defaultdict(list)
+    for event in events:
+        if event.call and event.end and event.kind in COLLECTIVES:
+            found[event.kind, event.call.group].append(event)
+    return dict(sorted(found.items()))
 
 
 def spread(nanoseconds: Iterable[int]) -> Spread:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from dinfer.display import Table
-from dinfer.trace.events import COLLECTIVES
 from dinfer.trace.trace import Trace
+from dinfer.trace.transfers import by_collective
 
 
 def links_of(trace: Trace) -> list[dict[str, Any]]:
@@ -33,17 +33,17 @@ def links_of(trace: Trace) -> list[dict[str, Any]]:
 
 def collectives_of(trace: Trace) -> list[dict[str, Any]]:
     """The collectives of each kind and group, with their bytes, seconds and waiting of all ranks together."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for event in trace.events:
-        if event.call and event.end and event.kind in COLLECTIVES:
-            none = {"calls": 0, "bytes": 0, "seconds": 0.0, "waiting_s": 0.0}
-            key = (event.kind, event.call.group)
-            one = found.setdefault(key, {"kind": event.kind, "group": event.call.group, **none})
-            one["calls"] += 1
-            one["bytes"] += event.bytes
-            one["seconds"] += event.busy / 1e9
-            one["waiting_s"] += event.waited / 1e9
-    return [found[key] for key in sorted(found)]
+    return [
+        {
+            "kind": kind,
+            "group": group,
+            "calls": len(events),
+            "bytes": sum(event.bytes for event in events),
+            "seconds": sum(event.busy for event in events) / 1e9,
+            "waiting_s": sum(event.waited for event in events) / 1e9,
+        }
+        for (kind, group), events in by_collective(trace.events).items()
+    ]
 
 
 def table_of(trace: Trace) -> Table:

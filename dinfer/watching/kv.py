@@ -20,8 +20,8 @@ class WatchedKv(Displayable):
 
     def diff(self) -> list[OpFinding]:
         """What is wrong, in the words of a run's diff: rows that are repeated, stale, shifted, permuted, rows of other
-        values, rows that a rank lacks. Ranks that hold the same in most layers are found to be wrong where they do not;
-        of two, the one with fewer repetitions is taken to be right, then the first."""
+        values, rows that a rank lacks. What most ranks hold of a layer is taken to be right; of two ranks, the one with
+        fewer repetitions, then the first."""
         if not any(self.layers.values()):
             return []
         from dinfer.watching.kv_diff import (

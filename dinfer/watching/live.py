@@ -28,6 +28,7 @@ from dinfer.watching.evidence import Evidence
 from dinfer.watching.figures import table_of
 from dinfer.watching.folders import RECORDS, Watched
 from dinfer.watching.kv import WatchedKv
+from dinfer.watching.signs import MAIN
 
 if TYPE_CHECKING:
     from dinfer.saved.saved import WriteReport
@@ -163,7 +164,7 @@ class Watch(Tidy, Displayable, Closing):
             raise NotPossible(
                 f'{what!r} cannot be compared with; watch.compare("reference") is what there is.'
             )
-        from dinfer.watching.reference import compare  # imports transformers
+        from dinfer.watching.reference import compare  # imports torch and transformers
 
         path = None if checkpoint is None else str(checkpoint)
         return compare(self._source.watched.rows(self._source.evidence), path, ids, dtype)
@@ -375,9 +376,7 @@ class EnginesSource:
 def of_cells(evidence: Evidence) -> Evidence:
     """What cells have done: in an engine's main thread. dinfer's own transfers are looked after by their run."""
     events = tuple(
-        event
-        for event in evidence.trace.events
-        if event.lane == "MainThread" and event.call and event.call.line
+        event for event in evidence.trace.events if event.lane == MAIN and event.call and event.call.line
     )
     return replace(evidence, trace=Trace(events, evidence.trace.about))
 

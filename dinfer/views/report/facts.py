@@ -14,11 +14,10 @@ from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.run.state import Mark
 from dinfer.severity import Severity
-from dinfer.trace.events import COLLECTIVES, Event
 from dinfer.trace.findings import Findings
 from dinfer.trace.shares import Shares
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import Transfer, by_link, by_link_and_layer, spread, transfers
+from dinfer.trace.transfers import Transfer, by_collective, by_link, by_link_and_layer, spread, transfers
 from dinfer.verdict.signs import Signs
 from dinfer.views.cells import CellMap, CellStates, held_states
 from dinfer.views.figures.style import link_name
@@ -118,12 +117,8 @@ def link_table(trace: Trace) -> FactTable:
 def collective_table(trace: Trace) -> FactTable:
     """The collectives of a watched program, by kind and group: how many calls, bytes, and milliseconds of waiting and
     of all else."""
-    found: dict[tuple[str, str], list[Event]] = {}
-    for event in trace.events:
-        if event.call and event.end and event.kind in COLLECTIVES:
-            found.setdefault((event.kind, event.call.group), []).append(event)
     rows = []
-    for (kind, group), events in sorted(found.items()):
+    for (kind, group), events in by_collective(trace.events).items():
         busy, waited = (spread(map(attrgetter(name), events)) for name in ("busy", "waited"))
         times = map(milliseconds, (*busy[1:], *waited[1:]))
         megabytes = f"{sum(event.bytes for event in events) / 1e6:,.3f}"
