@@ -88,18 +88,15 @@ class PendingOp:
         "nbytes",
         "number",
         "on_device",
-        "place",
     )
 
     def __init__(
-        self, base: int, commit: int, blocking: bool, place: int, on_device: bool, nbytes: int, channel: ChannelKey,
-        number: int, any_source: AnySource | None,
+        self, base: int, commit: int, blocking: bool, on_device: bool, nbytes: int, channel: ChannelKey, number: int,
+        any_source: AnySource | None,
     ) -> None:  # fmt: skip
         self.base, self.commit = base, commit
         """where its record is"""
         self.blocking = blocking
-        self.place = place
-        """the number of the line of code that issued it"""
         self.on_device, self.nbytes = on_device, nbytes
         self.channel, self.number = channel, number
         self.any_source = any_source
@@ -320,9 +317,7 @@ class OpRecorder:
             raised = sys.exc_info()[1]
             if raised is not None:
                 self.raised(raised, "handled")
-            return PendingOp(
-                base, commit, not is_async, place, on_device, nbytes, channel, number, any_source
-            )
+            return PendingOp(base, commit, not is_async, on_device, nbytes, channel, number, any_source)
         except Exception as error:
             self.switch_off("recording ops", error)
             return None

@@ -185,7 +185,6 @@ class Probe:
     def _made(self, pending: Any, before: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if pending is None:
             return before(*args, **options)
-        self.recorder.waiting(pending, sys._getframe(2))
         try:
             result = before(*args, **options)
         except BaseException as error:
