@@ -53,6 +53,7 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
                 "device": report.device,
                 "threads": report.threads,
                 "dtype": report.dtype,
+                "kernels": report.kernels,
                 "kv_sha256": report.kv_sha256,
                 "tokens": list(report.tokens),
                 **trace.rank_figures(rank)._asdict(),

@@ -112,11 +112,13 @@ class Session(Tidy, Announced, Closing):
         gpu_ids: Sequence[int] = (),
         threads: int = 0,
         kernels: str = "auto",
+        backend: str = "auto",
     ) -> Self:
         """Load a checkpoint folder, or "demo", on every rank, for any number of runs; a progress bar for each rank.
 
         `gpu_ids`: the GPU of each rank, empty for the CPU; `threads`: CPU threads of each rank, 0 for an equal share of
-        the cores; `kernels`: what runs the layers on a GPU, "exact", "graph", "compiled" or "auto", as for `prefill`.
+        the cores; `kernels`: what runs the layers on a GPU, "exact", "graph", "compiled" or "auto", as for `prefill`;
+        `backend`: how ranks exchange messages, "gloo", "nccl", "ipc" or "auto".
         Graphs are captured now, for chunks of the usual size, which takes seconds. Weights that are there already stay,
         unless the folder has changed. Raises ConfigError or ModelError before anything is loaded: too little memory, an
         unknown GPU, an unsupported model.
@@ -124,7 +126,7 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         share = max(self.ranks.cores())
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
-        values["kernels"] = kernels
+        values.update(kernels=kernels, backend=self.ranks.backend if backend == "auto" else backend)
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
