@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from dinfer.plan.graph import Channel
-from dinfer.transport.cuda_streams import HeaderToSend, CudaStreams
+from dinfer.transport.cuda_streams import CudaStreams, HeaderToSend
 from dinfer.transport.gloo import CommError, GlooComm
 from dinfer.transport.header import HEADER_BYTES
 from dinfer.transport.streams import Streams

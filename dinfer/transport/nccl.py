@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinfer.plan.graph import Channel
-from dinfer.transport.cuda_streams import HeaderToSend, CudaStreams
+from dinfer.transport.cuda_streams import CudaStreams, HeaderToSend
 from dinfer.transport.gloo import CommError, GlooComm, Store, wait_for
 from dinfer.transport.streams import Streams
 
