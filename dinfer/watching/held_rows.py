@@ -64,6 +64,14 @@ class HeldRows(Mapping[int, RowDigests]):
         at = (position - self._base) * self._parts
         return tuple(self._digests[at : at + self._parts])
 
+    def before(self, position: int) -> "HeldRows":
+        """A copy of those before a position."""
+        made = HeldRows()
+        for at, row in self.items():
+            if at < position:
+                made.put(at, [row])
+        return made
+
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal for the same rows at the same positions. (What is not held is 0.)"""
@@ -85,6 +93,11 @@ class LayerRows(NamedTuple):
     shape: tuple[int, ...]
     starts: dict[int, int | None]
     """by the first position of what was added at a time, its chunk; rows that came one by one count as one piece"""
+
+    def before(self, position: int) -> "LayerRows":
+        """Of its rows those before a position."""
+        starts = {start: chunk for start, chunk in self.starts.items() if start < position}
+        return self._replace(rows=self.rows.before(position), starts=starts)
 
     def chunk_of(self, position: int) -> int | None:
         begun = [start for start in self.starts if start <= position]
