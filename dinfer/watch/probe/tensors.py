@@ -254,8 +254,8 @@ class TensorWatch:
     def _placed_ids(self, torch: Any, ids: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Ids [batch, tokens], with mask and positions [batch, tokens, 2]. Never raises."""
         try:
-            mask = args[1] if len(args) > 1 else options.get("attention_mask")
-            positions = args[2] if len(args) > 2 else options.get("position_ids")
+            mask: Any = args[1] if len(args) > 1 else options.get("attention_mask")
+            positions: Any = args[2] if len(args) > 2 else options.get("position_ids")
             if mask is None and positions is None:
                 return ids
             words = torch.ones_like(ids, dtype=torch.int64)
