@@ -26,7 +26,7 @@ VLLM_RUNNERS = {
     "vllm.v1.worker.gpu_model_runner": "_prepare_inputs",
     "vllm.v1.worker.gpu.model_runner": "prepare_inputs",
 }
-"""the modules of its runners, and the method that makes a step's requests and positions, kept in the runner or returned"""
+"""modules of its runners, and the method that makes a step's requests and positions, kept in the runner or returned"""
 
 VLLM_BACKENDS = (
     "vllm.v1.attention.backend",
@@ -329,6 +329,8 @@ class PagedCaches:
         if "FP4" in type(pool).__name__ or (stored is not None and stored.itemsize < k.dtype.itemsize):
             stored = "FP4" if "FP4" in type(pool).__name__ else str(stored).removeprefix("torch.")
             self._say(f"SGLang's {type(pool).__name__} is {stored}: rows are taken as they are before that")
+        if getattr(given.get("k_scale"), "ndim", 0):
+            self._say(f"SGLang's {type(pool).__name__} is given scales of rows: only the rows are taken")
         # As layers of a hybrid model are numbered within their pool, the layer's own number comes first.
         number = getattr(layer, "layer_id", None)
         number = given.get("layer_id_override") if number is None else number
@@ -345,6 +347,8 @@ class PagedCaches:
             ends = lengths.to(torch.int64).cumsum(0)
             request = torch.searchsorted(ends, token, right=True).clamp(max=len(requests) - 1)
         own = torch.where(slots[:count] > 0, position[:count], -1)  # slot 0 takes what is only padding
+        if (mask := given.get("dcp_kv_mask")) is not None:  # other ranks keep the rest
+            own = torch.where(mask[:count].bool(), own, -1)
         self._take(k[:count], v[:count], number, own, requests[request])
 
 
