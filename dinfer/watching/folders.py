@@ -90,7 +90,7 @@ class Watched:
         if recent:
             for process in processes:
                 with suppress(RecordsError):  # whoever asks for the rows is told
-                    self._follow_rows(process, ROWS_A_LOOK, waits=True)
+                    self._read_rows(process, ROWS_A_LOOK)
             processes = [shortened(process) for process in processes]
         now, now_ns = time.monotonic(), time.time_ns() if live else None
         for process in processes:
@@ -208,7 +208,7 @@ class Watched:
 
     def kv(self, found: Evidence) -> WatchedKv:
         """The rows of KV that the ranks have added so far, by their digests."""
-        return WatchedKv(self._of_ranks(found, self._follow_rows))
+        return WatchedKv(self._of_ranks(found, self._layers))
 
     def rows(self, found: Evidence) -> dict[int, list[RowsTaken]]:
         """All that was taken of rows of KV and of tapped tensors so far, by rank. It may be much."""
@@ -224,18 +224,20 @@ class Watched:
                 self.unreadable.append(str(error))
         return {rank: one for rank, one in made.items() if one}
 
-    def _follow_rows(
-        self, process: WatchedProcess, most_bytes: int = MOST_BYTES, *, waits: bool = False
-    ) -> Layers:
-        """Read on in the process's rows, and what it holds then. Raises RecordsError."""
+    def _layers(self, process: WatchedProcess) -> Layers:
+        """What the process's rows make. Raises RecordsError."""
+        return self._read_rows(process, MOST_BYTES).layers
+
+    def _read_rows(self, process: WatchedProcess, most_bytes: int) -> LayersSeen:
+        """Read on in the process's rows. Raises RecordsError."""
         key = _key(process)
         with self._reading_rows:
             if key not in self._rows_seen:
                 self._rows_seen[key] = RowsReader(self._folders[key], process.name), LayersSeen()
             reader, seen = self._rows_seen[key]
-            for one in reader.more(process, most_bytes, waits=waits):
+            for one in reader.more(process, most_bytes, waits=True):
                 seen.add(one)
-            return {} if waits else seen.layers
+            return seen
 
     def ask(self, processes: Iterable[WatchedProcess]) -> None:
         """Have these processes write where their threads stand, for a later look: each at most twice a second, and less

@@ -197,7 +197,7 @@ class RowsReader:
                 raise RecordsError(f"{self._path}: it is damaged at byte {self._at}")
             if size and (size > MOST_BYTES or len(data := file.read(size)) < size):
                 break  # being written, or the process was killed meanwhile
-            if size and waits and name not in process.taps:
+            if size and waits and name and name not in process.taps:
                 break
             self._at += _HEAD.size + size
             if not size:  # whatever the other number says

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import DynamicCache, Qwen3Config, StaticCache
 from transformers.cache_utils import Cache
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
@@ -387,7 +388,8 @@ def test_rows_are_read_on_from_where_reading_stopped(taken: Taken, tmp_path: Pat
         cache.update(*kv(2), layer_idx=0)
         (process,) = read(tmp_path)
         reader = reader or RowsReader(tmp_path, process.name)
-        assert len(new := [*reader.more(process)]) == 1
+        new = [*reader.more(process)]
+        assert len(new) == 1
         assert [*reader.more(process)] == []
         found += new
     assert found == taken()
@@ -421,10 +423,10 @@ def test_a_row_that_is_being_written_is_read_once_it_is_there(tmp_path: Path, ta
     assert [*reader.more(process)] == taken()
 
 
-def test_looks_read_rows_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looks_read_rows_as_they_come(tmp_path: Path) -> None:
     """So that little is left to read at the end: what was read is not read again."""
-    monkeypatch.setenv("RANK", "0")
     probe = Probe(tmp_path)
+    torch.distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     try:
         cache, watched = dynamic(), Watched([tmp_path])
         cache.update(*kv(2), layer_idx=0)
@@ -436,7 +438,9 @@ def test_looks_read_rows_as_they_come(tmp_path: Path, monkeypatch: pytest.Monkey
         assert watched.unreadable == []
         assert [len(one.rows) for one in first.layers[0].values()] == [2]
         cache.update(*kv(3), layer_idx=0)
+        (found,) = watched.look(recent=True)
         assert [len(one.rows) for one in watched.kv(found).layers[0].values()] == [5]
         assert [len(one.rows) for one in first.layers[0].values()] == [2]
     finally:
+        torch.distributed.destroy_process_group()
         probe.stop()
