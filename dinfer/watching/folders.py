@@ -226,7 +226,9 @@ class Watched:
 
     def _layers(self, process: WatchedProcess) -> Layers:
         """What the process's rows make. Raises RecordsError."""
-        return self._read_rows(process, MOST_BYTES).layers
+        seen = self._read_rows(process, MOST_BYTES)
+        with self._reading_rows:
+            return seen.layers
 
     def _read_rows(self, process: WatchedProcess, most_bytes: int) -> LayersSeen:
         """Read on in the process's rows. Raises RecordsError."""
