@@ -332,6 +332,62 @@ def test_an_op_while_an_exception_is_handled(watched: Watched) -> None:
     assert raised.seq == process.ops[0].seq
 
 
+@pytest.mark.usefixtures("gloo")
+def test_an_exception_that_has_the_id_of_one_before_is_another(watched: Watched) -> None:
+    ids = list[int]()
+    while len(ids) < 1000 and len(set(ids)) == len(ids):
+        try:
+            raise KeyError(len(ids))
+        except KeyError as error:
+            ids.append(id(error))
+            if len(ids) < recorder.MOST_RAISED:
+                dist.barrier()
+    assert len(set(ids)) < len(ids)  # Python has used one again
+    assert [raised.message for raised in watched().handled] == [str(n) for n in range(len(ids))]
+
+
+@pytest.mark.usefixtures("gloo", "watched")
+def test_an_exception_that_was_handled_is_not_kept() -> None:
+    def handle() -> weakref.ref[Any]:
+        held = torch.ones(2)
+        try:
+            raise KeyError(held.shape)
+        except KeyError as error:
+            error.batch = held  # type: ignore[attr-defined]
+            dist.barrier()
+        return weakref.ref(held)
+
+    tensor = handle()
+    dist.barrier()
+    gc.collect()
+    assert tensor() is None
+
+
+@pytest.mark.usefixtures("gloo")
+def test_an_exception_that_ends_a_thread_is_told_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = list[weakref.ref[Any]]()
+
+    def fail() -> None:
+        held = torch.ones(2)
+        kept.append(weakref.ref(held))
+        raise ValueError(held.shape)
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # pytest's own keeps it
+    probe = Probe(tmp_path)
+    dist.barrier()
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    gc.collect()
+    probe.stop()
+    assert kept[0]() is None
+    (process,) = read(tmp_path)
+    assert process.exception
+    assert process.exception.type == "ValueError"
+
+
 @pytest.mark.usefixtures("fake")
 def test_labels_count_before_variables(watched: Watched) -> None:
     layer, chunk = 1, 2
