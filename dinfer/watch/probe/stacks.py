@@ -13,16 +13,15 @@ from types import FrameType
 from typing import Any
 
 from .callers import DEEPEST, USER, whose
+from .waits import waits_for_itself
 
 
 def thread_stacks() -> list[dict[str, Any]]:
     """All threads but the calling one, the main thread first, as lines of the files have them."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    known = {thread.ident: thread for thread in threading.enumerate()}
     main, own = threading.main_thread().ident, threading.get_ident()
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
-    return [
-        _look(ident, names.get(ident, f"thread {ident}"), frame) for ident, frame in frames if ident != own
-    ]
+    return [_look(ident, known.get(ident), frame) for ident, frame in frames if ident != own]
 
 
 DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
@@ -85,7 +84,7 @@ def _handler() -> int:
         return 0
 
 
-def _look(ident: int, name: str, frame: FrameType | None) -> dict[str, Any]:
+def _look(ident: int, thread: threading.Thread | None, frame: FrameType | None) -> dict[str, Any]:
     mine: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     while frame is not None and len(mine) + len(others) < DEEPEST:
@@ -94,4 +93,11 @@ def _look(ident: int, name: str, frame: FrameType | None) -> dict[str, Any]:
         found = {"file": file, "line": line, "function": frame.f_code.co_name, "text": text}
         (mine if whose(file) == USER else others).append(found)
         frame = frame.f_back
-    return {"name": name, "ident": ident, "frames": mine + others, "user_frames": len(mine)}
+    number = thread.native_id if thread else None
+    return {
+        "name": thread.name if thread else f"thread {ident}",
+        "ident": ident,
+        "frames": mine + others,
+        "user_frames": len(mine),
+        "for_itself": int(number is not None and waits_for_itself(number)),
+    }
