@@ -256,9 +256,11 @@ NO_ZERO = -(1 << 63)
 
 
 def _tensor(rows: HeldRows) -> Tensor:
-    """As `dinfer.kv.rows` takes them: int64 [rows, tensors, 1]."""
+    """As `dinfer.kv.rows` takes them: int64 [rows, 2, 1]. Of a cache of one tensor, as latent attention has, it stands
+    for K and for V."""
     digests, tensors = rows.digests
-    return torch.frombuffer(digests, dtype=torch.int64).view(-1, tensors, 1).clone()
+    found = torch.frombuffer(digests, dtype=torch.int64).view(-1, tensors, 1)
+    return found.expand(-1, 2, 1).clone()
 
 
 def _span(start: int, count: int) -> str:

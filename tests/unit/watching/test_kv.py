@@ -214,3 +214,16 @@ def test_stages_of_data_parallel_pipelines_are_judged_by_the_first_stage() -> No
     assert healthy.diff() == []
     broken = kv({0: one[:1], 1: one[1:], 2: one[:1], 3: other[1:]})
     assert [(found.kind, found.ranks) for found in broken.diff()] == [("rows differ", (3, 1))]
+
+
+def test_rows_of_one_tensor_are_compared_too() -> None:
+    """As those of a cache of latents, of which `dinfer.tap("kv", k=…)` gives one."""
+
+    def latents(start: int, *digests: int) -> RowsTaken:
+        return rows(start)._replace(digests=(tuple((one,) for one in digests),))
+
+    right = [latents(0, 1, 2, 3), latents(3, 4, 5, 6)]
+    (stale,) = kv({0: right, 1: [latents(0, 1, 2, 3), latents(3, 1, 2, 3)]}).diff()
+    assert stale.text == "rank 1 in layer 0: stale: rows 3–5 hold rows 0–2 of the chunk before"
+    (shifted, _) = kv({0: right, 1: [latents(0, 9, 1, 2, 3, 4, 5)]}).diff()
+    assert shifted.text == "rank 1 in layer 0: rows 1–5 are shifted by +1"
