@@ -1,6 +1,5 @@
 """Session: the ranks, the checkpoint on them, and one run after another, as a notebook holds them."""
 
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +35,7 @@ from dinfer.severity import Severity
 from dinfer.trace.summary import summary
 from dinfer.verdict.where import rank_spans_text
 from dinfer.watching.live import EnginesSource, EnginesWatch
+from dinfer.watching.temporary import TemporaryFolder
 
 Show = Callable[[Any], Any]
 """makes the panel of a run or a watch"""
@@ -216,10 +216,10 @@ class Session(Tidy, Announced, Closing):
         threads or on several hosts."""
         self._check_open()
         if self._watch is None:
-            folder = Path(tempfile.mkdtemp(prefix="dinfer-watch-"))
-            self.ranks.watch(str(folder))
+            folder = TemporaryFolder()
+            self.ranks.watch(str(folder.path))
             self._watch = EnginesWatch(EnginesSource(folder), self._write, self._show)
-            self._watched = folder
+            self._watched = folder.path
         return self._watch
 
     def recover(self) -> DisplayableText:
