@@ -50,17 +50,7 @@ def environment() -> dict[str, str]:
 
 
 def wait_for_file(path: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
-    wait_while(meanwhile, path.exists, f"{path.name} is there")
-
-
-def wait_while(act: Callable[[], object], condition: Callable[[], bool], what: str) -> None:
-    """Do something over and over until the condition holds."""
-
-    def holds() -> bool:
-        act()
-        return condition()
-
-    wait_for(holds, what)
+    wait_for(path.exists, f"{path.name} is there", meanwhile)
 
 
 @pytest.mark.cluster
@@ -92,7 +82,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_command_once_and_a_signal_to_watch_alo
         os.write(terminal, b"\x1c")  # Ctrl-\\
         wait_for_file(tmp_path / "SIGQUIT-1", read)
         process.send_signal(signal.SIGTERM)
-        wait_while(read, lambda: process.poll() is not None, "it ends")
+        wait_for(lambda: process.poll() is not None, "it ends", read)
         assert process.returncode == 3
     os.close(terminal)
     told = {path.name for path in tmp_path.glob("SIG*")}
