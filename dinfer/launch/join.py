@@ -189,7 +189,7 @@ class _RankThread:
             result = run_rank(rank, config, self._job.ids, self._control, found)
             self._control.report(result)
             self._control.close()
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the other ranks must hear why this one ends
             log.error("this rank failed\n%s", traceback.format_exc())
             self._error = str(error) or type(error).__name__
             with contextlib.suppress(OSError):
