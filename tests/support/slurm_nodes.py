@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -119,17 +119,12 @@ def _daemon(output: Path, *command: str) -> Iterator[None]:
     try:
         yield
     finally:
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        for one in (process, *children):
-            _kill(one)
+        with suppress(psutil.Error):
+            of_it = psutil.Process(process.pid)
+            for one in (*of_it.children(recursive=True), of_it):
+                with suppress(psutil.Error):
+                    one.kill()
         process.wait()
-
-
-def _kill(process: subprocess.Popen[bytes] | psutil.Process) -> None:
-    try:
-        process.kill()
-    except (psutil.Error, ProcessLookupError):
-        pass
 
 
 def profile_arguments(python: str, options: Sequence[str] = ()) -> list[str]:

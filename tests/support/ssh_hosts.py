@@ -106,10 +106,13 @@ def ssh_hosts(folder: Path, *, ahead_s: Sequence[int] = (0, 0, 0), mark: str = "
             stack.enter_context(_sshd(name, own, host.inside(), ahead))
         (folder / "known_hosts").write_text("\n".join(known) + "\n")
         for number, name in enumerate(NAMES):
-            log = folder / name / "sshd.log"
-            wait_for(lambda log=log: "Server listening" in log.read_text(), f"sshd of {name} listens")
+            _await_sshd(name, folder / name / "sshd.log")
             assert found.run(number, "hostname").strip() == name
         yield found
+
+
+def _await_sshd(name: str, log: Path) -> None:
+    wait_for(lambda: "Server listening" in log.read_text(), f"sshd of {name} listens")
 
 
 def _make_key(path: Path) -> None:

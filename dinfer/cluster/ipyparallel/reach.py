@@ -3,6 +3,7 @@ engine in place of one that has ended."""
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.facts import SOURCE, EngineFacts, mismatches
 from dinfer.cluster.ipyparallel.known import Known
-from dinfer.cluster.ipyparallel.launcher import remote_profile_dir
+from dinfer.cluster.ipyparallel.launcher import engine_log, remote_profile_dir
 from dinfer.cluster.ipyparallel.profiles import Asked, Profile, ProfileHost, ssh_words
 from dinfer.version import __version__
 
@@ -118,12 +119,12 @@ def why_not_started(profile: Profile, cluster: Known, n: int) -> str:
     if profile.kind == "slurm":
         return _job_state(cluster)
     found = []
-    for host in dict.fromkeys(profile.host_of(rank) for rank in range(n)):
-        folder = remote_profile_dir(str(cluster.profile_dir), host.name)
-        script = f'cd {folder}/log && tail -n 3 "$(ls -t ipengine-*.out | head -n 1)"\n'
-        one = Asked([*ssh_words(host.name, profile.ssh_args), "sh", "-s"], script)
+    for rank in range(n):
+        host = profile.host_of(rank).name
+        log = engine_log(remote_profile_dir(str(cluster.profile_dir), host), cluster.cluster_id, rank)
+        one = Asked([*ssh_words(host, profile.ssh_args), "tail", "-n", "3", shlex.quote(log)], "")
         if out := one.answer(PROBE_S)[1].strip():
-            found.append(f" On {host.name}, the log ends: {' / '.join(out.splitlines())}.")
+            found.append(f" On {host}, the log of rank {rank} ends: {' / '.join(out.splitlines())}.")
     return "".join(found)
 
 
@@ -163,9 +164,7 @@ def start_again(facts: EngineFacts, started_by: str, ssh_args: Sequence[str]) ->
     """Start an engine like one that has ended, by what has started that. Raises ClusterError."""
     environment, rank = dict(facts.environment), facts.environment["RANK"]
     command = [facts.executable, "-m", "dinfer.cluster.ipyparallel.remote", f"--work-dir={facts.folder}"]
-    log = Path(
-        environment["IPP_PROFILE_DIR"], "log", f"ipengine-{environment['IPP_CLUSTER_ID']}-again-{rank}.log"
-    )
+    log = Path(engine_log(environment["IPP_PROFILE_DIR"], environment.get("IPP_CLUSTER_ID", ""), rank))
     if started_by == "slurm":
         return _start_step(command, environment, log)
     from ipyparallel.cluster.shellcmd import ShellCommandSend
