@@ -7,7 +7,6 @@ a change made there by hand counts.
 
 import os
 import re
-import shlex
 import shutil
 import socket
 import subprocess
@@ -73,7 +72,7 @@ class Profile:
             ) from None
         name, cluster = profile_dir.name.removeprefix("profile_"), config.Cluster
         launcher = cluster.get("engine_launcher_class")
-        arguments = shlex.split(" ".join(config.EngineLauncher.get("engine_args", [])))
+        arguments = map(str, config.EngineLauncher.get("engine_args", []))
         folder = next((word.partition("=")[2] for word in arguments if word.startswith("--work-dir=")), "")
         if launcher == SlurmRankSetLauncher.entrypoint_name:
             return cls(name, "slurm", int(cluster.get("n", 1)), folder)
@@ -291,7 +290,7 @@ def write_slurm(
             "there is no sbatch or srun here: run this where jobs are submitted, a login node of Slurm for example."
         )
     address = address or _address_towards_nodes()
-    if not any("gpu" in option or "gres" in option for option in options):
+    if not any(option.startswith(("--gpu", "--gres", "-G")) for option in options):
         notes.append(
             "no GPUs are asked for: --option=--gpus-per-task=1 gives each engine one, where nodes have GPUs"
         )
