@@ -35,6 +35,7 @@ from dinfer.messages import (
     TextPiece,
     ToldToEnd,
 )
+from dinfer.trace.clocks import HostClock
 from dinfer.trace.events import Event
 from dinfer.verdict.where import rank_spans_text
 
@@ -76,6 +77,8 @@ class RankState:
     stopped: float | None = None
     """since when its process is stopped (SIGSTOP)"""
     gone: bool = False
+    clock: HostClock | None = None
+    """of its events, where that is another than this process's"""
     lanes: tuple[str, ...] = ()
     events: list[Event] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
