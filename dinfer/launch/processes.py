@@ -33,6 +33,7 @@ def start_rank(
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     if behind:
         environment.pop("GLOO_SOCKET_IFNAME", None)
+        environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else torch warns that these hosts have no names
     process = subprocess.Popen(
         # -P: not a types.py or transformers.py of the working folder
         [*behind, sys.executable, "-P", "-m", module],
