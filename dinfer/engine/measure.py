@@ -89,23 +89,22 @@ def time_links(comm: Comm, nbytes: int) -> list[LinkSpeed]:
     """What every link carries, in messages of `nbytes` bytes or 1 MiB if that is less; the same list on every rank."""
     size = min(nbytes, LARGEST)
     pairs = [(a, b) for a in range(comm.world_size) for b in range(comm.world_size) if a != b]
-    latency, alone = dict[tuple[int, int], float](), dict[tuple[int, int], float]()
+    alone = dict[tuple[int, int], tuple[float, float, float]]()
     for pair in pairs:
         comm.all_gather(b"l")  # the others are quiet
-        latency[pair] = _latency(comm, *pair)
-        took = _one_way(comm, *pair, size)
-        alone[pair] = size / max(took - latency[pair], 1e-9)
+        if comm.rank in pair:
+            alone[pair] = _alone(comm, *pair, size)
     comm.all_gather(b"t")
-    together = {
-        pair: size / max(took - latency[pair], 1e-9) for pair, took in _together(comm, pairs, size).items()
-    }
-    own = [latency.get(pair, 0.0) for pair in pairs], [alone[pair] for pair in pairs]
-    gathered = _all(comm, [*own[0], *own[1], *(together.get(pair, 0.0) for pair in pairs)])
-    count = len(pairs)
-    return [
-        LinkSpeed(*pair, *(gathered[pair[1]][part * count + n] for part in range(3)))
-        for n, pair in enumerate(pairs)
-    ]
+    together = _together(comm, pairs, size)
+    # The source has measured a link alone, the target what came when all were busy.
+    sent = _all(comm, [number for pair in pairs for number in alone.get(pair, (0.0, 0.0, 0.0))])
+    came = _all(comm, [together.get(pair, 0.0) for pair in pairs])
+    found = list[LinkSpeed]()
+    for n, (source, target) in enumerate(pairs):
+        latency, speed, ahead = sent[source][3 * n : 3 * n + 3]
+        busy = size / max(came[target][n] - latency, 1e-9)
+        found.append(LinkSpeed(source, target, latency, speed, min(busy, speed), ahead))
+    return found
 
 
 def _all(comm: Comm, numbers: Sequence[float]) -> list[list[float]]:
@@ -130,34 +129,28 @@ def _recv(comm: Comm, source: int, into: Tensor) -> bool:
     return bool(header.tokens)
 
 
-def _latency(comm: Comm, source: int, target: int) -> float:
-    """Seconds of a small message, half of there and back; 0 on the other ranks."""
-    if comm.rank not in (source, target):
-        return 0.0
-    small, peer = torch.zeros(8, dtype=torch.uint8), target if comm.rank == source else source
-    times = []
-    for _ in range(PINGS):
-        began = perf_counter()
-        for sends in (comm.rank == source, comm.rank == target):
-            if sends:
-                _send(comm, peer, small)
-            else:
-                _recv(comm, peer, small)
-        times.append((perf_counter() - began) / 2)
-    return median(times[1:])
+def _alone(comm: Comm, source: int, target: int, size: int) -> tuple[float, float, float]:
+    """Of a quiet link, for its source: seconds of a small message, bytes per second, and how many bytes are still on
+    their way when a send ends. The target answers each message by a small one, so that one clock measures all."""
+    small, payload = torch.zeros(8, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
 
-
-def _one_way(comm: Comm, source: int, target: int, size: int) -> float:
-    """Seconds of a message of `size` bytes, as its receiver sees it; 0 on the other ranks."""
-    payload, times = torch.zeros(size, dtype=torch.uint8), [0.0]
-    for _ in range(MESSAGES + 1):
+    def there_and_back(message: Tensor) -> tuple[float, float]:
+        """Seconds until the send has ended, and until the answer is there."""
         began = perf_counter()
-        if comm.rank == source:
-            _send(comm, target, payload)
-        elif comm.rank == target:
-            _recv(comm, source, payload)
-            times.append(perf_counter() - began)
-    return median(times[2:] or times)
+        if comm.rank == target:
+            _recv(comm, source, message)
+            _send(comm, source, small)
+            return 1.0, 1.0
+        _send(comm, target, message)
+        sent = perf_counter() - began
+        _recv(comm, target, small)
+        return sent, perf_counter() - began
+
+    latency = median([there_and_back(small)[1] / 2 for _ in range(PINGS)][1:])
+    both = [there_and_back(payload) for _ in range(MESSAGES + 1)][1:]
+    arrived = median(back for _, back in both) - latency
+    speed = size / max(arrived - latency, 1e-9)
+    return latency, speed, min(max(0.0, (arrived - median(sent for sent, _ in both)) * speed), size)
 
 
 def _together(comm: Comm, pairs: Sequence[tuple[int, int]], size: int) -> dict[tuple[int, int], float]:

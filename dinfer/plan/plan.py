@@ -148,8 +148,8 @@ def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
         if intro != ["", "stages start at "]:
             raise ValueError
         lengths = [int(length) for length in words[5].split("+")]
-        sizes = int(words[1]), int(words[3]), max(lengths), tuple(map(int, starts.split()))
-        return Shape(*sizes, tuple(lengths) if len(lengths) > 1 else ())
+        firsts, uneven = tuple(map(int, starts.split())), tuple(lengths) if len(lengths) > 1 else ()
+        return Shape(int(words[1]), int(words[3]), max(lengths), firsts, uneven)
     except PlanError as error:
         raise PlanError(f"lines {sizes[0]}–{stages[0]}: {error}") from None
     except ValueError:

@@ -1,7 +1,8 @@
 """Timing: when each op of a plan would begin and end on a machine that is given as numbers. The only simulator of time.
 
-An op begins when it is the next on its lane and what it needs is there; a send and its recv then move their message
-together, as ranks do. Messages that travel at the same time share what the links carry: the machine says how.
+An op begins when it is the next on its lane and what it needs is there. Once a send and its recv have both begun, their
+message travels; the send ends with its last byte or, by the machine's buffers, a little before. Messages that travel at
+the same time share what the links carry: the machine says how.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,9 @@ class Timings(Protocol):
 
     def latency(self, channel: Channel) -> float:
         """Seconds from when both ranks have begun to the payload's first byte."""
+
+    def ahead(self, channel: Channel) -> float:
+        """Bytes of a message that are still on their way when its send ends: buffers of the system have them."""
 
     def rates(self, moving: Sequence[Channel]) -> Sequence[float]:
         """Bytes per second of each of these messages, if just these travel; 0 for one that waits for others."""
@@ -67,6 +71,8 @@ class _Simulated:
         self.met: dict[int, float] = {}
         self.ended: dict[int, float] = {}
         self.moving: dict[int, float] = {}
+        self._ahead: dict[int, float] = {}
+        """by send that has not ended: the bytes that may be left when it does"""
         self._due: list[tuple[float, int, Callable[[int], None]]] = []
         """what happens at a known time: an op of compute ends, the first byte of a message travels"""
         self._rates: dict[int, float] = {}
@@ -98,10 +104,13 @@ class _Simulated:
         ]
 
     def _arrivals(self) -> Iterator[tuple[float, int]]:
-        """In how many seconds each message would arrive, if none joined or left; without those that stand still."""
+        """In how many seconds each message, or the end of its send, would come, if none joined or left; without those
+        that stand still."""
         for number, left in self.moving.items():
-            if rate := self._rates[number]:
-                yield left / rate, number
+            if left <= (ahead := self._ahead.get(number, 0.0)):
+                yield 0.0, number
+            elif rate := self._rates[number]:
+                yield (left - ahead) / rate, number
 
     def _advance(self, to: float) -> None:
         for number in self.moving:
@@ -123,12 +132,18 @@ class _Simulated:
 
     def _leave(self, sent: int) -> None:
         self.moving[sent] = float(self.machine.message(self.graph.ops[sent]))
+        self._ahead[sent] = self.machine.ahead(channel_of(self.graph.ranks[sent], self.graph.ops[sent]))
         self._share()
 
     def _arrived(self, sent: int) -> None:
+        """The send ends, and the recv if that was the last byte."""
+        if sent in self._ahead:
+            self.moving[sent] = min(self.moving[sent], self._ahead.pop(sent))
+            self._end(sent)
+            if self.moving[sent]:
+                return
         del self.moving[sent]
         self._share()
-        self._end(sent)
         self._end(self.graph.partner[sent])
 
     def _share(self) -> None:

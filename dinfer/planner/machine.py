@@ -14,13 +14,14 @@ from dinfer.planner.costs import LayerCost
 
 class LinkSpeed(NamedTuple):
     """One direction between two ranks. `latency_s`: seconds of a message without payload; `alone`, `together`: payload
-    bytes per second, if no other link is busy, and if all are."""
+    bytes per second, if no other link is busy, and if all are; `ahead`: bytes still on their way when a send ends."""
 
     source: int
     target: int
     latency_s: float
     alone: float
     together: float
+    ahead: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ class MeasuredMachine:
 
     def latency(self, channel: Channel) -> float:
         return self.links.by_link[channel.source, channel.target].latency_s
+
+    def ahead(self, channel: Channel) -> float:
+        return self.links.by_link[channel.source, channel.target].ahead
 
     def rates(self, moving: Sequence[Channel]) -> Sequence[float]:
         return self.links.rates(moving)

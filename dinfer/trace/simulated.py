@@ -38,6 +38,9 @@ class Machine:
     def latency(self, channel: Channel) -> float:
         return self.latency_ns * self._slower(channel) / 1e9
 
+    def ahead(self, _: Channel) -> float:
+        return 0.0
+
     def rates(self, moving: Sequence[Channel]) -> Sequence[float]:
         return [self.bytes_per_s / self._slower(channel) / self._longer(*channel) for channel in moving]
 

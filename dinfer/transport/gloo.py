@@ -116,7 +116,7 @@ class GlooComm:
                     wait_for(works[1])
             else:
                 self._move(partial(self._isend, channel), pieces, "out", works[1:])
-                self._precedence.note(channel, payload.nbytes, (monotonic_ns() - met) / 1e9)
+                self._precedence.sent(channel, payload.nbytes, count, (monotonic_ns() - met) / 1e9)
         except RuntimeError as error:
             raise CommError(f"sending to rank {channel.target} failed: {error}") from error
         return met

@@ -2,11 +2,15 @@
 
 A hidden state is what the next rank waits for; a block is first needed in decode. Both share this rank's interface,
 where a full network gives each message its part: beside two blocks a hidden state would take three times as long.
-Pieces are large enough to cost nothing: a block that takes a few milliseconds travels as one.
+On a fast link, where that is over at once, a block travels as one.
+
+How fast a link is cannot be told from when a send ends, since buffers of the system take megabytes at once. But a
+piece is sent only once its receiver has the last but one, so that the pieces of a block tell.
 """
 
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
@@ -20,10 +24,16 @@ from dinfer.plan.graph import Channel
 Way = Literal["out", "in"]
 
 PIECE_S = 0.003
-"""how long a piece is to travel: a hidden state waits for one or two of these at most"""
+"""how long a piece is to travel: a hidden state waits for two of these on each lane at most"""
 
-SMALLEST = 64 * 1024
+SMALLEST = 32 * 1024
 """bytes of a piece: each is a message of its own, for which both ends have to meet"""
+
+UNDER_WAY = 2
+"""pieces that a lane has under way: while one travels, the next is ready"""
+
+PROBE, PROBE_EVERY, PROBE_LEAST = 4, 32, 16 * 1024
+"""pieces of a block by which to learn how fast a link is; how many blocks have one such; the least bytes of one"""
 
 LONGEST_S = 1.0
 """seconds after which a hidden state no longer goes first: its peer may be stopped, and the blocks' peers are not"""
@@ -39,6 +49,7 @@ class Precedence:
         self._changed = threading.Condition()
         self._travelling: dict[Way, list[float]] = {"out": [], "in": []}
         self._speed: dict[Channel, float] = {}
+        self._blocks: Counter[Channel] = Counter()
 
     @contextmanager
     def hidden(self, way: Way) -> Iterator[None]:
@@ -62,15 +73,19 @@ class Precedence:
                     return
 
     def pieces(self, channel: Channel, nbytes: int) -> int:
-        """In how many pieces to send a block, by how fast the one before travelled."""
-        speed = self._speed.get(channel)
-        if channel.communicator != "kv" or speed is None or nbytes <= 2 * PIECE_S * speed:
+        """In how many pieces to send the next block of a channel, by how fast those before have travelled."""
+        if channel.communicator != "kv" or nbytes < PROBE_LEAST:
             return 1
-        return max(1, ceil(nbytes / max(PIECE_S * speed, SMALLEST)))
+        speed, number = self._speed.get(channel), self._blocks[channel]
+        self._blocks[channel] += 1
+        wanted = ceil(nbytes / max(PIECE_S * speed, SMALLEST)) if speed else 1
+        return max(wanted, PROBE) if number % PROBE_EVERY == 0 else wanted
 
-    def note(self, channel: Channel, nbytes: int, seconds: float) -> None:
-        """A block of that size has travelled in so many seconds."""
-        self._speed[channel] = nbytes / max(seconds, 1e-9)
+    def sent(self, channel: Channel, nbytes: int, pieces: int, seconds: float) -> None:
+        """A block has been sent, in so many seconds since its receiver was ready: all but its last pieces have
+        arrived."""
+        if pieces > UNDER_WAY:
+            self._speed[channel] = nbytes * (1 - UNDER_WAY / pieces) / max(seconds, 1e-9)
 
 
 def with_pieces(header: bytes, count: int) -> bytes:

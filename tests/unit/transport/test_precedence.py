@@ -11,23 +11,33 @@ from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Value
 from dinfer.transport import precedence as room
 from dinfer.transport.header import VOID_HEADER, Header
-from dinfer.transport.precedence import PIECE_S, SMALLEST, Precedence, cut, pieces_in, with_pieces
+from dinfer.transport.precedence import (
+    PIECE_S,
+    PROBE,
+    PROBE_EVERY,
+    SMALLEST,
+    Precedence,
+    cut,
+    pieces_in,
+    with_pieces,
+)
 from tests.support.runs import wait_for
 
 KV, HIDDEN, MB = Channel("kv", 0, 1), Channel("hidden", 0, 1), 1 << 20
 
 
-def test_a_block_of_a_fast_link_is_one_piece_and_of_a_slow_link_several() -> None:
+def test_a_link_is_probed_and_blocks_of_a_slow_one_come_in_pieces() -> None:
     made = Precedence()
+    assert made.pieces(KV, MB) == PROBE
+    made.sent(KV, MB, PROBE, 0.0005)
+    assert [made.pieces(KV, MB) for _ in range(PROBE_EVERY)] == [1] * (PROBE_EVERY - 1) + [PROBE]
+    made.sent(KV, MB, 1, 60.0)  # of one piece nothing is learnt
     assert made.pieces(KV, MB) == 1
-    made.note(KV, MB, 0.001)
-    assert made.pieces(KV, MB) == 1
-    made.note(KV, MB, 4 * PIECE_S)
-    assert made.pieces(KV, MB) == 4
-    assert made.pieces(Channel("kv", 0, 2), MB) == made.pieces(HIDDEN, MB) == 1
-    made.note(KV, MB, 60.0)
+    made.sent(KV, MB, PROBE, 4 * PIECE_S)  # in which half of it arrived
+    assert made.pieces(KV, MB) == 8
+    assert made.pieces(HIDDEN, MB) == made.pieces(KV, 1000) == 1
+    made.sent(KV, MB, 8, 60.0)
     assert made.pieces(KV, MB) == MB // SMALLEST
-    assert made.pieces(KV, 1000) == 1
 
 
 def test_pieces_are_all_of_the_payload_and_the_header_says_how_many() -> None:
