@@ -27,6 +27,7 @@ def merge(job: Job, by_rank: Sequence[Sequence[Event]], ranks: Sequence[RankStat
         layers=shape.layers,
         tokens=shape.tokens,
         chunk_size=shape.chunk_size,
+        **({"chunks": list(shape.lengths)} if shape.lengths else {}),
         stages=list(shape.starts),
         schedule=job.plan.schedule,
         sync_strategy=job.plan.sync_strategy,
