@@ -16,7 +16,7 @@ from .paged import PagedCaches
 from .recorder import NO_GROUP, OpRecorder
 from .records import NOTHING
 from .stacks import dump_no_more, dump_on_signal, dumps_still
-from .tensors import TensorWatch
+from .tensors import TensorWatch, calling
 from .thread import ProbeThread
 from .works import Works
 
@@ -203,24 +203,20 @@ class Probe:
             kind = getattr(module, "GradientCheckpointingLayer", None)
             if kind is None:  # an older transformers
                 return
-            by = _within_layer(kind.__call__, torch.compiler.is_compiling, self._tensors)
-            if "__call__" in vars(kind):
-                self._restore.append((kind, "__call__", by, vars(kind)["__call__"]))
-            else:
-                self._restore.append((kind, "__call__", by, torch.nn.Module.__call__))
-            kind.__call__ = by
+            by = _within_layer(kind.__call__, calling(kind), torch.compiler.is_compiling, self._tensors)
+            self._tensors.replace(kind, "__call__", by)
         except Exception as error:
             self.recorder.problem(f"layers of transformers are not told apart: {error}")
 
 
-def _within_layer(call: Any, is_compiling: Any, tensors: TensorWatch) -> Any:
+def _within_layer(compiled: Any, call: Any, is_compiling: Any, tensors: TensorWatch) -> Any:
     """Calls a decoder layer, and says meanwhile which one it is. A compiler must not see that."""
     compares = tensors.compares
 
-    @wraps(call)
+    @wraps(compiled)
     def called(layer: Any, *args: Any, **options: Any) -> Any:
         if is_compiling():
-            return call(layer, *args, **options)
+            return compiled(layer, *args, **options)
         number = _layer_number(layer)
         if number is None:
             return call(layer, *args, **options)
