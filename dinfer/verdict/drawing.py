@@ -62,9 +62,10 @@ def drawing(title: str, boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
 
 def _box(box: Box, x: float, y: float) -> str:
     fill, stroke = ("#fbe3ee", "#b3125b") if box.is_root else ("#eef2f6", "#2672b3")
+    left, top, whole = x - WIDTH / 2, y - HEIGHT / 2, f"{box.name}: {box.detail or box.text}"
     return (
-        f'<g><title>{escape(f"{box.name}: {box.detail or box.text}")}</title><rect x="{x - WIDTH / 2:.1f}" y="{y - HEIGHT / 2:.1f}" '
-        f'width="{WIDTH}" height="{HEIGHT}" rx="6" fill="{fill}" stroke="{stroke}" stroke-width="1.5"/>'
+        f'<g><title>{escape(whole)}</title><rect x="{left:.1f}" y="{top:.1f}" width="{WIDTH}" height="{HEIGHT}" '
+        f'rx="6" fill="{fill}" stroke="{stroke}" stroke-width="1.5"/>'
         f'<text x="{x:.1f}" y="{y - 4:.1f}" text-anchor="middle" font-weight="bold">{escape(box.name)}</text>'
         f'<text x="{x:.1f}" y="{y + 11:.1f}" text-anchor="middle">{escape(_short(box.text))}</text></g>'
     )

@@ -69,6 +69,7 @@ class Watched:
         self._seen: dict[ProcessKey, int] = {}
         self.unreadable: list[str] = []
         self._troubles: dict[str, None] = {}
+        self._held: tuple[Sequence[object], WatchedKv] = ((), WatchedKv())
 
     def trouble(self, error: Exception) -> None:
         """A look has failed: later ones note it."""
@@ -197,8 +198,22 @@ class Watched:
         return found
 
     def kv(self, found: Evidence) -> WatchedKv:
-        """The rows of KV that the ranks have added so far, by their digests."""
-        return WatchedKv(self._of_rows(found, layers_of))
+        """The rows of KV that the ranks have added so far, by their digests. It is the answer before for as long as no
+        rank has added any: they may be many."""
+        sizes = [
+            (rank, one.name, self._row_bytes(one), len(one.taps)) for rank, one in found.processes.items()
+        ]
+        before, held = self._held
+        if sizes != before:
+            held = WatchedKv(self._of_rows(found, layers_of))
+            self._held = sizes, held
+        return held
+
+    def _row_bytes(self, process: WatchedProcess) -> int:
+        try:
+            return (self._folders[_key(process)] / f"{process.name}.kv").stat().st_size
+        except OSError:
+            return 0
 
     def rows(self, found: Evidence) -> dict[int, list[RowsTaken]]:
         """All that was taken of rows of KV and of tapped tensors so far, by rank. It may be much."""
