@@ -29,7 +29,7 @@ _RANK = 4
 class Probe:
     """What watches this process."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, compares: bool = False) -> None:
         self.recorder = OpRecorder(
             Path(folder).absolute(), on_open=self._on_open, on_fork=self._on_fork, on_off=self._on_off
         )
@@ -41,11 +41,15 @@ class Probe:
         self._cells: Cells | None = None
         self._imports = ImportWatch()
         self._endings = Endings(self.recorder, self._imports, self._stop_thread)
-        self._tensors = TensorWatch(self.recorder, self._imports)
+        self._tensors = TensorWatch(self.recorder, self._imports, compares=compares)
         captures.watch(self._imports)
         PagedCaches(self._tensors, self._imports)
         self._imports.add(_C10D, self._found_c10d)
         self._imports.add("transformers.modeling_layers", self._found_layers)
+
+    def serves(self, folder: str | Path, *, compares: bool) -> bool:
+        """Whether this is what a `Probe` of that folder would be."""
+        return self.recorder.folder == Path(folder).absolute() and self._tensors.compares >= compares
 
     def stop(self) -> None:
         """Watch no more, and leave torch as it was. What was recorded stays."""
@@ -245,11 +249,14 @@ current: Probe | None = None
 """The probe of this process."""
 
 
-def start(folder: str | Path) -> Probe:
-    """Watch this process from now on, and what it forks; its files go into `folder`. A second call changes nothing."""
+def start(folder: str | Path, *, compares: bool = False) -> Probe:
+    """Watch this process from now on, and what it forks; its files go into `folder`. `compares`: take what a comparison
+    with a reference needs, too. A second call changes nothing; one with another folder begins anew there."""
     global current
+    if current is not None and not current.serves(folder, compares=compares):
+        stop()
     if current is None:
-        current = Probe(folder)
+        current = Probe(folder, compares=compares)
     return current
 
 

@@ -44,9 +44,9 @@ EXIT_S = 2.0
 class TensorWatch:
     """Digests of rows in this process."""
 
-    def __init__(self, recorder: OpRecorder, imports: ImportWatch) -> None:
+    def __init__(self, recorder: OpRecorder, imports: ImportWatch, *, compares: bool = False) -> None:
         self._recorder = recorder
-        self.compares = os.environ.get(COMPARE_VARIABLE) == "1"
+        self.compares = compares or os.environ.get(COMPARE_VARIABLE) == "1"
         self._within = threading.local()
         self._restore: list[tuple[Any, str, Any]] = []
         self.is_off = False
