@@ -6,7 +6,8 @@ The watcher imports this, so it must stay light: no torch.
 import os
 from collections import deque
 from contextlib import suppress
-from time import monotonic
+from math import inf
+from time import monotonic, time
 from typing import NamedTuple
 
 import psutil
@@ -46,6 +47,14 @@ def is_stopped(pid: int) -> bool:
     """Whether a signal or a debugger has stopped that process."""
     life = sign_of_life(pid)
     return life is not None and life.state in ("T", "t")
+
+
+def age(pid: int) -> float:
+    """For how many seconds that process has run; infinite for one that there is not, or that may not be asked."""
+    try:
+        return time() - psutil.Process(pid).create_time()
+    except psutil.Error:
+        return inf
 
 
 def exists(pid: int) -> bool:

@@ -345,9 +345,8 @@ class EnginesSource:
             self._tell(new)
 
     def waiting(self) -> list[int]:
-        """The ranks that are in an op that does not end, by the verdict that stands."""
-        found = self._alarm.standing
-        if found is None or self._evidence is None:
+        """The ranks that are in an op that does not end, by the verdict of now."""
+        if self._evidence is None or not (self._alarm.standing or self._evidence.problem):
             return []
         events = self._evidence.trace.events
         return sorted(
