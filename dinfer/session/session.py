@@ -227,8 +227,9 @@ class Session(Tidy, Announced, Closing):
         return self._watch
 
     def recover(self) -> DisplayableText:
-        """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
-        `session.prefill(…)` another one. Where only lanes are blocked, these two free them by themselves."""
+        """After a failure: restart lost ranks and free stuck ones; a `%%px` cell that still runs is interrupted. Then
+        `run.restart()` begins this run again, and `session.prefill(…)` another one. Where only lanes are blocked, these
+        two free them by themselves."""
         self._check_open()
         return self._recover(kill=True)
 
