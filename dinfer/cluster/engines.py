@@ -133,7 +133,8 @@ class EngineRanks(Link, Ranks):
         return str(self.cluster.call(0, call, outside[0], timeout=START_S)[0]) if outside else first.address
 
     def _start(self, ranks: Iterable[int]) -> None:
-        controller = self.cluster.controller_pid
+        # Its number means another process to a rank on another machine.
+        controller = self.cluster.controller_pid if self.cluster.facts[0].process.is_here else None
         calls = {}
         for rank in ranks:
             rule = OrphanRule("pause", PAUSE_S)  # what its watcher does once this process is gone

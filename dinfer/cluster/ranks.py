@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, cast
 
+from dinfer.config import Backend
 from dinfer.engine.board import DeviceMemory, Phase, Stand
 from dinfer.errors import DinferError, NoAnswer, NotPossible
 from dinfer.messages import (
@@ -34,6 +35,7 @@ from dinfer.messages import (
     TextPiece,
     ToldToEnd,
 )
+from dinfer.trace.clocks import HostClock
 from dinfer.trace.events import Event
 from dinfer.verdict.where import rank_spans_text
 
@@ -75,6 +77,8 @@ class RankState:
     stopped: float | None = None
     """since when its process is stopped (SIGSTOP)"""
     gone: bool = False
+    clock: HostClock | None = None
+    """of its events, where that is another than this process's"""
     lanes: tuple[str, ...] = ()
     events: list[Event] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
@@ -282,6 +286,9 @@ def update(state: RankState, status: Status) -> None:
 
 class Ranks(RankStates):
     """The interface of both kinds of ranks: engines and threads."""
+
+    backend: Backend = "auto"
+    """what a run's backend "auto" means here"""
 
     can_kill = True
     """Whether one rank can be killed and started again."""

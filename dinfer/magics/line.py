@@ -150,7 +150,7 @@ OF_RANK = argument("--rank", type=number_or_word)
 
 @verb(
     argument("where", nargs="?", default="ipyparallel", help="ipyparallel (the default) or threads"),
-    argument("-n", type=int, default=3, help="how many ranks"),
+    argument("-n", type=int, help="how many ranks; by default 3, or all of a profile of `dinfer profile`"),
     argument("--profile", default="default", help="the IPython profile of the cluster"),
     argument("--cluster-id", help="which of its clusters"),
     argument(

@@ -18,9 +18,12 @@ from IPython.core.getipython import get_ipython
 from dinfer.cluster.ipyparallel.calls import Calls, EngineCondition, call_expression, evaluate, wait_until
 from dinfer.cluster.ipyparallel.clean import stop_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError, RankSilent
-from dinfer.cluster.ipyparallel.facts import EngineFacts, introduce
+from dinfer.cluster.ipyparallel.facts import EngineFacts, differences, introduce
+from dinfer.cluster.ipyparallel.identity import Identity
 from dinfer.cluster.ipyparallel.known import Known, describe
-from dinfer.cluster.ipyparallel.launcher import command_before
+from dinfer.cluster.ipyparallel.launcher import STARTED_BY, command_before
+from dinfer.cluster.ipyparallel.profiles import Profile
+from dinfer.cluster.ipyparallel.reach import start_again
 from dinfer.rank.process import age, exists, is_stopped
 
 RESPAWN_S = 60.0
@@ -111,7 +114,8 @@ class Cluster:
         """One line: which cluster, its ranks and their hosts."""
         engines = [(facts.engine_id, facts.host) for facts in self.facts]
         unused = sorted(set(self.client.ids) - set(self.engine_ids))
-        return describe(self.known, started=self.started_by_us, engines=engines, unused=unused)
+        text = describe(self.known, started=self.started_by_us, engines=engines, unused=unused)
+        return text + differences(self.facts)
 
     def name(self, rank: int) -> str:
         """The rank as messages name it."""
@@ -190,17 +194,18 @@ class Cluster:
         )
 
     def respawn(self, rank: int, timeout: float = RESPAWN_S) -> None:
-        """Start an engine in place of one that has ended, on this machine: same id, network, interpreter, folder and
+        """Start an engine in place of one that has ended, on its machine: same id, network, interpreter, folder and
         environment. The others are not touched. It ends by itself when the controller ends.
 
         ipyparallel's `Cluster.restart_engine` is not implemented (as of 9.2), and `restart_engines` ends all engines.
-        Raises ClusterError if the engine still runs, was on another machine, its controller has ended, or the new one
-        does not register within `timeout` seconds.
+        Raises ClusterError if the engine still runs, was on another machine on which no profile of dinfer's has started
+        it, its controller has ended, or the new one does not register within `timeout` seconds.
         """
         engine_id, client, controller = self.engine_ids[rank], self.client, self.controller
         if self.alive(rank):
             raise ClusterError(f"{self.name(rank)} still runs; kill it first.")
-        if not self.facts[rank].process.is_here or controller is None:
+        started_by = self.facts[rank].environment.get(STARTED_BY, "")
+        if controller is None or not (self.facts[rank].process.is_here or started_by):
             flags = f"{self.known.flags} --IPEngine.id={engine_id}".lstrip()
             raise ClusterError(
                 f"{self.name(rank)} was not on this machine: start it there with `ipengine {flags}`."
@@ -212,6 +217,28 @@ class Cluster:
             raise ClusterError(f"the controller of {self.known.name} has ended: start the cluster again.")
         if engine_id in client.ids:
             raise ClusterError(f"the controller still lists engine {engine_id} as alive after {timeout:g} s.")
+        if started_by:
+            self._start_again_there(rank, started_by, timeout)
+        else:
+            self._start_again_here(rank, controller, timeout)
+        self._respawned.add(rank)
+        self._uuids[rank] = client._engines[engine_id]
+        self.facts[rank] = introduce(client, {rank: engine_id}, self._location, timeout)[0]
+
+    def _start_again_there(self, rank: int, started_by: str, timeout: float) -> None:
+        """By ssh or Slurm, whichever has started the one before. Raises ClusterError."""
+        engine_id, client = self.engine_ids[rank], self.client
+        profile = Profile.read(self.known.profile_dir)
+        step = start_again(self.facts[rank], started_by, profile.ssh_args if profile else ())
+        wait_until(lambda: engine_id in client.ids or step.ended() is not None, timeout)
+        if engine_id not in client.ids:
+            why = step.ended()
+            step.end()
+            late = f"did not register within {timeout:g} s" if why is None else f"ended at once: {why}"
+            raise ClusterError(f"the new engine {engine_id}, started by {started_by}, {late}.")
+
+    def _start_again_here(self, rank: int, controller: Identity, timeout: float) -> None:
+        engine_id, client = self.engine_ids[rank], self.client
         log = self.known.profile_dir / "log" / f"ipengine-{self.known.cluster_id}-again-{engine_id}.log"
         pid = self._start_engine(self.facts[rank], log, json.dumps(asdict(controller)))
         try:
@@ -225,9 +252,6 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             raise
-        self._respawned.add(rank)
-        self._uuids[rank] = client._engines[engine_id]
-        self.facts[rank] = introduce(client, {rank: engine_id}, self._location, timeout)[0]
 
     def _start_engine(self, facts: EngineFacts, log: Path, controller: str) -> int:
         """Start an engine that is like another; returns its process id."""

@@ -38,7 +38,6 @@ def test_what_a_panel_shows_has_the_kv_as_it_grows(watch: EnginesWatch) -> None:
     dinfer.tap("kv", layer=0, k=block, v=block)
     before = watch.moment().evidence.kv
     assert (len(before.table()), before.diff()) == (1, [])
-    assert watch.moment().evidence.kv is before  # nothing was added, so nothing is read again
     dinfer.tap("kv", layer=0, k=block, v=block)
     assert [one.kind for one in watch.moment().evidence.kv.diff()] == ["rows repeated"]
     assert [one.kind for one in watch.findings] == ["rows repeated"]
