@@ -91,7 +91,7 @@ class Session(Tidy, Announced, Closing):
         self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
         self._watch: EnginesWatch | None = None
-        self._watched = Path()
+        self._watched, self._compares = Path(), False
         found = ranks.ask(dict.fromkeys(range(self.world_size), GetHeld()), PREPARE_S)
         held = [found[rank] for rank in range(self.world_size)]
         self._half_prepared = any(one.preparing for one in held)
@@ -210,21 +210,28 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         return Listening(within("rank", rank, self.world_size), *self.ranks.listen_for_debugger(rank, port))
 
-    def watch(self) -> EnginesWatch:
+    def watch(self, compare: bool = False) -> EnginesWatch:
         """From now on every call of torch.distributed in `%%px` cells is seen; a cell that hangs gets its verdict under
-        it, and `session.recover()` frees the engines. A second call returns the same. Raises NotPossible for ranks in
-        threads or on several hosts."""
+        it, and `session.recover()` frees the engines.
+
+        `compare`: what `.compare("reference")` needs of transformers' models is taken, too. A second call returns the
+        same; only one that asks for `compare` for the first time begins anew. Raises NotPossible for ranks in threads
+        or on several hosts.
+        """
         self._check_open()
-        if self._watch is None:
+        if self._watch is None or (compare and not self._compares):
             folder = TemporaryFolder()
-            self.ranks.watch(str(folder.path))
+            self.ranks.watch(str(folder.path), compare=compare)
+            if self._watch:
+                self._watch.close()
             self._watch = EnginesWatch(EnginesSource(folder), self._write, self._show)
-            self._watched = folder.path
+            self._watched, self._compares = folder.path, compare
         return self._watch
 
     def recover(self) -> DisplayableText:
-        """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
-        `session.prefill(…)` another one. Where only lanes are blocked, these two free them by themselves."""
+        """After a failure: restart lost ranks and free stuck ones; a `%%px` cell that still runs is interrupted. Then
+        `run.restart()` begins this run again, and `session.prefill(…)` another one. Where only lanes are blocked, these
+        two free them by themselves."""
         self._check_open()
         return self._recover(kill=True)
 
@@ -244,7 +251,7 @@ class Session(Tidy, Announced, Closing):
         self._half_prepared = True
         anew = recover(self.ranks, plan, self._config.backend, say, stuck, kill=kill)
         if self._watch and anew:
-            self.ranks.watch(str(self._watched))
+            self.ranks.watch(str(self._watched), compare=self._compares)
         self._half_prepared = False
         self._bare |= set(anew)
         if self.spec and self._bare:
