@@ -337,7 +337,7 @@ class JoinGroup(Command[Ok], frozen=True):
     address: str
     port: int
     timeout: float
-    backend: Literal["auto", "gloo", "nccl"]
+    backend: Literal["auto", "gloo", "nccl", "ipc"]
 
 
 class UnloadModel(Command[Ok], frozen=True):
@@ -814,6 +814,7 @@ class BatchResult(RankReport, frozen=True):
     device: str
     threads: int
     dtype: str
+    kernels: str
     kv_sha256: str
     tokens: tuple[int, ...]
     plan_id: int

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, cast
 
+from dinfer.config import Backend
 from dinfer.engine.board import DeviceMemory, Phase, Stand
 from dinfer.errors import DinferError, NoAnswer, NotPossible
 from dinfer.messages import (
@@ -285,6 +286,9 @@ def update(state: RankState, status: Status) -> None:
 
 class Ranks(RankStates):
     """The interface of both kinds of ranks: engines and threads."""
+
+    backend: Backend = "auto"
+    """what a run's backend "auto" means here"""
 
     can_kill = True
     """Whether one rank can be killed and started again."""

@@ -15,8 +15,8 @@ from dinfer.messages import HandedOn, Holder, JoinGroup, OpenStore, RankLink, St
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import FIRST_PORT, listen
 from dinfer.rank.service import RankService
+from dinfer.transport.connect import open_comm
 from dinfer.transport.gloo import Comm, Store, join_store, open_store
-from dinfer.transport.nccl import open_comm
 from dinfer.watch.probe.start import start as begin_probe
 
 _current: "Kernel | None" = None

@@ -1,6 +1,5 @@
 """Session: the ranks, the checkpoint on them, and one run after another, as a notebook holds them."""
 
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +35,7 @@ from dinfer.severity import Severity
 from dinfer.trace.summary import summary
 from dinfer.verdict.where import rank_spans_text
 from dinfer.watching.live import EnginesSource, EnginesWatch
+from dinfer.watching.temporary import TemporaryFolder
 
 Show = Callable[[Any], Any]
 """makes the panel of a run or a watch"""
@@ -112,11 +112,13 @@ class Session(Tidy, Announced, Closing):
         gpu_ids: Sequence[int] = (),
         threads: int = 0,
         kernels: str = "auto",
+        backend: str = "auto",
     ) -> Self:
         """Load a checkpoint folder, or "demo", on every rank, for any number of runs; a progress bar for each rank.
 
         `gpu_ids`: the GPU of each rank, empty for the CPU; `threads`: CPU threads of each rank, 0 for an equal share of
-        the cores; `kernels`: what runs the layers on a GPU, "exact", "graph", "compiled" or "auto", as for `prefill`.
+        the cores; `kernels`: what runs the layers on a GPU, "exact", "graph", "compiled" or "auto", as for `prefill`;
+        `backend`: how ranks exchange messages, "gloo", "nccl", "ipc" or "auto".
         Graphs are captured now, for chunks of the usual size, which takes seconds. Weights that are there already stay,
         unless the folder has changed. Raises ConfigError or ModelError before anything is loaded: too little memory, an
         unknown GPU, an unsupported model.
@@ -124,7 +126,7 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         share = max(self.ranks.cores())
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
-        values["kernels"] = kernels
+        values.update(kernels=kernels, backend=self.ranks.backend if backend == "auto" else backend)
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
@@ -214,10 +216,10 @@ class Session(Tidy, Announced, Closing):
         threads or on several hosts."""
         self._check_open()
         if self._watch is None:
-            folder = Path(tempfile.mkdtemp(prefix="dinfer-watch-"))
-            self.ranks.watch(str(folder))
+            folder = TemporaryFolder()
+            self.ranks.watch(str(folder.path))
             self._watch = EnginesWatch(EnginesSource(folder), self._write, self._show)
-            self._watched = folder
+            self._watched = folder.path
         return self._watch
 
     def recover(self) -> DisplayableText:

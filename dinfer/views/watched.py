@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
-from pathlib import Path
 from threading import Event as Flag
 from threading import Thread
 
@@ -17,7 +16,7 @@ import numpy as np
 from traitlets import Dict
 
 from dinfer.display import badge
-from dinfer.severity import Severity, style_variables
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from dinfer.verdict.completed import OpFinding
@@ -26,7 +25,7 @@ from dinfer.verdict.verdict import Verdict
 from dinfer.views.cells import CellStates
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.svg import svg
-from dinfer.views.slotted import SlottedWidget
+from dinfer.views.slotted import SlottedWidget, texts_of
 from dinfer.views.still import map_svg
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.figures import table_of
@@ -50,8 +49,6 @@ LEAST_WAIT_NS = 1_000_000
 BLOCKS = ("not yet", "under way", "done")
 """states of a rank's ops in a layer and chunk"""
 
-_HERE = Path(__file__).parent
-
 SCRIPTS = ("controls.js", "slots.js", "watched.js")
 """concatenated, they are one module"""
 
@@ -59,15 +56,7 @@ SCRIPTS = ("controls.js", "slots.js", "watched.js")
 class WatchPanel(SlottedWidget):
     """Display it as the last line of a cell; it follows the watch, also while cells run. `close()` removes it."""
 
-    _esm = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    _css = "\n".join(
-        [
-            f".dinfer-panel {{ {style_variables(dark=False)} }}",
-            f".dinfer-panel.dinfer-dark {{ {style_variables(dark=True)} }}",
-            (_HERE / "panel.css").read_text(encoding="utf-8"),
-        ]
-    )
-
+    _esm = texts_of(SCRIPTS)
     parts = Dict().tag(sync=True)
     """HTML by the name of each part, in their order"""
 

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from dinfer.watching.figures import table_of
 from dinfer.watching.folders import RECORDS, Watched
 from dinfer.watching.kv import WatchedKv
 from dinfer.watching.signs import MAIN
+from dinfer.watching.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from dinfer.saved.saved import WriteReport
@@ -226,7 +226,8 @@ class CommandWatch(Watch):
         if not words:
             raise NotPossible('there is no command: dinfer.watch("torchrun --nproc-per-node 2 infer.py").')
         words[0] = _found(words[0])
-        self.folder = Path(folder) if folder else Path(tempfile.mkdtemp(prefix="dinfer-watch-"))
+        self._temporary = None if folder else TemporaryFolder()
+        self.folder = self._temporary.path if self._temporary else Path(folder or "")
         self.folder.mkdir(parents=True, exist_ok=True)
         records = self.folder / RECORDS
         if records.is_dir() and any(records.iterdir()):
@@ -311,8 +312,10 @@ def _tell(verdict: Verdict) -> None:
 class EnginesSource:
     """Looks after the engines of a session until it is closed. `tell`: called with each new verdict."""
 
-    def __init__(self, folder: Path, tell: Callable[[Verdict], None] = _tell) -> None:
-        self.watched, self._alarm, self._tell = Watched([folder], one_job=True), HangAlarm(), tell
+    def __init__(self, folder: Path | TemporaryFolder, tell: Callable[[Verdict], None] = _tell) -> None:
+        self._folder = folder  # a temporary one stays for as long
+        path = folder.path if isinstance(folder, TemporaryFolder) else folder
+        self.watched, self._alarm, self._tell = Watched([path], one_job=True), HangAlarm(), tell
         self._evidence: Evidence | None = None
         self._looking, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="dinfer watch", daemon=True)

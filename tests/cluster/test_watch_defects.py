@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dinfer.lab.hosts import hosts
+from dinfer.watch.probe.start import HOOK_VARIABLE
 from tests.support.defect_list import (
     DEFECTS,
     RACES,
@@ -77,6 +78,22 @@ def check(launcher: str, name: str, folder: Path) -> None:
 @needs_mpirun
 def test_a_rank_of_mpirun_that_dies(tmp_path: Path) -> None:
     check("mpirun", "dies", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_defect_and_a_healthy_program_where_methods_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(HOOK_VARIABLE, "patched")
+    name, healthy = "gather_against_recv", tmp_path / "healthy"
+    run = watch(torchrun("defects.py", name, n=DEFECTS[name].n), tmp_path)
+    assert_right(told_of(run.told["verdict"], run.told["findings"], name), name)
+    healthy.mkdir()
+    right = watch(torchrun("healthy.py", "one_f_one_b", n=3), healthy)
+    assert (right.status, right.told["verdict"], right.told["findings"]) == (0, None, []), right.errors
+    for told in (run.told, right.told):
+        assert {rank["hook"] for rank in told["ranks"]} == {"patched"}
+    assert all(rank["ops"] for rank in right.told["ranks"])
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ from .thread import ProbeThread
 from .works import Works
 
 VARIABLE = "DINFER_WATCH"
+HOOK_VARIABLE = "DINFER_WATCH_HOOK"
+"""how ops are to be seen, `kernels` or `patched`; if it is not set, by the best that torch has"""
 _C10D = "torch.distributed.distributed_c10d"
 _RANK = 4
 """the argument `rank` of init_process_group, where it has no name"""
@@ -134,13 +136,31 @@ class Probe:
         try:
             import torch
 
-            from .kernels import KernelHook
-
             self._works.patch()
-            self._hook = KernelHook(self.recorder, self._works)
+            self._hook = self._placed_hook()
             self.recorder.say_hook(self._hook.name, torch.__version__)
         except Exception as error:
             self.recorder.switch_off("seeing ops", error)
+
+    def _placed_hook(self) -> Any:
+        """The best that this torch has, or the one that is asked for."""
+        from .kernels import KernelHook
+        from .patched import PatchedMethods
+
+        asked = os.environ.get(HOOK_VARIABLE, "")
+        if asked not in ("", KernelHook.name, PatchedMethods.name):
+            self.recorder.problem(
+                f"{HOOK_VARIABLE} is {asked!r}; it takes {KernelHook.name} or {PatchedMethods.name}"
+            )
+        if asked != PatchedMethods.name:
+            try:
+                return KernelHook(self.recorder, self._works)
+            except (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError) as error:
+                self.recorder.problem(
+                    "ops are seen by methods of process groups alone, so functional collectives and those of C++ code, "
+                    f"as DDP's, are not: torch's operators cannot be overridden: {type(error).__name__}: {error}"
+                )
+        return PatchedMethods(self.recorder, self._works)
 
     def _initialising(self, before: Any) -> Any:
         @wraps(before)
