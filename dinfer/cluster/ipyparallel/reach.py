@@ -142,7 +142,7 @@ def _job_state(cluster: Known) -> str:
 # -- in place of an engine that has ended
 
 
-class Step(NamedTuple):
+class StartedAgain(NamedTuple):
     """What starts one engine again. `process`: Slurm's srun, which lasts as long as the engine; None for ssh."""
 
     process: "subprocess.Popen[bytes] | None" = None
@@ -160,7 +160,7 @@ class Step(NamedTuple):
             self.process.terminate()
 
 
-def start_again(facts: EngineFacts, started_by: str, ssh_args: Sequence[str]) -> Step:
+def start_again(facts: EngineFacts, started_by: str, ssh_args: Sequence[str]) -> StartedAgain:
     """Start an engine like one that has ended, by what has started that. Raises ClusterError."""
     environment, rank = dict(facts.environment), facts.environment["RANK"]
     command = [facts.executable, "-m", "dinfer.cluster.ipyparallel.remote", f"--work-dir={facts.folder}"]
@@ -175,10 +175,10 @@ def start_again(facts: EngineFacts, started_by: str, ssh_args: Sequence[str]) ->
         shell.cmd_start(command, env=environment, output_file=str(log))
     except Exception as error:  # whatever it raises
         raise ClusterError(f"no engine could be started again by `{started_by}`: {error}") from error
-    return Step()
+    return StartedAgain()
 
 
-def _start_step(command: Sequence[str], environment: dict[str, str], log: Path) -> Step:
+def _start_step(command: Sequence[str], environment: dict[str, str], log: Path) -> StartedAgain:
     """As one more step of the job, on the node of the engine before."""
     job, node = environment["SLURM_JOB_ID"], environment["SLURMD_NODENAME"]
     srun = [
@@ -205,4 +205,4 @@ def _start_step(command: Sequence[str], environment: dict[str, str], log: Path) 
             )
     except OSError as error:
         raise ClusterError(f"no engine could be started again in job {job}: {error}") from error
-    return Step(process, log)
+    return StartedAgain(process, log)
