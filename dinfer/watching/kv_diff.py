@@ -17,7 +17,7 @@ from torch import Tensor
 from dinfer.kv.rows import Nearby, concerned, identify, numbers_text, repeats
 from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.where import ranks_text
-from dinfer.watching.held_rows import HeldRows, LayerRows, Layers
+from dinfer.watching.held_rows import HeldRows, LayerRows, Layers, RowDigests
 
 
 class RowDifferences(NamedTuple):
@@ -115,9 +115,9 @@ def _parts_for_good(mine: LayerRows, theirs: LayerRows) -> range | None:
     common = mine.rows.keys() & theirs.rows.keys()
     start = max((at for at in common if mine.rows[at] == theirs.rows[at]), default=-1) + 1
     for one, other in ((mine, theirs), (theirs, mine)):
-        known = set(other.rows.values())
-        if any(at >= start and row in known for at, row in one.rows.items()):
-            return None  # rows that lie elsewhere, or are lacking
+        known, behind = set(other.rows.values()), [row for at, row in one.rows.items() if at >= start]
+        if _are_one(behind) or any(row in known for row in behind):
+            return None  # no tokens, or rows that lie elsewhere, or are lacking
     return range(start, max(common) + 1)
 
 
@@ -130,9 +130,15 @@ def _parts_mostly(mine: LayerRows, theirs: LayerRows) -> int | None:
     behind = [at for at in common if at >= start]
     for one, other in ((mine, theirs), (theirs, mine)):
         known = set(other.rows.values())
-        if 2 * sum(one.rows[at] in known for at in behind) >= len(behind):
+        rows = [one.rows[at] for at in behind]
+        if _are_one(rows) or 2 * sum(row in known for row in rows) >= len(rows):
             return None
     return start
+
+
+def _are_one(rows: Sequence[RowDigests]) -> bool:
+    """Whether several rows are one and the same, as rows that nobody has filled are, and no tokens' at other places."""
+    return len(rows) > 1 and len(set(rows)) == 1
 
 
 class _RowFinding(NamedTuple):

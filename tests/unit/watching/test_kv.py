@@ -1,5 +1,7 @@
 """KV of other people's code, by the digests of its rows."""
 
+import pytest
+
 from dinfer.watch.probe.rows import RowsTaken
 from dinfer.watching.held_rows import HeldRows, layers_of
 from dinfer.watching.kv import WatchedKv
@@ -193,6 +195,19 @@ def test_rows_that_differ_to_the_end_though_the_tokens_are_the_same_are_found() 
     (one,) = kv({0: right, 1: wrong}).diff()
     assert (one.kind, one.layer, one.ranks) == ("rows differ", 1, (1, 0))
     assert "3 of 9 rows of layers 1–2, the first at token 6" in one.text
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_rows_that_nobody_has_filled_are_no_other_prompt(layers: int) -> None:
+    """As of a transfer that has not come: zeros to the end, in all layers."""
+    right = prompt(20, 21, 22, layers=layers)
+    empty = [
+        one._replace(digests=((*one.digests[0][: len(PREFIX)], *[(7, 7)] * 3),))
+        for one in prompt(20, 21, 22, layers=layers)
+    ]
+    (one,) = kv({0: right, 1: empty}).diff()
+    assert (one.kind, one.ranks) == ("rows differ", (1, 0))
+    assert "the first at token 6" in one.text
 
 
 def test_k_alone_that_differs_to_the_end_is_found() -> None:
