@@ -174,6 +174,13 @@ def test_data_parallel_ranks_whose_prompts_begin_alike_have_no_finding() -> None
     assert "ranks 0 and 1 have other prompts from token 6 on (sequence 0): compared before it" in str(found)
 
 
+def test_prompts_of_several_lengths_may_round_otherwise() -> None:
+    """Their matrices are of other shapes."""
+    rounded = kv({0: prompt(20, 21, 22), 1: prompt(30, 31, 32, 33, spoiled=(1, 2))})
+    assert rounded.diff() == []
+    assert "from token 6 on (sequence 0): not compared, as they were fed in other pieces" in str(rounded)
+
+
 def test_of_one_layer_alone_it_holds_too() -> None:
     assert kv({0: prompt(20, 21, 22, 23, layers=1), 1: prompt(30, 31, 22, 33, layers=1)}).diff() == []
 
