@@ -1,6 +1,5 @@
 """Session: the ranks, the checkpoint on them, and one run after another, as a notebook holds them."""
 
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +47,7 @@ from dinfer.severity import Severity
 from dinfer.trace.summary import summary
 from dinfer.verdict.where import rank_spans_text
 from dinfer.watching.live import EnginesSource, EnginesWatch
+from dinfer.watching.temporary import TemporaryFolder
 
 Show = Callable[[Any], Any]
 """makes the panel of a run or a watch"""
@@ -104,7 +104,7 @@ class Session(Tidy, Announced, Closing):
         self._closing = threading.Event()
         self._measured: Measurement | None = None
         self._watch: EnginesWatch | None = None
-        self._watched = Path()
+        self._watched, self._compares = Path(), False
         found = ranks.ask(dict.fromkeys(range(self.world_size), GetHeld()), PREPARE_S)
         held = [found[rank] for rank in range(self.world_size)]
         self._half_prepared = any(one.preparing for one in held)
@@ -125,11 +125,13 @@ class Session(Tidy, Announced, Closing):
         gpu_ids: Sequence[int] = (),
         threads: int = 0,
         kernels: str = "auto",
+        backend: str = "auto",
     ) -> Self:
         """Load a checkpoint folder, or "demo", on every rank, for any number of runs; a progress bar for each rank.
 
         `gpu_ids`: the GPU of each rank, empty for the CPU; `threads`: CPU threads of each rank, 0 for an equal share of
-        the cores; `kernels`: what runs the layers on a GPU, "exact", "graph", "compiled" or "auto", as for `prefill`.
+        the cores; `kernels`: what runs the layers on a GPU, "exact", "graph", "compiled" or "auto", as for `prefill`;
+        `backend`: how ranks exchange messages, "gloo", "nccl", "ipc" or "auto".
         Graphs are captured now, for chunks of the usual size, which takes seconds. Weights that are there already stay,
         unless the folder has changed. Raises ConfigError or ModelError before anything is loaded: too little memory, an
         unknown GPU, an unsupported model.
@@ -137,7 +139,7 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         share = max(self.ranks.cores())
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
-        values["kernels"] = kernels
+        values.update(kernels=kernels, backend=self.ranks.backend if backend == "auto" else backend)
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
@@ -258,21 +260,28 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         return Listening(within("rank", rank, self.world_size), *self.ranks.listen_for_debugger(rank, port))
 
-    def watch(self) -> EnginesWatch:
+    def watch(self, compare: bool = False) -> EnginesWatch:
         """From now on every call of torch.distributed in `%%px` cells is seen; a cell that hangs gets its verdict under
-        it, and `session.recover()` frees the engines. A second call returns the same. Raises NotPossible for ranks in
-        threads or on several hosts."""
+        it, and `session.recover()` frees the engines.
+
+        `compare`: what `.compare("reference")` needs of transformers' models is taken, too. A second call returns the
+        same; only one that asks for `compare` for the first time begins anew. Raises NotPossible for ranks in threads
+        or on several hosts.
+        """
         self._check_open()
-        if self._watch is None:
-            folder = Path(tempfile.mkdtemp(prefix="dinfer-watch-"))
-            self.ranks.watch(str(folder))
+        if self._watch is None or (compare and not self._compares):
+            folder = TemporaryFolder()
+            self.ranks.watch(str(folder.path), compare=compare)
+            if self._watch:
+                self._watch.close()
             self._watch = EnginesWatch(EnginesSource(folder), self._write, self._show)
-            self._watched = folder
+            self._watched, self._compares = folder.path, compare
         return self._watch
 
     def recover(self) -> DisplayableText:
-        """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
-        `session.prefill(…)` another one. Where only lanes are blocked, these two free them by themselves."""
+        """After a failure: restart lost ranks and free stuck ones; a `%%px` cell that still runs is interrupted. Then
+        `run.restart()` begins this run again, and `session.prefill(…)` another one. Where only lanes are blocked, these
+        two free them by themselves."""
         self._check_open()
         return self._recover(kill=True)
 
@@ -292,7 +301,7 @@ class Session(Tidy, Announced, Closing):
         self._half_prepared = True
         anew = recover(self.ranks, plan, self._config.backend, say, stuck, kill=kill)
         if self._watch and anew:
-            self.ranks.watch(str(self._watched))
+            self.ranks.watch(str(self._watched), compare=self._compares)
         self._half_prepared = False
         self._bare |= set(anew)
         if self.spec and self._bare:

@@ -51,4 +51,4 @@ def test_a_device_that_fails_while_nccl_connects_is_an_error_of_communication(
     comm = object.__new__(NcclComm)
     comm.rank, comm.world_size, comm._nccl = 1, 2, {}
     with pytest.raises(CommError, match="rank 1 could not connect by NCCL: CUDA error: out of memory"):
-        comm.open_streams(torch.device("cuda:0"))
+        comm.open_streams(torch.device("cuda:0"), 0)
