@@ -171,6 +171,16 @@ class KvHash(Answer, frozen=True):
     sha256: str
 
 
+class RankMeasured(Answer, frozen=True):
+    """What layers take on this rank, fields of `planner.costs.LayerTime`; and each link, fields of
+    `planner.machine.LinkSpeed`, the same on every rank. Bytes are of one token."""
+
+    layers: tuple[tuple[int, int, float], ...]
+    links: tuple[tuple[int, int, float, float, float, float], ...]
+    hidden_bytes: int
+    block_bytes: int
+
+
 class LeftGroup(Answer, frozen=True):
     """`free`: nothing of the prompt and the group is left blocked."""
 
@@ -427,6 +437,16 @@ class DrainChannels(Command[Ok], frozen=True):
 
 class LeaveGroup(Command[LeftGroup], frozen=True):
     """Give up prompt and group; weights stay."""
+
+
+class MeasureRank(Command[RankMeasured], frozen=True):
+    """To all ranks at once: time layers for chunks of these lengths within `tokens` tokens, and all links, with
+    messages of `link_tokens` tokens' K and V."""
+
+    tokens: int
+    lengths: tuple[int, ...]
+    link_tokens: int
+    digests: bool = True
 
 
 class GetStacks(Command[ThreadStacks], frozen=True):

@@ -13,7 +13,7 @@ import torch
 from dinfer.bench.rank import START_S, result_key
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
-from dinfer.engine.measure import time_layers, time_links
+from dinfer.engine.measure import time_layers, time_links, token_bytes
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import parse_plan
@@ -78,10 +78,9 @@ def main() -> None:
 
 def measure(decoder: Decoder, comm: Comm, config: Config, job: LinksJob) -> RankLinks:
     """Everything of one rank."""
-    size = decoder.dtype.itemsize
-    hidden, block = decoder.hidden_size * size, 2 * decoder.kv_heads * decoder.head_dim * size
+    hidden, block = token_bytes(decoder)
     comm.all_gather(b"m")
-    layers = time_layers(decoder, config, range(decoder.num_layers), len(job.ids), job.lengths)
+    layers = time_layers(decoder, len(job.ids), job.lengths)
     links = time_links(comm, block * config.chunk_size)
     rounds: list[list[Round]] = [[] for _ in job.plans]
     for repeat in range(job.repeats + 1):

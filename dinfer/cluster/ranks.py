@@ -317,6 +317,14 @@ class Ranks(RankStates):
         """Ranks that do not answer, though their process has not ended."""
         return []
 
+    def in_cells(self, among: Sequence[int], patience: float) -> list[int]:  # noqa: ARG002 - threads have no cells
+        """Those of these ranks whose process still runs a cell after so many seconds."""
+        return []
+
+    def interrupt(self, rank: int) -> None:
+        """As the stop button does, interrupt the cell that one rank runs."""
+        raise NotImplementedError
+
     def kill(self, rank: int) -> None:
         """Kill one rank's process."""
         raise NotImplementedError
@@ -329,8 +337,9 @@ class Ranks(RankStates):
         """Let a client of debugpy attach to one rank. Returns its host and port."""
         raise NotImplementedError
 
-    def watch(self, folder: str) -> None:  # noqa: ARG002 - see the message
-        """Have every rank record its calls of torch.distributed into a folder. Raises NotPossible."""
+    def watch(self, folder: str, *, compare: bool = False) -> None:  # noqa: ARG002 - see the message
+        """Have every rank record its calls of torch.distributed into a folder; `compare`: and what a comparison with a
+        reference needs. Raises NotPossible."""
         raise NotPossible(
             "ranks in threads of this process cannot be watched one by one: connect to engines for that."
         )

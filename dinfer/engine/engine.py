@@ -398,7 +398,8 @@ class Engine:
 
     @property
     def _chunk_start(self) -> int:
-        return self.chunk * self.config.chunk_size
+        chunks = self._prompt.plan.shape.chunks if self._prompt else ()
+        return chunks[self.chunk].start if self.chunk < len(chunks) else self.chunk * self.config.chunk_size
 
     def _capacity(self, tokens: int, max_new_tokens: int | None = None) -> int:
         """The rows for a prompt and its new tokens, limited by the model's positions; faults may add rows."""

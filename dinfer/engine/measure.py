@@ -12,7 +12,6 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from dinfer.config import Config
 from dinfer.engine.corruption import Alarm
 from dinfer.engine.finite import FiniteCheck
 from dinfer.engine.prefill import Prefill
@@ -41,14 +40,14 @@ LARGEST = 1 << 20
 
 def time_layers(
     decoder: Decoder,
-    config: Config,
-    layers: range,
     tokens: int,
     lengths: Sequence[int],
+    *,
+    digests: bool = True,
     graphs: LayerGraphs | None = None,
 ) -> list[LayerTime]:
-    """Medians of the time of this rank's layers, digests included, for chunks of these lengths at the start, in the
-    middle and at the end of `tokens` tokens. Nothing is sent; what the KV holds does not matter for the time."""
+    """Medians of the time of a layer, with `digests` or without, for chunks of these lengths at the start, in the
+    middle and at the end of `tokens` tokens. Nothing is sent. What the KV holds does not matter for the time."""
     found = list[LayerTime]()
     for length in sorted({min(length, tokens) for length in lengths}):
         shape = partition(layers=decoder.num_layers, tokens=tokens, world_size=1, chunk_size=length)
@@ -57,13 +56,13 @@ def time_layers(
         with closing(FiniteCheck(0, shape, cache.device, lambda _: None, lambda _: None)) as finite:
             state = Prefill(
                 decoder, cache, plan, 0, [0] * tokens,
-                digests=config.digests, alarm=Alarm("record", None), finite=finite, graphs=graphs,
+                digests=digests, alarm=Alarm("record", None), finite=finite, graphs=graphs,
             )  # fmt: skip
             whole = tokens // length - 1
             for chunk in sorted({0, whole // 2, whole}):
                 times = [
-                    _time_layer(state, chunk, layers[n % len(layers)], decoder.device)
-                    for n in range(max(ROUNDS, len(layers)) + 1)
+                    _time_layer(state, chunk, n % decoder.num_layers, decoder.device)
+                    for n in range(ROUNDS + 1)
                 ]
                 found.append(LayerTime(shape.chunks[chunk].start, length, median(times[1:])))
     return found
@@ -85,6 +84,12 @@ def _settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def token_bytes(decoder: Decoder) -> tuple[int, int]:
+    """Bytes of one token's hidden state, and of its K and V in one layer."""
+    size = decoder.dtype.itemsize
+    return decoder.hidden_size * size, 2 * decoder.kv_heads * decoder.head_dim * size
+
+
 def time_links(comm: Comm, nbytes: int) -> list[LinkSpeed]:
     """What every link carries, in messages of `nbytes` bytes or 1 MiB if that is less; the same list on every rank."""
     size = min(nbytes, LARGEST)
@@ -102,7 +107,7 @@ def time_links(comm: Comm, nbytes: int) -> list[LinkSpeed]:
     found = list[LinkSpeed]()
     for n, (source, target) in enumerate(pairs):
         latency, speed, ahead = sent[source][3 * n : 3 * n + 3]
-        busy = size / max(came[target][n] - latency, 1e-9)
+        busy = size / max(came[target][n] - latency, came[target][n] / 10)
         found.append(LinkSpeed(source, target, latency, speed, min(busy, speed), ahead))
     return found
 
@@ -149,7 +154,7 @@ def _alone(comm: Comm, source: int, target: int, size: int) -> tuple[float, floa
     latency = median([there_and_back(small)[1] / 2 for _ in range(PINGS)][1:])
     both = [there_and_back(payload) for _ in range(MESSAGES + 1)][1:]
     arrived = median(back for _, back in both) - latency
-    speed = size / max(arrived - latency, 1e-9)
+    speed = size / max(arrived - latency, arrived / 10)
     return latency, speed, min(max(0.0, (arrived - median(sent for sent, _ in both)) * speed), size)
 
 

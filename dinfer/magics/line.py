@@ -365,7 +365,13 @@ def log(call: Call) -> DisplayableText:
     return DisplayableText("\n".join(call.session.log[-call.words.n :] if call.words.n > 0 else []))
 
 
-method("session.watch", "See every torch.distributed call of %%px cells; say why one hangs.")
+method(
+    "session.watch",
+    "See every torch.distributed call of %%px cells; say why one hangs.",
+    argument(
+        "--compare", action="store_true", help="take what watch.compare('reference') needs of models, too"
+    ),
+)
 method("session.recover", "After a failure: restart lost ranks and free stuck ones.")
 method(
     "session.listen_for_debugger",

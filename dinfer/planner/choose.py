@@ -267,16 +267,15 @@ class Planner:
                 stages = ", ".join(str(b - a) for a, b in pairwise((*best.starts, self.layers)))
                 other = self.seconds(replace(best, starts=even_starts(self.layers, len(best.starts))))
                 return (
-                    f"layer_split {_numbers(best.starts[1:])}: stages of {stages} layers take {took:.3g} s, equal ones "
-                    f"{other:.3g} s{self._uneven()}."
+                    f"layer_split {_numbers(best.starts[1:])}: stages of {stages} layers take {took:.4g} s, equal ones "
+                    f"{other:.4g} s{self._uneven()}."
                 )
             case _:
                 even = self.seconds(replace(best, lengths=default.lengths))
-                alike = len({*best.lengths[:-1]}) <= 1
-                kind = "equal chunks" if alike else "chunks"
+                count, before = len(best.lengths), len(default.lengths)
                 return (
-                    f"chunk_size {_numbers(best.lengths)}: {len(best.lengths)} {kind} take {took:.3g} s, "
-                    f"{len(default.lengths)} of {max(default.lengths)} tokens {even:.3g} s."
+                    f"chunk_size {_numbers(best.lengths)}: {count} chunk{'s' * (count > 1)} take{'s' * (count == 1)} "
+                    f"{took:.4g} s, {before} of up to {max(default.lengths)} tokens {even:.4g} s."
                 )
 
     def _against(self, what: str, best: Candidate, others: Mapping[Any, Candidate]) -> str:
@@ -288,7 +287,7 @@ class Planner:
             if seconds <= took * (1 + SLACK):
                 told.append(f"{name} takes as long")
             else:
-                told.append(f"{name} cannot beat it here: {seconds:.3g} s instead of {took:.3g} s")
+                told.append(f"{name} cannot beat it here: {seconds:.4g} s instead of {took:.4g} s")
         return f"{what}: {'; '.join(told)}."
 
     def _uneven(self) -> str:

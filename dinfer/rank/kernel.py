@@ -145,9 +145,10 @@ def listen_for_debugger(port: int = 0) -> int:
     return _debug_port
 
 
-def watch(folder: str) -> None:
-    """Record from now on what this process calls of torch.distributed, into that folder."""
-    probe = begin_probe(folder)
+def watch(folder: str, compare: bool = False) -> None:
+    """Record from now on what this process calls of torch.distributed, into that folder; with `compare` also what a
+    comparison with a reference needs."""
+    probe = begin_probe(folder, compares=compare)
     if shell := ipython():
         probe.follow_cells(shell)
 

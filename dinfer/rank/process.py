@@ -8,8 +8,9 @@ import socket
 from collections import deque
 from contextlib import suppress
 from functools import cache
+from math import inf
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import NamedTuple
 
 import psutil
@@ -61,6 +62,14 @@ def is_stopped(pid: int) -> bool:
     """Whether a signal or a debugger has stopped that process."""
     life = sign_of_life(pid)
     return life is not None and life.state in ("T", "t")
+
+
+def age(pid: int) -> float:
+    """For how many seconds that process has run; infinite for one that there is not, or that may not be asked."""
+    try:
+        return time() - psutil.Process(pid).create_time()
+    except psutil.Error:
+        return inf
 
 
 def exists(pid: int) -> bool:

@@ -88,6 +88,8 @@ class IpcComm(GlooComm):
             views = [
                 own if rank == self.rank else make(*given) for rank, (_, (make, given)) in enumerate(shared)
             ]
+        except CommError:
+            raise
         except RuntimeError as error:
             raise CommError(
                 f"rank {self.rank} cannot share GPU memory with the others ({error}). Use backend gloo."

@@ -24,12 +24,15 @@ from dinfer.cluster.ipyparallel.known import Known, describe
 from dinfer.cluster.ipyparallel.launcher import STARTED_BY, command_before
 from dinfer.cluster.ipyparallel.profiles import Profile
 from dinfer.cluster.ipyparallel.reach import start_again
-from dinfer.rank.process import exists, is_stopped
+from dinfer.rank.process import age, exists, is_stopped
 
 RESPAWN_S = 60.0
 
 DEATH_S = 5.0
 """how long a killed process may take to end: freeing much memory takes a while"""
+
+EARLY_S = 35.0
+"""A stock ipcluster ends its controller if all engines that it has started end within 30 s of that."""
 
 _OF_MPI = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "HYDI_")
 """variables set by mpiexec, which are wrong for a new engine: it is not a child of mpiexec"""
@@ -89,6 +92,7 @@ class Cluster:
             magics.ids = self.engine_ids
             shell.magics_manager.register(magics)
         self._uuids = [client._engines[engine_id] for engine_id in self.engine_ids]
+        self._respawned = set[int]()
         self._closed = False
         if started:
             atexit.register(self._close_at_exit, os.getpid())
@@ -161,9 +165,17 @@ class Cluster:
         """Another engine with the same id is not this rank unless `respawn` started it."""
         return bool(self.client._engines.get(self.engine_ids[rank]) == self._uuids[rank])
 
+    def interrupt(self, rank: int) -> None:
+        """SIGINT to the engine, which ends the cell that it runs as the stop button does."""
+        if self._is_registered(rank):
+            self.client.send_signal("SIGINT", targets=self.engine_ids[rank], block=False)
+
     def kill(self, rank: int) -> None:
-        """SIGKILL the engine's process and no other, also if it is stopped. No error if it has ended."""
+        """SIGKILL the engine's process and no other, also if it is stopped. No error if it has ended. The last of those
+        that were there from the start lives for EARLY_S seconds at least."""
         process = self.facts[rank].process
+        if self._is_last(rank):
+            wait_until(lambda: age(process.pid) > EARLY_S, EARLY_S)
         if process.state() == "alive":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
@@ -171,6 +183,15 @@ class Cluster:
         elif process.state() == "elsewhere" and self._is_registered(rank):
             # Its nanny process sends the signal.
             self.client.send_signal("SIGKILL", targets=self.engine_ids[rank], block=False)
+
+    def _is_last(self, rank: int) -> bool:
+        """Whether this is the only engine left of those that somebody else's ipcluster has started."""
+        if self.started_by_us:
+            return False
+        others = (other for other in range(self.n) if other != rank and other not in self._respawned)
+        return rank not in self._respawned and not any(
+            self.facts[other].process.state() != "gone" for other in others
+        )
 
     def respawn(self, rank: int, timeout: float = RESPAWN_S) -> None:
         """Start an engine in place of one that has ended, on its machine: same id, network, interpreter, folder and
@@ -200,6 +221,7 @@ class Cluster:
             self._start_again_there(rank, started_by, timeout)
         else:
             self._start_again_here(rank, controller, timeout)
+        self._respawned.add(rank)
         self._uuids[rank] = client._engines[engine_id]
         self.facts[rank] = introduce(client, {rank: engine_id}, self._location, timeout)[0]
 

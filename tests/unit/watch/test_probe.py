@@ -529,9 +529,9 @@ def test_where_operators_cannot_be_overridden_methods_are_replaced(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a torch that has no BackendSelect for them. What was placed before it failed is taken away."""
-    watched.probe.stop()  # type: ignore[attr-defined]
+    watched.probe.stop()
     monkeypatch.delattr(torch.library, "Library")
-    folder: Path = watched.probe.recorder.folder / "other"  # type: ignore[attr-defined]
+    folder: Path = watched.probe.recorder.folder / "other"
     probe = Probe(folder)
     dist.send(torch.zeros(1), 0)
     probe.stop()
