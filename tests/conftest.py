@@ -1,6 +1,7 @@
 """What every test shares: one thread a rank, no network, the choice of slow tests, the time of each part.
 
-Fixtures are in tests/support/fixtures.py; only those of the browser tests stand beside them, since they need a browser.
+Fixtures are in tests/support/fixtures.py and probed.py; only those of the browser tests stand beside them, since they
+need a browser.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from random import Random, SystemRandom
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["tests.support.fixtures"]
+pytest_plugins = ["tests.support.fixtures", "tests.support.probed"]
 
 # A shell that runs tests in the background has them ignore Ctrl-C, and so would all that they start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -6,44 +6,25 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import dinfer
 from dinfer.watch.probe import recorder
 from dinfer.watch.probe.imports import ImportWatch
-from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.records import WatchedProcess
-from dinfer.watch.probe.start import Probe
-
-Watched = Callable[[], WatchedProcess]
+from tests.support.probed import Watched
 
 
-@pytest.fixture
-def fake() -> Iterator[None]:
-    """Rank 1 of 4, whose messages go nowhere."""
-    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    probe = Probe(tmp_path)
-
-    def found() -> WatchedProcess:
-        (process,) = read(tmp_path)
-        assert process.problems == []
-        return process
-
-    found.probe = probe  # type: ignore[attr-defined]
-    yield found
-    probe.stop()
+def well(watched: Watched) -> WatchedProcess:
+    """What has been recorded, by a probe that has met no problem."""
+    process = watched()
+    assert process.problems == []
+    return process
 
 
 @pytest.mark.usefixtures("fake")
@@ -51,7 +32,7 @@ def test_ranks_of_a_group_that_can_be_gone_through_once(watched: Watched) -> Non
     group = dist.new_group(map(int, ["1", "2"]), backend="fake")
     assert dist.get_process_group_ranks(group) == [1, 2]
     dist.all_reduce(torch.ones(2), group=group)
-    assert [op.kind for op in watched().ops] == ["new_group", "all_reduce"]
+    assert [op.kind for op in well(watched).ops] == ["new_group", "all_reduce"]
 
 
 @pytest.mark.usefixtures("fake")
@@ -59,7 +40,7 @@ def test_ranks_that_are_none_are_torchs_to_refuse(watched: Watched) -> None:
     with pytest.raises((TypeError, ValueError)):
         dist.new_group(["one", None])
     dist.all_reduce(torch.ones(2))
-    assert [op.kind for op in watched().ops][-1] == "all_reduce"
+    assert [op.kind for op in well(watched).ops][-1] == "all_reduce"
 
 
 @pytest.mark.usefixtures("fake")
@@ -68,7 +49,7 @@ def test_a_label_that_is_no_small_number(watched: Watched) -> None:
     with dinfer.label(chunk=2**40, layer=3):
         dist.all_reduce(torch.ones(2))
     dist.all_reduce(torch.ones(2))
-    assert [(op.layer, op.chunk) for op in watched().ops] == [(3, None), (None, None)]
+    assert [(op.layer, op.chunk) for op in well(watched).ops] == [(3, None), (None, None)]
 
 
 @pytest.mark.usefixtures("fake")
@@ -80,9 +61,9 @@ def test_an_exception_whose_text_cannot_be_made_is_handled_while_ops_go_on(watch
     for error in (Silent(), AssertionError(torch.ones(2))):
         try:
             raise error
-        except Exception:
+        except (Silent, AssertionError):
             dist.all_reduce(torch.ones(2))
-    process = watched()
+    process = well(watched)
     assert len(process.ops) == 2
     assert [one.message for one in process.handled] == ["", "(Tensor)"]
 
@@ -97,9 +78,8 @@ def test_after_many_handled_exceptions_the_last_is_told(
             raise error
         except ValueError:
             dist.all_reduce(torch.ones(2))
-    probe = watched.probe  # type: ignore[attr-defined]
-    probe.recorder.raised(RuntimeError("the end"), "exception")
-    process = watched()
+    watched.probe.recorder.raised(RuntimeError("the end"), "exception")
+    process = well(watched)
     assert len(process.handled) == 2
     assert process.exception is not None
     assert process.exception.message == "the end"
