@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +29,7 @@ def uneven() -> MeasuredMachine:
 
 
 def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("dinfer.session.session.TOKENS", 64)
     with dinfer.connect("threads", n=3) as session:
@@ -71,6 +72,11 @@ def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
         assert run.kv(layer=5).diff().equal
         assert run.compare("reference").equal
         assert run.decode().tokens == tokens
+        page = run.report(tmp_path / "report.html")
+        assert (
+            f"{run.trace.about['predicted_s']:.3g} s of prefill, by the planner; it took"
+            in page.read_text("utf-8")
+        )
 
 
 def test_chunks_of_different_lengths_run_and_are_compared_as_any(session_of_one: Session) -> None:
