@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
 import pytest
 
 import dinfer
-from dinfer.config import ConfigError
+from dinfer.config import Config, ConfigError
 from dinfer.errors import NotPossible
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.planner.costs import LayerCost
 from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
-from dinfer.session.measure import Measurement
+from dinfer.session.measure import Measurement, choose
 from dinfer.session.session import Session
 
 IDS = list(range(5, 101))
@@ -96,3 +97,19 @@ def session_of_one() -> Iterator[Session]:
 def test_auto_and_a_plan_contradict_each_other(session_of_one: Session) -> None:
     with pytest.raises(ConfigError, match="schedule is auto, but a plan is given"):
         session_of_one.prefill(IDS, schedule="auto", plan="dinfer plan 1")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"backend": "nccl"}, "schedule is auto, which needs backend gloo"),
+        ({"backend": "gloo", "kernels": "graph"}, "schedule is auto, which needs kernels exact"),
+    ],
+)
+def test_what_is_not_measured_is_not_chosen_for(
+    session_of_one: Session, given: dict[str, str], words: str
+) -> None:
+    job = session_of_one.prefill(IDS, paused=True).job
+    config = Config.of({"world_size": 1, "gpu_ids": (0,), **given})
+    with pytest.raises(ConfigError, match=words):
+        choose(Measurement(uneven(), 64), replace(job, config=config), ["schedule"])
