@@ -111,6 +111,7 @@ def test_engines_by_ssh(tmp_path: Path, model: Path, capsys: pytest.CaptureFixtu
             offsets = [one.offset_ns / 1e9 for one in rank_clocks(trace.about)]
             assert offsets == pytest.approx(AHEAD_S, abs=5)
             assert "clocks (3) were measured" in str(trace)
+            assert "clocks (3) were measured" in (tmp_path / "report.html").read_text(encoding="utf-8")
             assert max(event.end for event in trace.events) - trace.began < 600e9
         for number in range(3):  # nothing of it is left: no process, no key
             assert "ipyparallel" not in found.run(number, "ps", "-eo", "args")

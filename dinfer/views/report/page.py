@@ -210,6 +210,7 @@ def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
         "sync strategy": str(about.get("sync_strategy") or ""),
         "predicted": _predicted(trace),
         "made": made,
+        "clocks": trace.clocks,
         "dinfer": str(about.get("dinfer", "")),
     }
     return [(name, text) for name, text in found.items() if text]
