@@ -47,12 +47,21 @@ class Forward:
         self._looking = False
 
     @torch.no_grad()
-    def feed(self, ids: Sequence[int]) -> PieceOutput:
-        """Run the next tokens of the prompt. Raises what `see` raises."""
-        piece = torch.tensor([list(ids)], device=self._decoder.device)
+    def feed(
+        self, ids: Sequence[int], mask: Sequence[int] | None = None, positions: Sequence[int] | None = None
+    ) -> PieceOutput:
+        """Run the next tokens of the prompt. `mask`: of all tokens so far, these included, 0 for padding; `positions`:
+        of these tokens; if not given, as transformers numbers them. Raises what `see` raises."""
+        device = self._decoder.device
+        given: dict[str, Tensor] = {}
+        if mask is not None:
+            given["attention_mask"] = torch.tensor([list(mask)], device=device)
+        if positions is not None:
+            given["position_ids"] = torch.tensor([list(positions)], device=device)
+        piece = torch.tensor([list(ids)], device=device)
         with self._hooks():
             output = self._decoder.model(
-                input_ids=piece, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+                input_ids=piece, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **given
             )
         assert self._normed is not None
         return PieceOutput(self._normed, output.logits[0, 0].float())

@@ -29,6 +29,7 @@ from dinfer.views.slotted import SlottedWidget, texts_of
 from dinfer.views.still import map_svg
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.figures import table_of
+from dinfer.watching.kv import WatchedKv
 from dinfer.watching.live import Watch, WatchMoment
 
 REFRESH_S, SHARE = 1.0, 0.1
@@ -99,11 +100,11 @@ class WatchPanel(SlottedWidget):
 
 def parts_of(moment: WatchMoment) -> dict[str, str]:
     """The panel's parts as HTML, in their order; "" for those that there is nothing to show in."""
-    found, verdict = moment.evidence, moment.verdict
-    findings = [] if verdict else found.findings
+    found = moment.evidence
     return {
-        "banner": _banner(moment, findings),
-        "table": _ranks(found, verdict),
+        "banner": _banner(moment),
+        "table": _ranks(found, moment.verdict),
+        "kv": _kv(found.kv),
         "blocks": _blocks(found),
         "timeline": _timeline(found),
         "links": _links(found),
@@ -111,14 +112,19 @@ def parts_of(moment: WatchMoment) -> dict[str, str]:
     }
 
 
-def _banner(moment: WatchMoment, findings: Sequence[OpFinding]) -> str:
+def _banner(moment: WatchMoment) -> str:
     lines = [_line(Severity.NOTE, moment.title)]
     if moment.verdict:
         lines.append(_line(moment.verdict.severity, moment.verdict.sentence))
-    lines += [_line(Severity.WARNING, one.text) for one in findings[:MOST_LINES]]
+    return "".join([*lines, _warnings(moment.evidence.op_findings, "watch.findings")])
+
+
+def _warnings(findings: Sequence[OpFinding], rest: str) -> str:
+    """The first findings; `rest`: what has all of them."""
+    lines = [one.text for one in findings[:MOST_LINES]]
     if len(findings) > MOST_LINES:
-        lines.append(_line(Severity.WARNING, f"and {len(findings) - MOST_LINES} more: watch.findings"))
-    return "".join(lines)
+        lines.append(f"and {len(findings) - MOST_LINES} more: {rest}")
+    return "".join(_line(Severity.WARNING, text) for text in lines)
 
 
 def _line(severity: Severity, text: str) -> str:
@@ -169,6 +175,17 @@ def _blocks(found: Evidence) -> str:
     picture = map_svg(states, [0] * layers, [f"chunk {chunk}" for chunk in range(chunks)], BLOCKS)
     about = "Ops by layer and chunk; a cell's parts are the ranks, left to right."
     return f"{_head('layers and chunks')}{picture}<div><small>{about}</small></div>{_of_last(found)}"
+
+
+def _kv(kv: WatchedKv) -> str:
+    """What is wrong with the KV, and how many tokens of each layer the ranks hold."""
+    table = kv.table()
+    if not len(table):
+        return ""
+    held = (
+        f'<details data-rank="kv"><summary>tokens by layer and rank</summary>{table._repr_html_()}</details>'
+    )
+    return f"{_head('KV')}{_warnings(kv.diff(), 'watch.kv().diff()')}{held}"
 
 
 def _timeline(found: Evidence) -> str:

@@ -2,8 +2,9 @@
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,13 @@ from dinfer.verdict.recorded import UNREAD
 from dinfer.verdict.signs import Signs, StackFrame
 from dinfer.watch.probe.reading import Reader, ask_stacks
 from dinfer.watch.probe.records import RecordsError, WatchedProcess
-from dinfer.watch.probe.rows import RowsTaken, each_rows
+from dinfer.watch.probe.rows import MOST_BYTES, RowsReader, RowsTaken, each_rows
 from dinfer.watch.probe.stacks import DUMP_SIGNAL
 from dinfer.watching.clocks import on_one_clock
 from dinfer.watching.events import ranks_of, trace_of
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.failures import only_first_failures
-from dinfer.watching.held_rows import layers_of
+from dinfer.watching.held_rows import Layers, LayersSeen
 from dinfer.watching.jobs import WatchedJob, jobs_of
 from dinfer.watching.kv import WatchedKv
 from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, pulse_of, signs_of
@@ -38,6 +39,10 @@ RECENT = 500
 
 ASKED_S, SELDOM_S = 0.5, 60.0
 """seconds between two questions to one process: the least, and the most"""
+
+
+ROWS_A_LOOK = 1 << 18
+"""bytes of a process's rows that a look reads, so that little is left to read at the end"""
 
 
 class ProcessKey(NamedTuple):
@@ -69,6 +74,8 @@ class Watched:
         self._seen: dict[ProcessKey, int] = {}
         self.unreadable: list[str] = []
         self._troubles: dict[str, None] = {}
+        self._rows_seen: dict[ProcessKey, tuple[RowsReader, LayersSeen]] = {}
+        self._reading_rows = threading.Lock()
 
     def trouble(self, error: Exception) -> None:
         """A look has failed: later ones note it."""
@@ -81,6 +88,9 @@ class Watched:
         self._seen = self._sizes()
         processes, unread, unknown = self._read()
         if recent:
+            for process in processes:
+                with suppress(RecordsError):  # whoever asks for the rows is told
+                    self._read_rows(process, ROWS_A_LOOK)
             processes = [shortened(process) for process in processes]
         now, now_ns = time.monotonic(), time.time_ns() if live else None
         for process in processes:
@@ -198,21 +208,38 @@ class Watched:
 
     def kv(self, found: Evidence) -> WatchedKv:
         """The rows of KV that the ranks have added so far, by their digests."""
-        return WatchedKv(self._of_rows(found, layers_of))
+        return WatchedKv(self._of_ranks(found, self._layers))
 
     def rows(self, found: Evidence) -> dict[int, list[RowsTaken]]:
         """All that was taken of rows of KV and of tapped tensors so far, by rank. It may be much."""
-        return self._of_rows(found, list)
+        return self._of_ranks(found, lambda process: [*each_rows(self._folders[_key(process)], process)])
 
-    def _of_rows(self, found: Evidence, take: Callable[[Iterator[RowsTaken]], T]) -> dict[int, T]:
-        """What `take` makes of each rank's rows, where that is anything."""
+    def _of_ranks(self, found: Evidence, take: Callable[[WatchedProcess], T]) -> dict[int, T]:
+        """What `take` makes of each rank's process, where that is anything."""
         made = {}
         for rank, process in found.processes.items():
             try:
-                made[rank] = take(each_rows(self._folders[_key(process)], process))
+                made[rank] = take(process)
             except RecordsError as error:
                 self.unreadable.append(str(error))
         return {rank: one for rank, one in made.items() if one}
+
+    def _layers(self, process: WatchedProcess) -> Layers:
+        """What the process's rows make. Raises RecordsError."""
+        seen = self._read_rows(process, MOST_BYTES)
+        with self._reading_rows:
+            return seen.layers
+
+    def _read_rows(self, process: WatchedProcess, most_bytes: int) -> LayersSeen:
+        """Read on in the process's rows. Raises RecordsError."""
+        key = _key(process)
+        with self._reading_rows:
+            if key not in self._rows_seen:
+                self._rows_seen[key] = RowsReader(self._folders[key], process.name), LayersSeen()
+            reader, seen = self._rows_seen[key]
+            for one in reader.more(process, most_bytes, waits=True):
+                seen.add(one)
+            return seen
 
     def ask(self, processes: Iterable[WatchedProcess]) -> None:
         """Have these processes write where their threads stand, for a later look: each at most twice a second, and less

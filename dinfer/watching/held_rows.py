@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from dinfer.watch.probe.rows import RowsTaken
@@ -64,6 +64,21 @@ class HeldRows(Mapping[int, RowDigests]):
         at = (position - self._base) * self._parts
         return tuple(self._digests[at : at + self._parts])
 
+    def copy(self) -> "HeldRows":
+        """The same, that no later `put` changes."""
+        made = HeldRows()
+        made._base, made._parts, made.dropped = self._base, self._parts, self.dropped
+        made._digests, made._held = self._digests[:], self._held[:]
+        return made
+
+    def before(self, position: int) -> "HeldRows":
+        """A copy of those before a position."""
+        made = HeldRows()
+        for at, row in self.items():
+            if at < position:
+                made.put(at, [row])
+        return made
+
     @property
     def identity(self) -> tuple[object, ...]:
         """Equal for the same rows at the same positions. (What is not held is 0.)"""
@@ -86,6 +101,20 @@ class LayerRows(NamedTuple):
     starts: dict[int, int | None]
     """by the first position of what was added at a time, its chunk; rows that came one by one count as one piece"""
 
+    def copy(self) -> "LayerRows":
+        """The same, that no later rows change."""
+        return LayerRows(self.rows.copy(), [*self.repeated], self.shape, {**self.starts})
+
+    def before(self, position: int) -> "LayerRows":
+        """Of its rows those before a position."""
+        starts = {start: chunk for start, chunk in self.starts.items() if start < position}
+        return self._replace(rows=self.rows.before(position), starts=starts)
+
+    def pieces(self, position: int) -> list[tuple[int, int]]:
+        """What was added at a time, as far as it begins before a position: first row and the end."""
+        starts = sorted({*self.starts, max(self.rows) + 1})
+        return [(start, stop) for start, stop in pairwise(starts) if start < position]
+
     def chunk_of(self, position: int) -> int | None:
         begun = [start for start in self.starts if start <= position]
         return self.starts[max(begun)] if begun else None
@@ -95,27 +124,42 @@ Layers = dict[tuple[int, int], LayerRows]
 """by layer and sequence of the batch"""
 
 
-def layers_of(taken: Iterable[RowsTaken]) -> Layers:
-    """The layers of the cache that was used last."""
-    newest = 0
-    found: Layers = {}
-    before: dict[tuple[int, int], tuple[int, tuple[RowDigests, ...], int | None]] = {}
-    for one in taken:
-        if one.name != KV_ROWS or one.layer is None or one.cache < newest:
-            continue
-        if one.cache > newest:
-            newest, found, before = one.cache, {}, {}
+class LayersSeen:
+    """The layers of the cache that a rank has used last, as its rows come."""
+
+    def __init__(self) -> None:
+        self._newest, self._found = 0, Layers()
+        self._before: dict[tuple[int, int], tuple[int, tuple[RowDigests, ...], int | None]] = {}
+
+    def add(self, one: RowsTaken) -> None:
+        """The next rows that it has taken; those that are none of KV do not count."""
+        if one.name != KV_ROWS or one.layer is None or one.cache < self._newest:
+            return
+        if one.cache > self._newest:
+            self._newest, self._found, self._before = one.cache, {}, {}
         for sequence, digests in enumerate(one.digests):
             if not digests:  # rows of another request
                 continue
             key = (one.layer, sequence)
-            held = found.setdefault(key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:], {}))
-            at, last, chunk = before.get(key, (-1, (), None))
+            held = self._found.setdefault(key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:], {}))
+            at, last, chunk = self._before.get(key, (-1, (), None))
             is_new = one.start not in held.rows and len(held.repeated) < MOST_REPEATED
             if digests == last and is_new:
                 held.repeated.append((one.start, len(digests), one.chunk))
             if not (len(digests) == len(last) == 1 and (one.start, one.chunk) == (at + 1, chunk)):
                 held.starts[one.start] = one.chunk
-            before[key] = one.start, digests, one.chunk
+            self._before[key] = one.start, digests, one.chunk
             held.rows.put(one.start, digests)
-    return found
+
+    @property
+    def layers(self) -> Layers:
+        """A copy of what is held now."""
+        return {key: held.copy() for key, held in self._found.items()}
+
+
+def layers_of(taken: Iterable[RowsTaken]) -> Layers:
+    """The layers of the cache that was used last."""
+    seen = LayersSeen()
+    for one in taken:
+        seen.add(one)
+    return seen.layers

@@ -20,13 +20,15 @@ class WatchedKv(Displayable):
 
     def diff(self) -> list[OpFinding]:
         """What is wrong, in the words of a run's diff: rows that are repeated, stale, shifted, permuted, rows of other
-        values, rows that a rank lacks. What most ranks hold of a layer is taken to be right; of two ranks, the one with
-        fewer repetitions, then the first."""
+        values, rows that a rank lacks. Data-parallel ranks are compared as far as their prompts are the same. What most
+        ranks hold of a layer is taken to be right; of two ranks, the one with fewer repetitions, then the first."""
+        return self._differences()[0]
+
+    def _differences(self) -> tuple[list[OpFinding], list[str]]:
         if not any(self.layers.values()):
-            return []
-        from dinfer.watching.kv_diff import (
-            differences,  # imports torch, which who watches need not have loaded
-        )
+            return [], []
+        # It imports torch, which who watches need not have loaded.
+        from dinfer.watching.kv_diff import differences
 
         return differences(self.layers)
 
@@ -43,7 +45,8 @@ class WatchedKv(Displayable):
     def __str__(self) -> str:
         if not any(self.layers.values()):
             return "no rows of KV were seen: transformers' caches are, others by --kv, or dinfer.tap('kv', …)"
-        return "\n".join([str(self.table()), *(one.text for one in self.diff())])
+        findings, other_prompts = self._differences()
+        return "\n".join([str(self.table()), *other_prompts, *(one.text for one in findings)])
 
 
 def _count(held: LayerRows | None) -> str:

@@ -1,9 +1,14 @@
-"""What is wrong with the KV of watched ranks, in the words of a run's diff, as far as digests of rows tell."""
+"""What is wrong with the KV of watched ranks, in the words of a run's diff, as far as digests of rows tell.
 
-from collections import defaultdict
+Data-parallel ranks have prompts of their own, which often begin alike: rows behind the common beginning are not
+compared. Digests tell such prompts from wrong rows by the layers: another token changes the row of the first layer and
+all rows behind it in all others; a row that was spoiled changes only itself, or nothing of the first layer.
+"""
+
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import torch
@@ -12,16 +17,143 @@ from torch import Tensor
 from dinfer.kv.rows import Nearby, concerned, identify, numbers_text, repeats
 from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.where import ranks_text
-from dinfer.watching.held_rows import HeldRows, LayerRows, Layers
+from dinfer.watching.held_rows import HeldRows, LayerRows, Layers, RowDigests
 
 
-def differences(by_rank: Mapping[int, Layers]) -> list[OpFinding]:
-    """See `WatchedKv.diff`."""
+class RowDifferences(NamedTuple):
+    """What a comparison of ranks' rows says. `other_prompts`: sentences on ranks whose prompts only begin alike."""
+
+    findings: list[OpFinding]
+    other_prompts: list[str]
+
+
+def differences(by_rank: Mapping[int, Layers]) -> RowDifferences:
+    """Compare the rows of the ranks."""
+    prompts = _Prompts(by_rank)
     found: dict[tuple[str, tuple[int, ...], str], list[_RowFinding]] = defaultdict(list)
     for key in sorted({key for layers in by_rank.values() for key in layers}):
-        for one in _of_layer(by_rank, key):
+        for one in _of_layer(by_rank, key, prompts):
             found[one.kind, one.ranks, one.text].append(one)
-    return [_together(some) for some in found.values()]
+    return RowDifferences([_together(some) for some in found.values()], prompts.texts())
+
+
+class _Parted(NamedTuple):
+    """Two ranks have other tokens from the place `at` on. `is_fed_alike`: what is before came to both in the same
+    pieces; else the same computation may round otherwise, and rows that differ say nothing."""
+
+    at: int
+    is_fed_alike: bool
+
+
+class _Prompts:
+    """Which ranks have been fed other tokens, and from which on."""
+
+    def __init__(self, by_rank: Mapping[int, Layers]) -> None:
+        self._by_rank = by_rank
+        self._parted: dict[tuple[int, int, int], _Parted | None] = {}
+        """by two ranks and the sequence"""
+
+    def parted(self, rank: int, other: int, sequence: int) -> _Parted | None:
+        """Where these ranks have other tokens in a sequence, as their rows of all layers say; None: they have the same,
+        or nothing in common."""
+        key = (min(rank, other), max(rank, other), sequence)
+        if key not in self._parted:
+            self._parted[key] = self._part_at(*key)
+        return self._parted[key]
+
+    def texts(self) -> list[str]:
+        """A sentence for each two ranks and sequence that were found to have other prompts."""
+        how = {
+            True: "compared before it",
+            False: "not compared, as they were fed in other pieces, which may round otherwise",
+        }
+        return [
+            f"ranks {rank} and {other} have other prompts from token {found.at} on (sequence {sequence}): "
+            f"{how[found.is_fed_alike]}"
+            for (rank, other, sequence), found in sorted(self._parted.items())
+            if found is not None
+        ]
+
+    def _part_at(self, rank: int, other: int, sequence: int) -> _Parted | None:
+        lowest = self._lowest(sequence)
+        pairs = {
+            layer: (mine, theirs)
+            for (layer, one), mine in self._by_rank[rank].items()
+            if one == sequence
+            and (theirs := self._by_rank[other].get((layer, one))) is not None
+            and _are_comparable(mine, theirs)
+        }
+        deeper = [_parts_for_good(*pair) for layer, pair in pairs.items() if layer != lowest]
+        if deeper:
+            if any(one is None for one in deeper):
+                return None
+            at = max(one.start for one in deeper if one is not None)
+            if not any(one is not None and one.stop > at for one in deeper):
+                return None
+        elif lowest in pairs and (found := _parts_mostly(*pairs[lowest])) is not None:
+            at = found
+        else:
+            return None
+        if not self._is_other_token(at, lowest, sequence):
+            return None
+        return _Parted(at, all(one.pieces(at) == other.pieces(at) for one, other in pairs.values()))
+
+    def _lowest(self, sequence: int) -> int:
+        """The first layer that several ranks hold."""
+        counts = Counter(
+            layer for layers in self._by_rank.values() for layer, one in layers if one == sequence
+        )
+        return min(layer for layer, count in counts.items() if count > 1)
+
+    def _is_other_token(self, at: int, lowest: int, sequence: int) -> bool:
+        """Whether some ranks have other rows there in the first layer, of K and of V."""
+        held = [layers[lowest, sequence] for layers in self._by_rank.values() if (lowest, sequence) in layers]
+        return any(
+            at in one.rows
+            and at in other.rows
+            and all(mine != theirs for mine, theirs in zip(one.rows[at], other.rows[at], strict=True))
+            for one, other in combinations(held, 2)
+            if _are_comparable(one, other)
+        )
+
+
+def _are_comparable(mine: LayerRows, theirs: LayerRows) -> bool:
+    """Not where they are of other heads, or have no beginning in common."""
+    if mine.shape != theirs.shape or not mine.rows.keys() & theirs.rows.keys():
+        return False
+    known = set(theirs.rows.values())
+    return 2 * sum(row in known for row in mine.rows.values()) > min(len(mine.rows), len(theirs.rows))
+
+
+def _parts_for_good(mine: LayerRows, theirs: LayerRows) -> range | None:
+    """The places from the first on at which no row is one of the other's; None if that is not how they differ."""
+    common = mine.rows.keys() & theirs.rows.keys()
+    start = max((at for at in common if mine.rows[at] == theirs.rows[at]), default=-1) + 1
+    for one, other in ((mine, theirs), (theirs, mine)):
+        known, behind = set(other.rows.values()), [row for at, row in one.rows.items() if at >= start]
+        if _are_one(behind) or any(row in known for row in behind):
+            return None  # no tokens, or rows that lie elsewhere, or are lacking
+    return range(start, max(common) + 1)
+
+
+def _parts_mostly(mine: LayerRows, theirs: LayerRows) -> int | None:
+    """The same of the first layer, where a token that is the same at the same place again has the same row."""
+    common = sorted(mine.rows.keys() & theirs.rows.keys())
+    start = next((at for at in common if mine.rows[at] != theirs.rows[at]), None)
+    if start is None:
+        return None
+    behind = [at for at in common if at >= start]
+    for one, other in ((mine, theirs), (theirs, mine)):
+        known = set(other.rows.values())
+        rows = [one.rows[at] for at in behind]
+        if _are_one(rows) or 2 * sum(row in known for row in rows) >= len(rows):
+            return None
+    return start
+
+
+def _are_one(rows: Sequence[RowDigests]) -> bool:
+    """Whether several rows are one and the same, as rows that nobody has filled are, and no tokens' at other places."""
+    return len(rows) > 1 and len(set(rows)) == 1
 
 
 class _RowFinding(NamedTuple):
@@ -34,7 +166,9 @@ class _RowFinding(NamedTuple):
     chunk: int | None
 
 
-def _of_layer(by_rank: Mapping[int, Layers], key: tuple[int, int]) -> Iterator[_RowFinding]:
+def _of_layer(
+    by_rank: Mapping[int, Layers], key: tuple[int, int], prompts: _Prompts
+) -> Iterator[_RowFinding]:
     holders = {rank: layers[key] for rank, layers in by_rank.items() if key in layers}
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for rank, held in holders.items():
@@ -43,7 +177,15 @@ def _of_layer(by_rank: Mapping[int, Layers], key: tuple[int, int]) -> Iterator[_
     right = groups[0]
     named = set[int]()
     for ranks in groups[1:]:
-        for one in _between(holders[ranks[0]], holders[right[0]], ranks, right):
+        mine, theirs = holders[ranks[0]], holders[right[0]]
+        if not _are_comparable(mine, theirs):
+            continue
+        parted = prompts.parted(ranks[0], right[0], key[1])
+        if parted is not None and not parted.is_fed_alike:
+            continue
+        if parted is not None:
+            mine, theirs = mine.before(parted.at), theirs.before(parted.at)
+        for one in _between(mine, theirs, ranks, right):
             named.update(ranks)
             yield one._replace(layer=key[0])
     for rank, held in holders.items():
@@ -65,10 +207,6 @@ def _between(
 ) -> Iterator[_RowFinding]:
     """What is wrong with the rows that `ranks` hold, beside those of the ranks that are taken to be right."""
     common = mine.rows.keys() & theirs.rows.keys()
-    known = set(theirs.rows.values())
-    alike = sum(row in known for row in mine.rows.values())
-    if mine.shape != theirs.shape or not common or 2 * alike <= min(len(mine.rows), len(theirs.rows)):
-        return  # other heads, or another prompt
     who, others = ranks_text(ranks), ranks_text(right)
     blamed = (*ranks, *right)
     hold = "holds" if len(ranks) == 1 else "hold"
@@ -141,9 +279,11 @@ NO_ZERO = -(1 << 63)
 
 
 def _tensor(rows: HeldRows) -> Tensor:
-    """As `dinfer.kv.rows` takes them: int64 [rows, tensors, 1]."""
+    """As `dinfer.kv.rows` takes them: int64 [rows, 2, 1]. Of a cache of one tensor, as latent attention has, it stands
+    for K and for V."""
     digests, tensors = rows.digests
-    return torch.frombuffer(digests, dtype=torch.int64).view(-1, tensors, 1).clone()
+    found = torch.frombuffer(digests, dtype=torch.int64).view(-1, tensors, 1)
+    return found.expand(-1, 2, 1).clone()
 
 
 def _span(start: int, count: int) -> str:

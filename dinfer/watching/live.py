@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from dinfer.watching.figures import table_of
 from dinfer.watching.folders import RECORDS, Watched
 from dinfer.watching.kv import WatchedKv
 from dinfer.watching.signs import MAIN
+from dinfer.watching.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from dinfer.saved.saved import WriteReport
@@ -98,7 +98,7 @@ class Watch(Tidy, Displayable, Closing):
     def moment(self) -> WatchMoment:
         """What there is to show now."""
         found = self._source.evidence  # looking may end a verdict that stood
-        return WatchMoment(self._title(), found, self._source.verdict)
+        return WatchMoment(self._title(), self._with_kv(found), self._source.verdict)
 
     def ask_stacks(self) -> None:
         """Have ranks that live write where they stand, for a later look."""
@@ -138,8 +138,7 @@ class Watch(Tidy, Displayable, Closing):
     @property
     def findings(self) -> list[OpFinding]:
         """What ended and is wrong all the same, also of KV."""
-        found = self._source.whole
-        return (found if found.kv.layers else replace(found, kv=self.kv())).findings
+        return self._with_kv(self._source.whole).findings
 
     def kv(self) -> WatchedKv:
         """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
@@ -193,9 +192,10 @@ class Watch(Tidy, Displayable, Closing):
         return target
 
     def _kept(self) -> Trace:
-        found = self._source.whole
-        found = found if found.kv.layers else replace(found, kv=self.kv())
-        return found.kept(self._source.verdict)
+        return self._with_kv(self._source.whole).kept(self._source.verdict)
+
+    def _with_kv(self, found: Evidence) -> Evidence:
+        return found if found.kv.layers else replace(found, kv=self._source.watched.kv(found))
 
     def _text(self) -> str:
         found = self._source.verdict
@@ -226,7 +226,8 @@ class CommandWatch(Watch):
         if not words:
             raise NotPossible('there is no command: dinfer.watch("torchrun --nproc-per-node 2 infer.py").')
         words[0] = _found(words[0])
-        self.folder = Path(folder) if folder else Path(tempfile.mkdtemp(prefix="dinfer-watch-"))
+        self._temporary = None if folder else TemporaryFolder()
+        self.folder = self._temporary.path if self._temporary else Path(folder or "")
         self.folder.mkdir(parents=True, exist_ok=True)
         records = self.folder / RECORDS
         if records.is_dir() and any(records.iterdir()):
@@ -311,8 +312,10 @@ def _tell(verdict: Verdict) -> None:
 class EnginesSource:
     """Looks after the engines of a session until it is closed. `tell`: called with each new verdict."""
 
-    def __init__(self, folder: Path, tell: Callable[[Verdict], None] = _tell) -> None:
-        self.watched, self._alarm, self._tell = Watched([folder], one_job=True), HangAlarm(), tell
+    def __init__(self, folder: Path | TemporaryFolder, tell: Callable[[Verdict], None] = _tell) -> None:
+        self._folder = folder  # a temporary one stays for as long
+        path = folder.path if isinstance(folder, TemporaryFolder) else folder
+        self.watched, self._alarm, self._tell = Watched([path], one_job=True), HangAlarm(), tell
         self._evidence: Evidence | None = None
         self._looking, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="dinfer watch", daemon=True)
@@ -345,9 +348,8 @@ class EnginesSource:
             self._tell(new)
 
     def waiting(self) -> list[int]:
-        """The ranks that are in an op that does not end, by the verdict that stands."""
-        found = self._alarm.standing
-        if found is None or self._evidence is None:
+        """The ranks that are in an op that does not end, by the verdict of now."""
+        if self._evidence is None or not (self._alarm.standing or self._evidence.problem):
             return []
         events = self._evidence.trace.events
         return sorted(

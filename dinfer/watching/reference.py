@@ -2,7 +2,8 @@
 
 The probe has kept digests of rows, which tell whether they are equal bit for bit, and sketches, which tell about how
 far they are apart; the tensors are gone. The forward runs in this process, in the pieces in which the model was fed,
-and is digested and sketched likewise.
+and is digested and sketched likewise. It gets the mask and positions that the model was given; rows of padding are left
+out.
 """
 
 import math
@@ -55,6 +56,20 @@ TapKey = tuple[int, int, str]
 """sequence of the batch, layer, and one of ORDER"""
 
 
+class FedSequence(NamedTuple):
+    """What one sequence of the batch was fed: token ids; for each whether it is attended to, or only padding; and its
+    position, None for all as transformers numbers them."""
+
+    ids: list[int]
+    is_attended: list[bool]
+    positions: list[int] | None = None
+
+    @property
+    def mask(self) -> list[int] | None:
+        """As a model takes it; None if there is no padding."""
+        return None if all(self.is_attended) else [int(one) for one in self.is_attended]
+
+
 class RowDeviation(NamedTuple):
     """Where a rank first differs from the reference.
 
@@ -89,6 +104,12 @@ class _Compared(NamedTuple):
     def wrong(self) -> Tensor:
         return self.changed & ~(self.share <= self.tolerated)
 
+    def only(self, is_attended: Sequence[bool]) -> "_Compared":
+        """Without what differs in rows of padding, which nobody uses."""
+        keep = torch.tensor(is_attended[self.start : self.start + len(self.share)])
+        share = torch.where(keep, self.share, torch.zeros_like(self.share))
+        return self._replace(changed=self.changed & keep, share=share)
+
     def has(self, row: int) -> bool:
         return self.start <= row < self.start + len(self.share)
 
@@ -107,19 +128,21 @@ def compare(
     if not tensors:
         raise NotPossible(
             "nothing was taken that could be compared with a reference: start the watch by "
-            'dinfer.watch(…, compare=True), or tap by dinfer.tap("hidden", tensor, layer=…).'
+            "dinfer.watch(…, compare=True), session.watch(compare=True) or `dinfer watch --compare`, or tap by "
+            'dinfer.tap("hidden", tensor, layer=…).'
         )
     path = checkpoint or _checkpoint(newest.values())
-    fed = [list(ids)] if ids is not None else _ids(newest.values())
-    pieces = _pieces(newest.values(), len(fed[0]))
+    fed = [FedSequence(list(ids), [True] * len(ids))] if ids is not None else _fed(newest.values())
+    length = len(fed[0].ids)
+    pieces = _pieces(newest.values(), length)
     dtype = dtype or _dtype(tensors.values())
     check_dtype(dtype)
     began = perf_counter()
     decoder = Decoder.load(path, dtype)
     reference: dict[TapKey, Rows] = {}
-    for sequence, tokens in enumerate(fed):
-        reference |= _reference(decoder, sequence, tokens, pieces)
-    width = max(decoder.hidden_size, decoder.spec.intermediate_size, len(fed[0]))
+    for number, sequence in enumerate(fed):
+        reference |= _reference(decoder, number, sequence, pieces)
+    width = max(decoder.hidden_size, decoder.spec.intermediate_size, length)
     compared = []
     for rank, own in tensors.items():
         if logits := {key: parts for key, parts in own.items() if key[2] == LOGITS}:
@@ -129,13 +152,18 @@ def compare(
             for part in parts if key in reference else ():
                 tolerated = tolerance(dtype, part.dtype, layer, width)
                 if one := _beside(rank, key, part, reference[key], tolerated):
-                    compared.append(one)
+                    is_attended = fed[key[0]].is_attended
+                    if key[2] == LOGITS:
+                        is_attended = [is_attended[piece.stop - 1] for piece in pieces]
+                    compared.append(one.only(is_attended))
     if not compared:
         raise NotPossible(
             f"none of the tensors taken is one of the reference's: these are {', '.join(ORDER)} of "
-            f"{decoder.num_layers} layers, for {len(fed[0])} tokens."
+            f"{decoder.num_layers} layers, for {length} tokens."
         )
-    fed_text = f"{len(fed[0]):,} tokens in {len(pieces)} piece{'s' * (len(pieces) != 1)}"
+    fed_text = f"{length:,} tokens in {len(pieces)} piece{'s' * (len(pieces) != 1)}"
+    if padding := sum(sequence.is_attended.count(False) for sequence in fed):
+        fed_text += f", of which {padding:,} of all {len(fed)} sequences are padding and are left out"
     about = f"reference: {path}, {dtype}, {fed_text} ({perf_counter() - began:.2g} s)"
     others = sorted({key[2] for own in tensors.values() for key in own} - set(ORDER))
     return WatchedComparison(compared, tensors, reference, pieces, about, others)
@@ -286,7 +314,7 @@ class WatchedComparison(Tidy, Composed):
     def _text(self, one: RowDeviation) -> str:
         if one.source is not None:
             return f"{self._where(one)}: it holds what belongs to {places_text([one.source])}"
-        how = "by an unknown amount: only digests were taken, dinfer.watch(…, compare=True) takes more"
+        how = "by an unknown amount: only digests were taken, a watch with compare=True takes more"
         if not math.isnan(one.difference):
             how = (
                 f"about {one.difference:.2g} of its length from the reference's, where rounding explains "
@@ -379,8 +407,8 @@ def _checkpoint(taken: Iterable[Sequence[RowsTaken]]) -> str:
     )
 
 
-def _ids(taken: Iterable[Sequence[RowsTaken]]) -> list[list[int]]:
-    """The ids of each sequence, as the first rank that saw them has."""
+def _fed(taken: Iterable[Sequence[RowsTaken]]) -> list[FedSequence]:
+    """What each sequence was fed, as the first rank that saw the ids has it."""
     for rows in taken:
         parts: dict[int, RowsTaken] = {}
         for one in rows:
@@ -388,17 +416,27 @@ def _ids(taken: Iterable[Sequence[RowsTaken]]) -> list[list[int]]:
                 _put(parts, range(one.start, one.start + len(one.digests[0])), one)
         if not parts:
             continue
-        found = [list[int]() for _ in next(iter(parts.values())).digests]
+        words = [list[tuple[int, ...]]() for _ in next(iter(parts.values())).digests]
         for start in sorted(parts):
-            if start != len(found[0]) or len(parts[start].digests) != len(found):
+            if start != len(words[0]) or len(parts[start].digests) != len(words):
                 raise NotPossible(
                     f'the ids that were seen have a gap before token {start}; give compare("reference", ids=[…]).'
                 )
             for sequence, digests in enumerate(parts[start].digests):
-                found[sequence] += [row[0] for row in digests]
-        return found
+                words[sequence] += digests
+        return [_sequence(of_one) for of_one in words]
     raise NotPossible(
         'the token ids are not known: no whole model of transformers was called; give compare("reference", ids=[…]).'
+    )
+
+
+def _sequence(words: Sequence[tuple[int, ...]]) -> FedSequence:
+    """From ids, or ids with what the probe knows of their mask and positions."""
+    places = [row[1] if len(row) > 1 else 1 for row in words]
+    positions = [place // 2 - 1 if place > 1 else at for at, place in enumerate(places)]
+    is_as_counted = positions == list(range(len(words)))
+    return FedSequence(
+        [row[0] for row in words], [bool(place % 2) for place in places], None if is_as_counted else positions
     )
 
 
@@ -473,7 +511,7 @@ def _dtype(tensors: Iterable[Mapping[TapKey, Sequence[Rows]]]) -> str:
 
 
 def _reference(
-    decoder: Decoder, sequence: int, ids: Sequence[int], pieces: Sequence[range]
+    decoder: Decoder, sequence: int, fed: FedSequence, pieces: Sequence[range]
 ) -> dict[TapKey, Rows]:
     parts: dict[TapKey, list[tuple[Tensor, Tensor]]] = {}
 
@@ -494,7 +532,12 @@ def _reference(
 
     forward = Forward(decoder, see)
     for piece in pieces:
-        output = forward.feed(ids[piece.start : piece.stop])
+        span = slice(piece.start, piece.stop)
+        output = forward.feed(
+            fed.ids[span],
+            None if fed.mask is None else fed.mask[: piece.stop],
+            None if fed.positions is None else fed.positions[span],
+        )
         add(AFTER_ALL, LOGITS, last_dim_digests(output.logits[None]), row_sketches(output.logits[None]))
     dtype = str(decoder.dtype).removeprefix("torch.")
     return {

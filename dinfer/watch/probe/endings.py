@@ -23,6 +23,8 @@ class Endings:
         self._recorder, self._before_exit = recorder, before_exit
         self._restore: list[Callable[[], None]] = []
         self._told: BaseException | None = None
+        """what ends the process; an exception of another thread is not kept: it would hold its frames"""
+        self._has_told = False
         self._replace(sys, "excepthook", self._excepthook)
         self._replace(threading, "excepthook", self._thread_excepthook)
         self._replace(os, "_exit", self._os_exit)
@@ -59,7 +61,9 @@ class Endings:
     def _raised(self, error: BaseException | None, thread: str = "") -> None:
         if error is None or error is self._told or self._recorder.records is None:
             return
-        self._told = error
+        self._has_told = True
+        if not thread:
+            self._told = error
         try:
             self._recorder.raised(error, "exception", thread)
         except Exception as failure:
@@ -130,4 +134,4 @@ class Endings:
         # Where somebody has replaced sys.excepthook, Python has still noted what nobody caught.
         if not hasattr(sys, "ps1") and "ipykernel" not in sys.modules:
             self._raised(getattr(sys, "last_value", None))
-        self._end("exit" if self._told is None else "exception")
+        self._end("exception" if self._has_told else "exit")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from .recorder import OpRecorder, PendingOp
 from .records import NOTHING
-from .works import Works
+from .works import Works, flat, is_uneven
 
 
 class OperatorArguments(NamedTuple):
@@ -73,6 +73,13 @@ class KernelHook:
         self._group = torch._C._distributed_c10d.ProcessGroup.unbox
         self._work = torch._C._distributed_c10d.Work.unbox
         self._libraries: list[Any] = []
+        try:
+            self._place(torch)
+        except BaseException:
+            self.remove()  # else ops would be seen twice, by whatever else sees them
+            raise
+
+    def _place(self, torch: Any) -> None:
         library: Any = torch.library.Library
         c10d = library("c10d", "IMPL")
         self._libraries.append(c10d)
@@ -115,10 +122,10 @@ class KernelHook:
             return args[async_at] if 0 <= async_at < len(args) else is_async_default
 
         def begin(args: tuple[Any, ...], frame: Any) -> PendingOp | None:
-            tensors = _flat(args[tensors_at]) if tensors_at >= 0 else ()
+            tensors = flat(args[tensors_at]) if tensors_at >= 0 else ()
             if tensors and tensors[0].is_meta:
                 return None
-            sized = _flat(args[parts_at]) if parts_at >= 0 and tensors and not tensors[0].is_cpu else ()
+            sized = flat(args[parts_at]) if parts_at >= 0 and tensors and not tensors[0].is_cpu else ()
             return recorder.issued(
                 kind, recorder.group_of(unbox_group(args[group_at])),
                 args[peer_at] if peer_at >= 0 else NOTHING,
@@ -127,19 +134,19 @@ class KernelHook:
                 async_op(args),
                 frame,
                 args[placeholder_at] if placeholder_at >= 0 else None,
-                sized if sized and _is_uneven(sized) else (),
+                sized if sized and is_uneven(sized) else (),
             )  # fmt: skip
 
         def follow(pending: PendingOp, result: Any, args: tuple[Any, ...]) -> None:
             boxed = result[-1] if type(result) is tuple else result
             work = unbox_work(boxed) if boxed is not None else None
             if work is None:
-                first = _flat(args[tensors_at])[0] if tensors_at >= 0 else args[placeholder_at]
+                first = flat(args[tensors_at])[0] if tensors_at >= 0 else args[placeholder_at]
                 works.without_work(pending, first)
                 return
             works.hand_over(work, pending)
             if output_at >= 0 and async_op(args) is not False:  # else nobody waits by the output
-                works.keep_output(_flat(args[output_at]), pending)
+                works.keep_output(flat(args[output_at]), pending)
 
         def kernel(keys: Any, *args: Any) -> Any:
             if recorder.is_off:
@@ -190,14 +197,3 @@ class KernelHook:
             return result
 
         return kernel
-
-
-def _flat(value: Any) -> Any:
-    """The tensors of an argument: a tensor, a list, or the first of a list of lists."""
-    if type(value) is list:
-        return value[0] if value and type(value[0]) is list else value
-    return (value,)
-
-
-def _is_uneven(tensors: Any) -> bool:
-    return any(tensor.shape != tensors[0].shape for tensor in tensors)

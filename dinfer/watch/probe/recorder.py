@@ -160,7 +160,6 @@ class OpRecorder:
         """by the group's number"""
         self._rank: tuple[int, int, str] | None = None
         self._problems = self._errors = self._raised = 0
-        self._last_raised: int = 0
 
     def close(self) -> None:
         """Record no more, and let go of the files."""
@@ -309,6 +308,7 @@ class OpRecorder:
                 thread: int = self._threads.number
             except AttributeError:  # kept with the thread: its ident will be another's once it has ended
                 thread = self._threads.number = records.threads.number(thread_name())
+                self._threads.handled = None
             base, commit = records.ops.begin(
                 time.monotonic_ns(), KIND_NUMBERS[kind], is_async, group.number, peer, tag, place, form,
                 thread, nbytes, called.layer if layer is None else _kept_number(layer),
@@ -316,7 +316,9 @@ class OpRecorder:
             )  # fmt: skip
             raised = sys.exc_info()[1]
             if raised is not None:
-                self.raised(raised, "handled")
+                self._handles(raised)
+            elif self._threads.handled is not None:
+                self._threads.handled = None
             return PendingOp(base, commit, not is_async, on_device, nbytes, channel, number, any_source)
         except Exception as error:
             self.switch_off("recording ops", error)
@@ -484,17 +486,24 @@ class OpRecorder:
 
     # -- exceptions
 
+    def _handles(self, error: BaseException) -> None:
+        """This thread issues an op while it handles an exception. Said once of each: it is known by its attributes' own
+        dict, which is held until the thread issues an op that handles none. (Its id may be another's later, and whoever
+        held the exception would hold its frames, and their tensors.)"""
+        attributes = object.__getattribute__(error, "__dict__")
+        if self._threads.handled is attributes or self._raised >= MOST_RAISED:
+            return
+        self._threads.handled = attributes
+        self._raised += 1
+        self.raised(error, "handled")
+
     def raised(self, error: BaseException, what: str, thread: str = "") -> None:
         """Say that an exception ended a thread (`exception`) or a notebook's cell (`cell_raised`), or is being handled
         while ops are issued (`handled`)."""
         is_handled = what == "handled"
-        if is_handled and (self._raised >= MOST_RAISED or self._last_raised == id(error)):
-            return
         records = self.open()
         if records is None:
             return
-        self._raised += 1
-        self._last_raised = id(error)
         file, line = raised_at(error)
         records.lines.write(
             what,

@@ -155,47 +155,68 @@ def read_rows(folder: str | Path, process: WatchedProcess) -> list[RowsTaken]:
 
 def each_rows(folder: str | Path, process: WatchedProcess) -> Iterator[RowsTaken]:
     """The same one after another, so that no more than one is in memory. Raises RecordsError."""
-    path = Path(folder) / f"{process.name}.kv"
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise RecordsError(f"{path}: it is not a plain file")
-        if path.stat().st_size > MOST_BYTES:
-            raise RecordsError(f"{path}: it has more than {MOST_BYTES:,} bytes")
-        with path.open("rb") as file:
-            yield from _rows_in(file, path, process)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise RecordsError(f"{path}: {error.strerror}") from None
+    return RowsReader(folder, process.name).more(process)
 
 
-def _rows_in(file: BinaryIO, path: Path, process: WatchedProcess) -> Iterator[RowsTaken]:
-    at, requests = 0, _Requests()
-    while len(data := file.read(_HEAD.size)) == _HEAD.size:
-        magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns = _HEAD.unpack(data)
-        size = batch * count * columns * 8
-        if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in _COLUMNS:
-            raise RecordsError(f"{path}: it is damaged at byte {at}")
-        at += _HEAD.size + size
-        if not size:  # whatever the other number says
-            continue
-        if size > MOST_BYTES or len(data := file.read(size)) < size:
-            break  # being written, or the process was killed meanwhile
-        numbers = array("Q")
-        numbers.frombytes(data)
-        text, shape, dtype = process.taps.get(name, ("", (), ""))
-        about = (time_ns + process.clock, seq, dtype, shape)
-        if columns == PAGED:
-            yield from requests.rows(text, _known(layer), _known(chunk), numbers, about)
-            continue
-        parts = _COLUMNS[columns]
-        rows = [tuple(numbers[i : i + parts]) for i in range(0, len(numbers), columns)]
-        sketches = array("f")
-        if columns > parts:
-            for i in range(0, len(numbers), columns):
-                sketches.frombytes(numbers[i + parts : i + columns].tobytes())
-        digests = tuple(tuple(rows[one * count : (one + 1) * count]) for one in range(batch))
-        yield RowsTaken(text, cache, _known(layer), _known(chunk), start, digests, *about, sketches)
+class RowsReader:
+    """Reads the rows of one process while its file grows: each time on from where it has stopped."""
+
+    def __init__(self, folder: str | Path, name: str) -> None:
+        """`name`: of the process's files."""
+        self._path = Path(folder) / f"{name}.kv"
+        self._at, self._requests = 0, _Requests()
+
+    def more(
+        self, process: WatchedProcess, most_bytes: int = MOST_BYTES, *, waits: bool = False
+    ) -> Iterator[RowsTaken]:
+        """What has come since, of about so many bytes. `waits`: rows whose name is not known yet are left for later.
+        Raises RecordsError."""
+        path = self._path
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise RecordsError(f"{path}: it is not a plain file")
+            if path.stat().st_size > MOST_BYTES:
+                raise RecordsError(f"{path}: it has more than {MOST_BYTES:,} bytes")
+            if path.stat().st_size <= self._at:
+                return
+            with path.open("rb") as file:
+                yield from self._rows_in(file, process, self._at + most_bytes, waits)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise RecordsError(f"{path}: {error.strerror}") from None
+
+    def _rows_in(
+        self, file: BinaryIO, process: WatchedProcess, until: int, waits: bool
+    ) -> Iterator[RowsTaken]:
+        file.seek(self._at)
+        while self._at < until and len(data := file.read(_HEAD.size)) == _HEAD.size:
+            magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns = _HEAD.unpack(data)
+            size = batch * count * columns * 8
+            if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in _COLUMNS:
+                raise RecordsError(f"{self._path}: it is damaged at byte {self._at}")
+            if size and (size > MOST_BYTES or len(data := file.read(size)) < size):
+                break  # being written, or the process was killed meanwhile
+            if size and waits and name and name not in process.taps:
+                break
+            self._at += _HEAD.size + size
+            if not size:  # whatever the other number says
+                continue
+            numbers = array("Q")
+            numbers.frombytes(data)
+            text, shape, dtype = process.taps.get(name, ("", (), ""))
+            about = (time_ns + process.clock, seq, dtype, shape)
+            if columns == PAGED:
+                yield from self._requests.rows(text, _known(layer), _known(chunk), numbers, about)
+                continue
+            parts = _COLUMNS[columns]
+            rows = [tuple(numbers[i : i + parts]) for i in range(0, len(numbers), columns)]
+            sketches = array("f")
+            if columns > parts:
+                for i in range(0, len(numbers), columns):
+                    sketches.frombytes(numbers[i + parts : i + columns].tobytes())
+            digests = tuple(tuple(rows[one * count : (one + 1) * count]) for one in range(batch))
+            yield RowsTaken(text, cache, _known(layer), _known(chunk), start, digests, *about, sketches)
 
 
 class _Requests:

@@ -16,11 +16,13 @@ from .paged import PagedCaches
 from .recorder import NO_GROUP, OpRecorder
 from .records import NOTHING
 from .stacks import dump_no_more, dump_on_signal, dumps_still
-from .tensors import TensorWatch
+from .tensors import TensorWatch, calling
 from .thread import ProbeThread
 from .works import Works
 
 VARIABLE = "DINFER_WATCH"
+HOOK_VARIABLE = "DINFER_WATCH_HOOK"
+"""how ops are to be seen, `kernels` or `patched`; if it is not set, by the best that torch has"""
 _C10D = "torch.distributed.distributed_c10d"
 _RANK = 4
 """the argument `rank` of init_process_group, where it has no name"""
@@ -29,7 +31,7 @@ _RANK = 4
 class Probe:
     """What watches this process."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, compares: bool = False) -> None:
         self.recorder = OpRecorder(
             Path(folder).absolute(), on_open=self._on_open, on_fork=self._on_fork, on_off=self._on_off
         )
@@ -41,11 +43,15 @@ class Probe:
         self._cells: Cells | None = None
         self._imports = ImportWatch()
         self._endings = Endings(self.recorder, self._imports, self._stop_thread)
-        self._tensors = TensorWatch(self.recorder, self._imports)
+        self._tensors = TensorWatch(self.recorder, self._imports, compares=compares)
         captures.watch(self._imports)
         PagedCaches(self._tensors, self._imports)
         self._imports.add(_C10D, self._found_c10d)
         self._imports.add("transformers.modeling_layers", self._found_layers)
+
+    def serves(self, folder: str | Path, *, compares: bool) -> bool:
+        """Whether this is what a `Probe` of that folder would be."""
+        return self.recorder.folder == Path(folder).absolute() and self._tensors.compares >= compares
 
     def stop(self) -> None:
         """Watch no more, and leave torch as it was. What was recorded stays."""
@@ -134,13 +140,31 @@ class Probe:
         try:
             import torch
 
-            from .kernels import KernelHook
-
             self._works.patch()
-            self._hook = KernelHook(self.recorder, self._works)
+            self._hook = self._placed_hook()
             self.recorder.say_hook(self._hook.name, torch.__version__)
         except Exception as error:
             self.recorder.switch_off("seeing ops", error)
+
+    def _placed_hook(self) -> Any:
+        """The best that this torch has, or the one that is asked for."""
+        from .kernels import KernelHook
+        from .patched import PatchedMethods
+
+        asked = os.environ.get(HOOK_VARIABLE, "")
+        if asked not in ("", KernelHook.name, PatchedMethods.name):
+            self.recorder.problem(
+                f"{HOOK_VARIABLE} is {asked!r}; it takes {KernelHook.name} or {PatchedMethods.name}"
+            )
+        if asked != PatchedMethods.name:
+            try:
+                return KernelHook(self.recorder, self._works)
+            except (AttributeError, ImportError, NotImplementedError, RuntimeError, TypeError) as error:
+                self.recorder.problem(
+                    "ops are seen by methods of process groups alone, so functional collectives and those of C++ code, "
+                    f"as DDP's, are not: torch's operators cannot be overridden: {type(error).__name__}: {error}"
+                )
+        return PatchedMethods(self.recorder, self._works)
 
     def _initialising(self, before: Any) -> Any:
         @wraps(before)
@@ -203,24 +227,20 @@ class Probe:
             kind = getattr(module, "GradientCheckpointingLayer", None)
             if kind is None:  # an older transformers
                 return
-            by = _within_layer(kind.__call__, torch.compiler.is_compiling, self._tensors)
-            if "__call__" in vars(kind):
-                self._restore.append((kind, "__call__", by, vars(kind)["__call__"]))
-            else:
-                self._restore.append((kind, "__call__", by, torch.nn.Module.__call__))
-            kind.__call__ = by
+            by = _within_layer(kind.__call__, calling(kind), torch.compiler.is_compiling, self._tensors)
+            self._tensors.replace(kind, "__call__", by)
         except Exception as error:
             self.recorder.problem(f"layers of transformers are not told apart: {error}")
 
 
-def _within_layer(call: Any, is_compiling: Any, tensors: TensorWatch) -> Any:
+def _within_layer(compiled: Any, call: Any, is_compiling: Any, tensors: TensorWatch) -> Any:
     """Calls a decoder layer, and says meanwhile which one it is. A compiler must not see that."""
     compares = tensors.compares
 
-    @wraps(call)
+    @wraps(compiled)
     def called(layer: Any, *args: Any, **options: Any) -> Any:
         if is_compiling():
-            return call(layer, *args, **options)
+            return compiled(layer, *args, **options)
         number = _layer_number(layer)
         if number is None:
             return call(layer, *args, **options)
@@ -249,11 +269,14 @@ current: Probe | None = None
 """The probe of this process."""
 
 
-def start(folder: str | Path) -> Probe:
-    """Watch this process from now on, and what it forks; its files go into `folder`. A second call changes nothing."""
+def start(folder: str | Path, *, compares: bool = False) -> Probe:
+    """Watch this process from now on, and what it forks; its files go into `folder`. `compares`: take what a comparison
+    with a reference needs, too. A second call changes nothing; one with another folder begins anew there."""
     global current
+    if current is not None and not current.serves(folder, compares=compares):
+        stop()
     if current is None:
-        current = Probe(folder)
+        current = Probe(folder, compares=compares)
     return current
 
 

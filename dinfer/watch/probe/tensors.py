@@ -35,7 +35,9 @@ COMPARE_VARIABLE = "DINFER_WATCH_COMPARE"
 layers of transformers' models, and the token ids that such models are fed."""
 
 HIDDEN, OUTPUT, IDS = "hidden", "output", "ids of "
-"""names of what is taken then: what enters a layer, what leaves it; and ids, with the model's checkpoint behind"""
+"""names of what is taken then: what enters a layer, what leaves it; and ids, with the model's checkpoint behind. Where
+the model is given a mask or positions, each id has a second word: 1 if the token is attended to, no padding, and twice
+its position plus 1, or 0 if positions are not given."""
 
 EXIT_S = 2.0
 """for so long a process that ends waits for digests from a device"""
@@ -44,9 +46,9 @@ EXIT_S = 2.0
 class TensorWatch:
     """Digests of rows in this process."""
 
-    def __init__(self, recorder: OpRecorder, imports: ImportWatch) -> None:
+    def __init__(self, recorder: OpRecorder, imports: ImportWatch, *, compares: bool = False) -> None:
         self._recorder = recorder
-        self.compares = os.environ.get(COMPARE_VARIABLE) == "1"
+        self.compares = compares or os.environ.get(COMPARE_VARIABLE) == "1"
         self._within = threading.local()
         self._restore: list[tuple[Any, str, Any]] = []
         self.is_off = False
@@ -222,18 +224,20 @@ class TensorWatch:
         try:
             kind: Any = getattr(module, "PreTrainedModel", None)
             if kind is not None:
-                self.replace(kind, "__call__", self._calling_model(kind.__call__))
+                self.replace(kind, "__call__", self._calling_model(kind.__call__, calling(kind)))
         except Exception as error:
             self.switch_off("finding models of transformers", error)
 
-    def _calling_model(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _calling_model(self, compiled: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
         import torch
 
         within, is_compiling = self._within, torch.compiler.is_compiling
 
-        @wraps(call)
+        @wraps(compiled)
         def called(model: Any, *args: Any, **options: Any) -> Any:
-            if is_compiling() or getattr(within, "is_model", False):
+            if is_compiling():
+                return compiled(model, *args, **options)
+            if getattr(within, "is_model", False):
                 return call(model, *args, **options)
             ids = args[0] if args else options.get("input_ids")
             within.is_model = True
@@ -241,20 +245,46 @@ class TensorWatch:
                 if type(ids) is torch.Tensor and not ids.is_floating_point() and ids.dim() == 2:
                     cache = options.get("past_key_values")
                     start = 0 if cache is None else _length(cache, 0)
-                    self._taken_of_model(f"{IDS}{_checkpoint(model)}", ids, cache, None, start)
+                    placed = self._placed_ids(torch, ids, args, options)
+                    self._taken_of_model(f"{IDS}{_checkpoint(model)}", placed, cache, None, start)
                 return call(model, *args, **options)
             finally:
                 within.is_model = False
 
         return called
 
+    def _placed_ids(self, torch: Any, ids: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Ids [batch, tokens], with mask and positions [batch, tokens, 2]. Never raises."""
+        try:
+            mask: Any = args[1] if len(args) > 1 else options.get("attention_mask")
+            positions: Any = args[2] if len(args) > 2 else options.get("position_ids")
+            if mask is None and positions is None:
+                return ids
+            words = torch.ones_like(ids, dtype=torch.int64)
+            if type(mask) is torch.Tensor and mask.dim() == 2 and mask.shape[1] >= ids.shape[1]:
+                words = (mask[:, mask.shape[1] - ids.shape[1] :] != 0).to(torch.int64)
+            elif mask is not None:
+                self.problem('a mask that has not the form [batch, tokens]: compare("reference") ignores it')
+            if type(positions) is torch.Tensor and positions.dim() == 2:
+                words = words + 2 * (positions.to(torch.int64) + 1)
+            elif positions is not None:
+                self.problem(
+                    'positions that have not the form [batch, tokens]: compare("reference") ignores them'
+                )
+            return torch.stack([ids.to(torch.int64), words.expand_as(ids)], -1)
+        except Exception as error:
+            self.problem(f"masks and positions are not followed: {type(error).__name__}: {error}")
+            return ids
+
     def _watch_class(self, kind: type[Any]) -> None:
         """It and all its subclasses, also those to come."""
-        before = kind.__init_subclass__
-        watch = self._wrap_update
+        own, watch = vars(kind).get("__init_subclass__"), self._wrap_update
 
         def init_subclass(cls: type[Any], /, **options: Any) -> None:
-            before.__func__(cls, **options) if hasattr(before, "__func__") else before(**options)
+            if own is None:  # that of the next class in its order, which may be another base
+                super(kind, cls).__init_subclass__(**options)
+            else:
+                own.__get__(None, cls)(**options)
             watch(cls)
 
         self.replace(kind, "__init_subclass__", classmethod(init_subclass))
@@ -349,6 +379,13 @@ class _Method:
         self._watch._recorder.problem(text)
 
 
+def calling(kind: Any) -> Callable[..., Any]:
+    """What a class's instances do when they are called: where the class has no such method of its own, that of the next
+    class in an instance's order, which may be another base."""
+    own = vars(kind).get("__call__")
+    return own or (lambda found, *args, **options: super(kind, found).__call__(*args, **options))
+
+
 def _asked(recorder: OpRecorder) -> list[dict[str, Any]]:
     text = os.environ.get(KV_VARIABLE)
     if not text:
@@ -411,7 +448,8 @@ def _row_words(name: str, values: list[Any], by_token: bool, *, sketched: bool) 
     from .digests import last_dim_digests, row_sketches, token_digests, token_sketches
 
     if name.startswith(IDS):
-        return values[0].to(torch.int64).reshape(-1, values[0].shape[-1], 1)
+        ids = values[0].to(torch.int64)
+        return ids if ids.dim() == 3 else ids[..., None]
     # K and V as one: of a few tokens, the calls cost more than the work
     alike = {(value.shape, value.dtype) for value in values}
     together = [torch.stack(values)] if len(values) > 1 and len(alike) == 1 else [one[None] for one in values]

@@ -97,12 +97,12 @@ class Works:
             _keep_at_most(self.by_output, MOST_OUTPUTS)
 
     def without_work(self, pending: PendingOp, tensor: Any) -> None:
-        """The op was issued, and there is no Work. `tensor`: one of its own, on its device."""
+        """The op was issued, and there is no Work. `tensor`: one of its own, on its device; None: it has none."""
         batch = self._batches.get(threading.get_ident())
         if batch is not None:
             batch.append(pending)
             return
-        if pending.on_device:
+        if pending.on_device and tensor is not None:
             self._behind((pending,), pending.queue, tensor.device)
         else:
             self._recorder.done(pending)
@@ -453,3 +453,15 @@ def _all_subclasses(kind: type[Any]) -> list[type[Any]]:
         found.append(one)
         found.extend(_all_subclasses(one))
     return found
+
+
+def flat(value: Any) -> Any:
+    """The tensors of an argument: a tensor, a list, or the first of a list of lists."""
+    if type(value) is list:
+        return value[0] if value and type(value[0]) is list else value
+    return (value,)
+
+
+def is_uneven(tensors: Any) -> bool:
+    """Whether they differ in shape."""
+    return any(tensor.shape != tensors[0].shape for tensor in tensors)

@@ -19,12 +19,12 @@ import torch.distributed._functional_collectives as functional
 from torch.distributed import send as early_send
 
 from dinfer.verdict.completed import findings_of_events
-from dinfer.watch.probe import callers, kernels, recorder
+from dinfer.watch.probe import callers, kernels, patched, recorder
 from dinfer.watch.probe.labels import label
 from dinfer.watch.probe.reading import ask_stacks, read
 from dinfer.watch.probe.recorder import NO_GROUP
 from dinfer.watch.probe.records import WatchedOp, WatchedProcess
-from dinfer.watch.probe.start import Probe
+from dinfer.watch.probe.start import HOOK_VARIABLE, Probe
 from dinfer.watch.probe.works import Works
 from dinfer.watching.events import ranks_of, trace_of
 from tests.support.probed import Watched
@@ -44,8 +44,15 @@ def only(process: WatchedProcess, kind: str) -> WatchedOp:
     return found
 
 
+@pytest.fixture(params=["kernels", "patched"])
+def hook(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way to see ops."""
+    monkeypatch.setenv(HOOK_VARIABLE, request.param)
+    return str(request.param)
+
+
 @pytest.mark.usefixtures("fake")
-def test_a_send_and_who_called_it(watched: Watched) -> None:
+def test_a_send_and_who_called_it(hook: str, watched: Watched) -> None:
     def step(hidden: torch.Tensor, layer_idx: int) -> None:
         assert layer_idx
         early_send(hidden, 3, tag=5)
@@ -59,7 +66,7 @@ def test_a_send_and_who_called_it(watched: Watched) -> None:
     assert (op.layer, op.chunk, op.thread) == (11, 7, "MainThread")
     assert (op.is_async, op.state, op.waited_line) == (False, "done", op.line)
     assert 0 < op.issued_ns <= op.waited_ns <= op.done_ns
-    assert (process.rank, process.world_size, process.hook) == (1, 4, "kernels")
+    assert (process.rank, process.world_size, process.hook) == (1, 4, hook)
     assert process.groups[op.group].ranks == (0, 1, 2, 3)
     assert process.problems == []
 
@@ -81,7 +88,7 @@ def test_a_line_of_a_package_comes_with_the_users_line(watched: Watched) -> None
     assert op.function == f"_gather, called at test_probe.py:{line} in forward"
 
 
-@pytest.mark.usefixtures("fake")
+@pytest.mark.usefixtures("fake", "hook")
 def test_an_isend_that_nobody_waits_for(watched: Watched) -> None:
     work = dist.isend(torch.zeros(2), 0)
     op = only(watched(), "send")
@@ -94,7 +101,7 @@ def test_an_isend_that_nobody_waits_for(watched: Watched) -> None:
     assert after.issued_ns < after.waited_ns <= after.done_ns
 
 
-@pytest.mark.usefixtures("fake")
+@pytest.mark.usefixtures("fake", "hook")
 def test_every_way_to_send_is_seen(watched: Watched) -> None:
     tensor = torch.zeros(4)
     dist.group.WORLD.send([tensor], 2, 0).wait()  # type: ignore[union-attr]
@@ -122,7 +129,7 @@ def test_every_way_to_send_is_seen(watched: Watched) -> None:
     assert {op.state for op in ops} == {"done"}
 
 
-@pytest.mark.usefixtures("fake")
+@pytest.mark.usefixtures("fake", "hook")
 def test_a_subgroup_names_global_ranks(watched: Watched) -> None:
     group = dist.new_group([1, 3])
     dist.send(torch.zeros(1), group_dst=1, group=group)
@@ -150,7 +157,7 @@ def collectives(world: int) -> dict[str, Callable[[], object]]:
 
 
 @pytest.mark.parametrize("kind", collectives(1))
-@pytest.mark.usefixtures("gloo")
+@pytest.mark.usefixtures("gloo", "hook")
 def test_collectives_are_seen(watched: Watched, kind: str) -> None:
     collectives(1)[kind]()
     op = only(watched(), kind)
@@ -160,7 +167,7 @@ def test_collectives_are_seen(watched: Watched, kind: str) -> None:
     assert op.issued_ns <= op.waited_ns <= op.done_ns
 
 
-@pytest.mark.usefixtures("gloo")
+@pytest.mark.usefixtures("gloo", "hook")
 def test_an_async_collective_is_over_before_anybody_waits(watched: Watched) -> None:
     work = dist.all_reduce(torch.ones(2), async_op=True)
     assert only(watched(), "all_reduce").is_async
@@ -188,7 +195,7 @@ def by_asking(work: dist.Work) -> None:
 
 
 @pytest.mark.parametrize("wait", [by_future, by_what_follows, by_asking])
-@pytest.mark.usefixtures("gloo")
+@pytest.mark.usefixtures("gloo", "hook")
 def test_who_has_seen_the_end_has_waited(watched: Watched, wait: Callable[[dist.Work], None]) -> None:
     work = dist.all_reduce(torch.ones(2), async_op=True)
     assert work is not None
@@ -270,7 +277,7 @@ def test_a_compiled_function_is_called_where_the_user_calls_it(watched: Watched)
     assert (op.file, op.state) == (__file__, "done")
 
 
-@pytest.mark.usefixtures("gloo")
+@pytest.mark.usefixtures("gloo", "hook")
 def test_an_op_that_fails_says_why(watched: Watched) -> None:
     with pytest.raises(RuntimeError, match="contiguous"):
         dist.isend(torch.zeros(3, 3).t()[:2], 0)
@@ -291,6 +298,62 @@ def test_an_op_while_an_exception_is_handled(watched: Watched) -> None:
     assert (raised.type, raised.message, raised.file) == ("KeyError", "'lost'", __file__)
     assert raised.line == line_of(test_an_op_while_an_exception_is_handled, "raise KeyError")
     assert raised.seq == process.ops[0].seq
+
+
+@pytest.mark.usefixtures("gloo")
+def test_an_exception_that_has_the_id_of_one_before_is_another(watched: Watched) -> None:
+    ids = list[int]()
+    while len(ids) < 1000 and len(set(ids)) == len(ids):
+        try:
+            raise KeyError(len(ids))
+        except KeyError as error:
+            ids.append(id(error))
+            if len(ids) < recorder.MOST_RAISED:
+                dist.barrier()
+    assert len(set(ids)) < len(ids)  # Python has used one again
+    assert [raised.message for raised in watched().handled] == [str(n) for n in range(len(ids))]
+
+
+@pytest.mark.usefixtures("gloo", "watched")
+def test_an_exception_that_was_handled_is_not_kept() -> None:
+    def handle() -> weakref.ref[Any]:
+        held = torch.ones(2)
+        try:
+            raise KeyError(held.shape)
+        except KeyError as error:
+            error.batch = held  # type: ignore[attr-defined]
+            dist.barrier()
+        return weakref.ref(held)
+
+    tensor = handle()
+    dist.barrier()
+    gc.collect()
+    assert tensor() is None
+
+
+@pytest.mark.usefixtures("gloo")
+def test_an_exception_that_ends_a_thread_is_told_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = list[weakref.ref[Any]]()
+
+    def fail() -> None:
+        held = torch.ones(2)
+        kept.append(weakref.ref(held))
+        raise ValueError(held.shape)
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # pytest's own keeps it
+    probe = Probe(tmp_path)
+    dist.barrier()
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    gc.collect()
+    probe.stop()
+    assert kept[0]() is None
+    (process,) = read(tmp_path)
+    assert process.exception
+    assert process.exception.type == "ValueError"
 
 
 @pytest.mark.usefixtures("fake")
@@ -441,19 +504,59 @@ def test_a_forked_child_has_files_of_its_own(tmp_path: Path) -> None:
     assert processes[os.getpid()].ended is None
 
 
-@pytest.mark.usefixtures("fake")
+@pytest.mark.usefixtures("fake", "hook")
 def test_nothing_is_left_once_it_stops(tmp_path: Path) -> None:
     names = ("init_process_group", "new_group")
-    work = torch._C._distributed_c10d.Work
-    before = (sys.excepthook, os._exit, vars(work)["wait"], *(getattr(dist, name) for name in names))
+    c10d = torch._C._distributed_c10d
+
+    def now() -> tuple[Any, ...]:
+        ours = (sys.excepthook, os._exit, vars(c10d.Work)["wait"], vars(c10d.ProcessGroup)["send"])
+        return (*ours, *(getattr(dist, name) for name in names))
+
+    before = now()
     probe = Probe(tmp_path)
     dist.send(torch.zeros(1), 0)
     probe.stop()
-    assert (sys.excepthook, os._exit, vars(work)["wait"], *(getattr(dist, name) for name in names)) == before
+    assert now() == before
     dist.send(torch.zeros(1), 0)
     (process,) = read(tmp_path)
     assert len(process.ops) == 1
     assert not [thread for thread in threading.enumerate() if thread.name == "dinfer probe"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_where_operators_cannot_be_overridden_methods_are_replaced(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a torch that has no BackendSelect for them. What was placed before it failed is taken away."""
+    watched.probe.stop()
+    monkeypatch.delattr(torch.library, "Library")
+    folder: Path = watched.probe.recorder.folder / "other"
+    probe = Probe(folder)
+    dist.send(torch.zeros(1), 0)
+    probe.stop()
+    (process,) = read(folder)
+    assert (process.hook, [op.kind for op in process.ops]) == ("patched", ["send"])
+    assert "torch's operators cannot be overridden: AttributeError" in process.problems[0]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_way_that_there_is_not_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HOOK_VARIABLE, "magic")
+    probe = Probe(tmp_path)
+    dist.send(torch.zeros(1), 0)
+    probe.stop()
+    (process,) = read(tmp_path)
+    assert process.problems == [f"{HOOK_VARIABLE} is 'magic'; it takes kernels or patched"]
+    assert process.hook == "kernels"
+
+
+def test_all_methods_of_this_torch_s_groups_are_known() -> None:
+    """A new one would go unseen by those that are replaced. What takes tensors, and is none of these, starts no op."""
+    kind = torch._C._distributed_c10d.ProcessGroup
+    others = {"_end_coalescing"}
+    starting = {name for name in vars(kind) if "-> c10d::Work" in (getattr(kind, name).__doc__ or "")}
+    assert starting - set(patched.METHODS) <= others
 
 
 def test_all_operators_of_this_torch_are_known() -> None:

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen3Config, StaticCache
-from transformers.cache_utils import Cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import DynamicCache, PreTrainedModel, Qwen3Config, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 import dinfer
@@ -22,9 +24,10 @@ from dinfer.watch.probe.captures import captures
 from dinfer.watch.probe.digests import last_dim_digests, row_sketches, token_digests
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.records import RecordsError
-from dinfer.watch.probe.rows import RowsTaken, RowsWriter, read_rows
+from dinfer.watch.probe.rows import RowsReader, RowsTaken, RowsWriter, read_rows
 from dinfer.watch.probe.start import Probe
 from dinfer.watch.probe.writing import NumberedNames, Records
+from dinfer.watching.folders import Watched
 
 Taken = Callable[[], list[RowsTaken]]
 CONFIG = Qwen3Config(
@@ -120,6 +123,67 @@ def test_a_subclass_made_while_watched(taken: Taken) -> None:
     assert [(row.layer, row.start, len(row.digests[0])) for row in taken()] == [(0, 0, 2)]
 
 
+class Registered:
+    """A base of which every class has to say its name."""
+
+    names: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, *, name: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Registered.names.append(name)
+
+
+def test_a_subclass_whose_other_base_looks_after_its_subclasses(taken: Taken) -> None:
+    class Both(DynamicCache, Registered, name="both"):
+        pass
+
+    class OfLayers(DynamicLayer, Registered, name="of layers"):  # type: ignore[no-untyped-call]
+        pass
+
+    assert Registered.names[-2:] == ["both", "of layers"]
+    Both().update(*kv(2), 0)
+    assert [(row.layer, row.start, len(row.digests[0])) for row in taken()] == [(0, 0, 2)]
+
+
+class Calling(torch.nn.Module):
+    """A module that does something of its own when it is called."""
+
+    calls = 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        Calling.calls += 1
+        return super().__call__(*args, **options)
+
+
+class CallingModel(Qwen3Model, Calling):  # type: ignore[no-untyped-call]
+    pass
+
+
+class CallingLayer(GradientCheckpointingLayer, Calling):  # type: ignore[no-untyped-call]
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+def test_a_model_and_a_layer_whose_other_base_is_called_its_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tensors.COMPARE_VARIABLE, "1")
+    kinds: tuple[Any, ...] = (PreTrainedModel, GradientCheckpointingLayer)
+    before = [vars(kind).get("__call__") for kind in kinds]
+    probe = Probe(tmp_path)
+    try:
+        Calling.calls = 0
+        with torch.no_grad():
+            CallingModel(CONFIG)(torch.zeros(1, 3, dtype=torch.int64))
+        assert Calling.calls == 1
+        CallingLayer()(torch.zeros(1))
+        assert Calling.calls == 2
+        assert all("__call__" in vars(kind) for kind in kinds)
+    finally:
+        probe.stop()
+    assert [vars(kind).get("__call__") for kind in kinds] == before
+
+
 def test_a_layer_that_is_appended_twice_shows(taken: Taken) -> None:
     cache, both = dynamic(), kv(2)
     for _ in range(2):
@@ -132,7 +196,7 @@ def test_a_layer_that_is_appended_twice_shows(taken: Taken) -> None:
 def test_rows_after_a_crop_are_where_they_are(taken: Taken) -> None:
     cache = dynamic()
     cache.update(*kv(5), 0)
-    cache.layers[0].crop(-2)
+    cache.layers[0].crop(-2)  # type: ignore[union-attr]  # of every layer that grows
     cache.update(*kv(1), 0)
     assert [row.start for row in taken()] == [0, 3]
 
@@ -376,3 +440,69 @@ def test_nothing_is_left_open_once_it_stops(tmp_path: Path) -> None:
     assert os.waitpid(child, 0)[1] == 0
     probe.stop()
     assert opened() - before == set()
+
+
+def test_rows_are_read_on_from_where_reading_stopped(taken: Taken, tmp_path: Path) -> None:
+    """A run of hours has many: whoever follows it reads each once."""
+    reader: RowsReader | None = None
+    cache, found = dynamic(), list[RowsTaken]()
+    for _ in range(3):
+        cache.update(*kv(2), layer_idx=0)
+        (process,) = read(tmp_path)
+        reader = reader or RowsReader(tmp_path, process.name)
+        new = [*reader.more(process)]
+        assert len(new) == 1
+        assert [*reader.more(process)] == []
+        found += new
+    assert found == taken()
+    assert reader is not None
+    again, parts = RowsReader(tmp_path, process.name), list[RowsTaken]()
+    while some := [*again.more(process, 1)]:
+        assert len(some) == 1
+        parts += some
+    assert parts == found
+
+
+def test_rows_whose_name_is_not_known_yet_wait(tmp_path: Path, taken: Taken) -> None:
+    dynamic().update(*kv(2), layer_idx=0)
+    (process,) = read(tmp_path)
+    names, process.taps = process.taps, {}
+    reader = RowsReader(tmp_path, process.name)
+    assert [*reader.more(process, waits=True)] == []
+    process.taps = names
+    assert [*reader.more(process, waits=True)] == taken()
+
+
+def test_a_row_that_is_being_written_is_read_once_it_is_there(tmp_path: Path, taken: Taken) -> None:
+    dynamic().update(*kv(2), layer_idx=0)
+    (process,) = read(tmp_path)
+    path = tmp_path / f"{process.name}.kv"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    reader = RowsReader(tmp_path, process.name)
+    assert [*reader.more(process)] == []
+    path.write_bytes(whole)
+    assert [*reader.more(process)] == taken()
+
+
+def test_looks_read_rows_as_they_come(tmp_path: Path) -> None:
+    """So that little is left to read at the end: what was read is not read again."""
+    probe = Probe(tmp_path)
+    torch.distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        cache, watched = dynamic(), Watched([tmp_path])
+        cache.update(*kv(2), layer_idx=0)
+        watched.look(recent=True)
+        (path,) = tmp_path.glob("*.kv")
+        path.write_bytes(bytes(path.stat().st_size))  # as if it were damaged now
+        (found,) = watched.look(recent=True)
+        first = watched.kv(found)
+        assert watched.unreadable == []
+        assert [len(one.rows) for one in first.layers[0].values()] == [2]
+        cache.update(*kv(3), layer_idx=0)
+        (found,) = watched.look(recent=True)
+        assert [len(one.rows) for one in watched.kv(found).layers[0].values()] == [5]
+        assert [len(one.rows) for one in first.layers[0].values()] == [2]
+    finally:
+        torch.distributed.destroy_process_group()
+        probe.stop()

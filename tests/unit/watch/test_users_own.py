@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -99,3 +101,53 @@ def test_all_who_ask_for_a_module_get_it(tmp_path: Path, monkeypatch: pytest.Mon
         imports.remove()
         sys.modules.pop("wanted_by_two", None)
     assert got == ["one 3", "two 3"]
+
+
+IN_C = """
+import ctypes, os, signal, sys
+from pathlib import Path
+from dinfer.watch.probe import stacks
+
+libc = ctypes.CDLL(None)
+calls = []
+handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(calls.append)  # as C code installs one: Python does not know
+libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+take = lambda: libc.signal(signal.SIGUSR2, ctypes.cast(handler, ctypes.c_void_p))
+path = Path(sys.argv[1])
+"""
+
+
+def in_c(tmp_path: Path, then: str) -> str:
+    """What a process prints whose C code takes the signal."""
+    return subprocess.run(
+        [sys.executable, "-c", IN_C + then, str(tmp_path / "dump")],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+
+
+def test_a_handler_of_c_code_stays_and_is_not_sent_the_signal(tmp_path: Path) -> None:
+    said = in_c(
+        tmp_path,
+        "take(); print(stacks.dump_on_signal(path), path.exists()); os.kill(os.getpid(), signal.SIGUSR2); print(calls)",
+    )
+    assert said.split() == ["None", "False", f"[{signal.SIGUSR2.value}]"]
+
+
+def test_a_handler_that_c_code_sets_later_is_seen_and_stays(tmp_path: Path) -> None:
+    said = in_c(
+        tmp_path,
+        "print(stacks.dump_on_signal(path), stacks.dumps_still()); take(); print(stacks.dumps_still())\n"
+        "stacks.dump_no_more(); os.kill(os.getpid(), signal.SIGUSR2); print(calls)",
+    )
+    number = signal.SIGUSR2.value
+    assert said.split() == [str(number), "True", "False", f"[{number}]"]
+
+
+def test_the_signal_is_taken_and_given_back_again_and_again(tmp_path: Path) -> None:
+    said = in_c(
+        tmp_path,
+        "for _ in range(2):\n"
+        "    print(stacks.dump_on_signal(path) is not None, stacks.dumps_still())\n"
+        "    stacks.dump_on_signal(path); print(stacks.dumps_still()); stacks.dump_no_more(); print(stacks._handler())",
+    )
+    assert said.split() == ["True", "True", "True", "0"] * 2

@@ -1,5 +1,7 @@
 """KV of other people's code, by the digests of its rows."""
 
+import pytest
+
 from dinfer.watch.probe.rows import RowsTaken
 from dinfer.watching.held_rows import HeldRows, layers_of
 from dinfer.watching.kv import WatchedKv
@@ -144,3 +146,106 @@ def test_rows_that_lie_a_few_places_behind_those_of_another_rank() -> None:
 
 def test_a_token_that_decoding_repeats_is_no_stale_row() -> None:
     assert kv({0: [rows(0, 1, 2), rows(2, 7), rows(3, 8), rows(4, 7)]}).diff() == []
+
+
+PREFIX = tuple(range(1, 7))
+
+
+def prompt(*own: int, layers: int = 3, spoiled: tuple[int, int] | None = None) -> list[RowsTaken]:
+    """A rank's rows of a prompt that begins as others do. In layer 0 a row is its token's; in all behind it, each row
+    depends on all tokens before. `spoiled`: layer and place of a row that has become another."""
+    made = []
+    for layer in range(layers):
+        tokens = [*PREFIX, *own]
+        digests = [
+            token if not layer else hash((layer, *tokens[: at + 1])) >> 8 for at, token in enumerate(tokens)
+        ]
+        if spoiled and spoiled[0] == layer:
+            digests[spoiled[1]] += 1
+        made.append(rows(0, *(abs(one) for one in digests), layer=layer))
+    return made
+
+
+def test_data_parallel_ranks_whose_prompts_begin_alike_have_no_finding() -> None:
+    """One token is by chance the same at the same place, which only layer 0 shows."""
+    held = {0: prompt(20, 21, 22, 23), 1: prompt(30, 31, 22, 33), 2: prompt(40, 41, 42, 43, 44, 23)}
+    found = kv(held)
+    assert found.diff() == []
+    assert "ranks 0 and 1 have other prompts from token 6 on (sequence 0): compared before it" in str(found)
+
+
+def test_prompts_of_several_lengths_may_round_otherwise() -> None:
+    """Their matrices are of other shapes."""
+    rounded = kv({0: prompt(20, 21, 22), 1: prompt(30, 31, 32, 33, spoiled=(1, 2))})
+    assert rounded.diff() == []
+    assert "from token 6 on (sequence 0): not compared, as they were fed in other pieces" in str(rounded)
+
+
+def test_of_one_layer_alone_it_holds_too() -> None:
+    assert kv({0: prompt(20, 21, 22, 23, layers=1), 1: prompt(30, 31, 22, 33, layers=1)}).diff() == []
+
+
+def test_replicas_that_decode_other_tokens_have_no_finding() -> None:
+    assert kv({0: prompt(20, 21), 1: prompt(20, 31), 2: prompt(20, 21)}).diff() == []
+
+
+def test_what_is_spoiled_before_the_prompts_part_is_found() -> None:
+    (one,) = kv({0: prompt(20, 21, 22), 1: prompt(30, 31, 32, spoiled=(1, 2))}).diff()
+    assert (one.kind, one.layer, one.ranks) == ("rows differ", 1, (1, 0))
+    assert "hold other KV in 1 of 6 rows of layer 1, the first at token 2" in one.text
+
+
+def test_rows_that_differ_to_the_end_though_the_tokens_are_the_same_are_found() -> None:
+    """What a compute or a message spoils differs to the end in the layers behind it, and not in the first."""
+    right = prompt(20, 21, 22)
+    wrong = [right[0], *prompt(30, 21, 22)[1:]]
+    (one,) = kv({0: right, 1: wrong}).diff()
+    assert (one.kind, one.layer, one.ranks) == ("rows differ", 1, (1, 0))
+    assert "3 of 9 rows of layers 1–2, the first at token 6" in one.text
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_rows_that_nobody_has_filled_are_no_other_prompt(layers: int) -> None:
+    """As of a transfer that has not come: zeros to the end, in all layers."""
+    right = prompt(20, 21, 22, layers=layers)
+    empty = [
+        one._replace(digests=((*one.digests[0][: len(PREFIX)], *[(7, 7)] * 3),))
+        for one in prompt(20, 21, 22, layers=layers)
+    ]
+    (one,) = kv({0: right, 1: empty}).diff()
+    assert (one.kind, one.ranks) == ("rows differ", (1, 0))
+    assert "the first at token 6" in one.text
+
+
+def test_k_alone_that_differs_to_the_end_is_found() -> None:
+    """Such as by a wrong position: another token would have another V."""
+    right = prompt(20, 21, 22)
+    turned = [
+        one._replace(digests=(tuple((k + 500 * (at > 5), v) for at, (k, v) in enumerate(one.digests[0])),))
+        for one in right[:1]
+    ] + prompt(30, 31, 32)[1:]
+    (one,) = kv({0: right, 1: turned}).diff()
+    assert (one.kind, one.layer) == ("rows differ", 0)
+    assert "3 of 9 rows of layers 0–2, the first at token 6" in one.text
+
+
+def test_stages_of_data_parallel_pipelines_are_judged_by_the_first_stage() -> None:
+    """The second stage holds no first layer."""
+    one, other = prompt(20, 21, 22), prompt(30, 31, 32)
+    healthy = kv({0: one[:1], 1: one[1:], 2: other[:1], 3: other[1:]})
+    assert healthy.diff() == []
+    broken = kv({0: one[:1], 1: one[1:], 2: one[:1], 3: other[1:]})
+    assert [(found.kind, found.ranks) for found in broken.diff()] == [("rows differ", (3, 1))]
+
+
+def test_rows_of_one_tensor_are_compared_too() -> None:
+    """As those of a cache of latents, of which `dinfer.tap("kv", k=…)` gives one."""
+
+    def latents(start: int, *digests: int) -> RowsTaken:
+        return rows(start)._replace(digests=(tuple((one,) for one in digests),))
+
+    right = [latents(0, 1, 2, 3), latents(3, 4, 5, 6)]
+    (stale,) = kv({0: right, 1: [latents(0, 1, 2, 3), latents(3, 1, 2, 3)]}).diff()
+    assert stale.text == "rank 1 in layer 0: stale: rows 3–5 hold rows 0–2 of the chunk before"
+    (shifted, _) = kv({0: right, 1: [latents(0, 9, 1, 2, 3, 4, 5)]}).diff()
+    assert shifted.text == "rank 1 in layer 0: rows 1–5 are shifted by +1"

@@ -18,6 +18,8 @@ from dinfer.watch.probe import tensors
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.rows import RowsTaken, read_rows
 from dinfer.watch.probe.start import Probe
+from dinfer.watching.held_rows import layers_of
+from dinfer.watching.kv import WatchedKv
 from dinfer.watching.reference import WatchedComparison, compare
 
 IDS = list(range(20, 44))
@@ -217,3 +219,76 @@ def test_a_tap_that_the_reference_does_not_have_is_named(watcher: Watcher, model
     found = compared({0: watcher.rows(run)})
     assert found.not_compared == ["router"]
     assert "not compared: router" in str(found)
+
+
+def padded(model: Any, side: str, *, generates: bool = True) -> Callable[[], None]:
+    """Two prompts, the second one shorter, with padding on one side, and two more tokens behind."""
+    prompts = [list(range(20, 30)), list(range(40, 46))]
+
+    def run() -> None:
+        pads = [10 - len(one) for one in prompts]
+        rows = [
+            [0] * count + one if side == "left" else one + [0] * count
+            for one, count in zip(prompts, pads, strict=True)
+        ]
+        mask = torch.tensor([[int(at != 0) for at in one] for one in rows])
+        if generates:
+            model.generate(torch.tensor(rows), attention_mask=mask, max_new_tokens=3, min_new_tokens=3)
+        else:
+            model(torch.tensor(rows), mask, past_key_values=DynamicCache(config=model.config))
+
+    return run
+
+
+@pytest.mark.parametrize("generates", [True, False], ids=["positions given", "positions counted"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_are_compared_with_their_mask_and_positions(
+    side: str, generates: bool, model: Any, watcher: Watcher
+) -> None:
+    found = compared({0: watcher.rows(padded(model, side, generates=generates))})
+    assert found.within_tolerance, str(found)
+    assert "of which 4 of all 2 sequences are padding and are left out" in str(found)
+
+
+def test_what_goes_wrong_beside_padding_is_found(model: Any, watcher: Watcher) -> None:
+    def alter(*given: Any) -> Tensor:
+        output: Tensor = given[-1].clone()
+        output[1, 7] *= 1.5
+        return output
+
+    hook = model.model.layers[2].mlp.register_forward_hook(alter)
+    try:
+        rows = watcher.rows(padded(model, "left", generates=False))
+    finally:
+        hook.remove()
+    found = compared({0: rows})
+    assert found.kind == "compute", str(found)
+    assert found.first
+    assert (found.first.layer, found.first.tensor, found.first.token) == (2, "output", 7)
+
+
+def test_a_mask_of_another_form_is_said_to_be_ignored(model: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv(tensors.COMPARE_VARIABLE, "1")
+    probe = Probe(tmp_path)
+    try:
+        with torch.no_grad():
+            model(torch.tensor([IDS]), attention_mask=torch.zeros(1, 1, len(IDS), len(IDS)))
+    finally:
+        probe.stop()
+    (process,) = read(tmp_path)
+    assert process.problems == [
+        'a mask that has not the form [batch, tokens]: compare("reference") ignores it'
+    ]
+
+
+def test_replicas_with_prompts_that_begin_alike_have_no_finding(model: Any, watcher: Watcher) -> None:
+    """Data-parallel ranks with one system prompt; of the users' parts, one token is the same at the same place."""
+    system = IDS[:14]
+    users = ([50, 51, 52, 53, 54, 55], [60, 61, 52, 63, 64, 65])
+
+    def rows(user: list[int]) -> list[RowsTaken]:
+        return watcher.rows(in_chunks(model, [system[:10], [*system[10:], *user]]), compares=False)
+
+    found = WatchedKv({rank: layers_of(rows(user)) for rank, user in enumerate(users)})
+    assert found.diff() == []
+    assert "ranks 0 and 1 have other prompts from token 14 on" in str(found)
