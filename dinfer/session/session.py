@@ -298,8 +298,13 @@ class Session(Tidy, Announced, Closing):
             self._run.recovering(ended=False)
         if self._watch:
             stuck = tuple(sorted({*stuck, *self._watch.stuck_ranks()}))
+            self._watch.recovering(ended=False)
         self._half_prepared = True
-        anew = recover(self.ranks, plan, self._config.backend, say, stuck, kill=kill)
+        try:
+            anew = recover(self.ranks, plan, self._config.backend, say, stuck, kill=kill)
+        finally:
+            if self._watch:
+                self._watch.recovering(ended=True)
         if self._watch and anew:
             self.ranks.watch(str(self._watched), compare=self._compares)
         self._half_prepared = False
