@@ -97,7 +97,8 @@ class RowsWriter:
             self._names.number((name, tuple(tensor.shape), tensor.dtype)),
             time.monotonic_ns(), seq, cache, layer, chunk, start,
         )  # fmt: skip
-        self.flush()
+        if self._waiting:
+            self.flush()
         if digests.device.type == "cpu":
             return self._write(digests, about)
         if digests.device.type != "cuda":

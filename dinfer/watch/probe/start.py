@@ -260,7 +260,7 @@ def _layer_number(layer: Any) -> int | None:
     attributes = vars(layer)
     found = attributes.get("layer_idx")
     if found is None:
-        parts = [vars(part) for part in attributes.get("_modules", {}).values() if part is not None]
+        parts = (vars(part) for part in attributes.get("_modules", {}).values() if part is not None)
         found = next((part["layer_idx"] for part in parts if "layer_idx" in part), None)
     return found if type(found) is int else None
 
