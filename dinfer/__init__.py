@@ -60,7 +60,7 @@ __all__ = ["__version__", "connect", "label", "load_ipython_extension", "open", 
 @checked
 def connect(
     where: str | int = "ipyparallel",
-    n: int = 3,
+    n: int | None = None,
     *,
     profile: str = "default",
     cluster_id: str | None = None,
@@ -70,7 +70,7 @@ def connect(
     patience: float = 60.0,
     place: "ClusterPlace | None" = None,
 ) -> "Session":
-    """Open a session with `n` ranks; `connect(n)` for short.
+    """Open a session with `n` ranks; `connect(n)` for short. By default 3, or all of a profile of `dinfer profile`.
 
     `where`: "ipyparallel" joins a running cluster or starts one; "threads" runs all ranks in this process. The others
     are explained at `dinfer.session.connect`. After a kernel restart it goes on with the checkpoint and the run that

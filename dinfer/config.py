@@ -26,7 +26,7 @@ SyncStrategy = Literal["pairwise", "ring"]
 
 DeviceMode = Literal["single_node", "multi_node"]
 
-Backend = Literal["auto", "gloo", "nccl"]
+Backend = Literal["auto", "gloo", "nccl", "ipc"]
 
 OnCorruption = Literal["record", "pause", "fail"]
 
@@ -79,7 +79,8 @@ class Config:
     )
     gpu_ids: tuple[int, ...] = _parameter((), "the GPU of each rank, such as 0,1,2; empty: CPU")
     backend: Backend = _parameter(
-        "auto", "gloo or nccl; auto: nccl if all ranks are on one machine with a GPU each, else gloo"
+        "auto",
+        "nccl: a GPU each; ipc: one GPU for all; gloo: any; auto: nccl if one machine has a GPU for each, else gloo",
     )
     master_addr: str = _parameter("127.0.0.1", "address at which the ranks meet")
     master_port: int = _parameter(0, "port at which the ranks meet; 0: any free port", low=0, high=65535)
@@ -142,6 +143,11 @@ class Config:
             )
         if self.top_p <= 0:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1: all tokens).")
+
+    @property
+    def uses_streams(self) -> bool:
+        """Whether ranks issue a lowered plan to CUDA streams, once the backend is chosen."""
+        return self.backend in ("nccl", "ipc")
 
     @property
     def wants_graphs(self) -> bool:

@@ -32,23 +32,35 @@ def has_nccl() -> bool:
     return found()
 
 
-def choose_backend(config: Config, nccl_is_here: Callable[[], bool] = has_nccl) -> Config:
-    """The config with backend gloo or nccl in place of auto. Raises ConfigError if it asks for NCCL in vain.
+def has_ipc() -> bool:
+    """Whether processes can share GPU memory here. Imports torch."""
+    from dinfer.transport.ipc import has_ipc as found
+
+    return found()
+
+
+def choose_backend(
+    config: Config, nccl_is_here: Callable[[], bool] = has_nccl, ipc_is_here: Callable[[], bool] = has_ipc
+) -> Config:
+    """The config with backend gloo or nccl in place of auto. Raises ConfigError if it asks for nccl or ipc in vain.
 
     For ranks on several machines auto means gloo, since NCCL may not work on the network between them.
     """
     if config.backend == "gloo":
         return config
-    obstacle = _obstacle(config, nccl_is_here)
+    if config.backend == "ipc":
+        obstacle = _obstacle_to_ipc(config, ipc_is_here)
+    else:
+        obstacle = _obstacle_to_nccl(config, nccl_is_here)
     if config.backend == "auto":
         use_nccl = not obstacle and config.device_mode == "single_node"
         return config.with_(backend="nccl" if use_nccl else "gloo")
     if obstacle:
-        raise ConfigError(f"backend is nccl, but {obstacle}, or use backend gloo.")
+        raise ConfigError(f"backend is {config.backend}, but {obstacle}, or use backend gloo.")
     return config
 
 
-def _obstacle(config: Config, nccl_is_here: Callable[[], bool]) -> str:
+def _obstacle_to_nccl(config: Config, nccl_is_here: Callable[[], bool]) -> str:
     """Why NCCL cannot be used and what to do about it; empty if it can."""
     ids = config.gpu_ids
     if not ids:
@@ -62,6 +74,23 @@ def _obstacle(config: Config, nccl_is_here: Callable[[], bool]) -> str:
         )
     if not nccl_is_here():
         return "this torch has no NCCL or finds no GPU. Install a CUDA build of torch for Linux"
+    return ""
+
+
+def _obstacle_to_ipc(config: Config, ipc_is_here: Callable[[], bool]) -> str:
+    """Why ranks cannot share GPU memory and what to do about it; empty if they can."""
+    if config.device_mode != "single_node":
+        return "the ranks are on several machines: CUDA IPC shares the memory of one GPU. Use nccl"
+    if not config.gpu_ids:
+        example = ",".join(["0"] * config.world_size)
+        return f"gpu_ids is empty: CUDA IPC needs a GPU that all ranks share. Give gpu_ids, such as {example}"
+    if len(set(config.gpu_ids)) > 1:
+        given = ",".join(map(str, config.gpu_ids))
+        return (
+            f"gpu_ids is {given}: CUDA IPC is for ranks that share one GPU. Use nccl where each has its own"
+        )
+    if not ipc_is_here():
+        return "this machine's GPU memory cannot be shared, or torch finds no GPU"
     return ""
 
 
@@ -175,7 +204,7 @@ def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | Cus
         plan = custom_plan(own, config, shape)
     else:
         plan = build(shape, config.schedule, config.sync_strategy)
-        if config.backend == "nccl":
+        if config.uses_streams:
             plan = lower(plan)
     verdict = verify(plan)
     if not verdict.proved and not config.unsafe:

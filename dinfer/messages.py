@@ -171,6 +171,16 @@ class KvHash(Answer, frozen=True):
     sha256: str
 
 
+class RankMeasured(Answer, frozen=True):
+    """What layers take on this rank, fields of `planner.costs.LayerTime`; and each link, fields of
+    `planner.machine.LinkSpeed`, the same on every rank. Bytes are of one token."""
+
+    layers: tuple[tuple[int, int, float], ...]
+    links: tuple[tuple[int, int, float, float, float, float], ...]
+    hidden_bytes: int
+    block_bytes: int
+
+
 class LeftGroup(Answer, frozen=True):
     """`free`: nothing of the prompt and the group is left blocked."""
 
@@ -337,7 +347,7 @@ class JoinGroup(Command[Ok], frozen=True):
     address: str
     port: int
     timeout: float
-    backend: Literal["auto", "gloo", "nccl"]
+    backend: Literal["auto", "gloo", "nccl", "ipc"]
 
 
 class UnloadModel(Command[Ok], frozen=True):
@@ -427,6 +437,16 @@ class DrainChannels(Command[Ok], frozen=True):
 
 class LeaveGroup(Command[LeftGroup], frozen=True):
     """Give up prompt and group; weights stay."""
+
+
+class MeasureRank(Command[RankMeasured], frozen=True):
+    """To all ranks at once: time layers for chunks of these lengths within `tokens` tokens, and all links, with
+    messages of `link_tokens` tokens' K and V."""
+
+    tokens: int
+    lengths: tuple[int, ...]
+    link_tokens: int
+    digests: bool = True
 
 
 class GetStacks(Command[ThreadStacks], frozen=True):
@@ -606,7 +626,9 @@ class AllStands(Command[Ok], frozen=True):
 
 
 class Beat(Command[Ok], frozen=True):
-    """To the watcher: the session lives. No reply."""
+    """To the watcher: the session lives. `sent`: when, in nanoseconds of its clock. No reply but `ClockAnswer`."""
+
+    sent: int = 0
 
 
 class KillRank(Command[Ok], frozen=True):
@@ -678,6 +700,16 @@ class Status(RankReport, frozen=True):
     memory: int | None = None
     device_memory: DeviceMemory | None = None
     records: bytes = b""
+
+
+class ClockAnswer(RankReport, frozen=True):
+    """From the watcher, to each Beat where its host has another clock than the session, of this name. `sent`: the
+    Beat's; `received`, `answered`: nanoseconds of the host's clock."""
+
+    clock: str
+    sent: int
+    received: int
+    answered: int
 
 
 class Gone(RankReport, frozen=True):
@@ -802,6 +834,7 @@ class BatchResult(RankReport, frozen=True):
     device: str
     threads: int
     dtype: str
+    kernels: str
     kv_sha256: str
     tokens: tuple[int, ...]
     plan_id: int
@@ -846,7 +879,7 @@ class RankLink(Struct, frozen=True):
     does not go on; `joined`: another launcher started it, but it ends once it hears nothing from its session for long;
     `orphan`: a rule in place of both; `dump`: the file descriptor into which the rank dumps its stacks; `holder`: the
     session's process, for an engine that another session may join; `run_folder`: for a rank that has joined, the name
-    of the run's folder in log_dir."""
+    of the run's folder in log_dir; `clock`: the name of the session's clock."""
 
     rank: int
     endpoint: str
@@ -859,6 +892,7 @@ class RankLink(Struct, frozen=True):
     dump: int | None = None
     holder: Holder | None = None
     run_folder: str = ""
+    clock: str = ""
 
 
 class RankJob(Struct, frozen=True):

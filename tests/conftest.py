@@ -1,6 +1,7 @@
 """What every test shares: one thread a rank, no network, the choice of slow tests, the time of each part.
 
-Fixtures are in tests/support/fixtures.py; only those of the browser tests stand beside them, since they need a browser.
+Fixtures are in tests/support/fixtures.py and probed.py; only those of the browser tests stand beside them, since they
+need a browser.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from random import Random, SystemRandom
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["tests.support.fixtures"]
+pytest_plugins = ["tests.support.fixtures", "tests.support.probed"]
 
 # A shell that runs tests in the background has them ignore Ctrl-C, and so would all that they start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -34,6 +35,10 @@ settings.register_profile("thorough", deadline=None, max_examples=300)
 
 SHORT_S = 500
 """a test that may take longer is drawn into no sample: it would be all that CI has time for"""
+
+
+SHARED = ("lab", "foreground", "daemonized", "browser")
+"""fixtures that last for the whole session and take long to start"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,6 +76,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect slow tests, but for a sample of those that -k and the like have left."""
+    if getattr(config.option, "loadgroup", False):
+        _group(items)
     if _chosen_by_user(config):
         return
     slow = {item.nodeid: item for item in items if item.get_closest_marker("slow")}
@@ -85,6 +92,22 @@ def pytest_collection_finish() -> None:
     """A process that has imported torch by now computes with one thread, as ranks do."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+
+
+def _group(items: list[pytest.Item]) -> None:
+    """What `--dist loadgroup` keeps in one process: the tests that share one of SHARED, which are run before the
+    others, and those of a file."""
+    groups = {item: _group_of(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: [*SHARED, groups[item]].index(groups[item]))
+
+
+def _group_of(item: pytest.Item) -> str:
+    fixtures = set(getattr(item, "fixturenames", ()))
+    if "session" in fixtures and item.get_closest_marker("cluster"):
+        fixtures.add("daemonized")
+    return next((name for name in SHARED if name in fixtures), item.nodeid.partition("::")[0])
 
 
 def _longest_s(item: pytest.Item) -> float:

@@ -7,12 +7,12 @@ and leave their times in it.
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -22,6 +22,8 @@ from dinfer.launch.processes import end_ranks, start_rank
 
 if TYPE_CHECKING:
     from dinfer.bench.rank import BenchCase, TimedPrefill
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -107,24 +109,50 @@ def on_ranks(
 ) -> "list[list[list[TimedPrefill]]]":
     """Start ranks and time all cases; by rank, case and round. Raises RuntimeError if a rank fails."""
     from dinfer.bench.rank import BenchJob, TimedPrefill
+
+    ids = prompt_of(max(case.tokens for case in cases), vocab_size)
+    return run_ranks(
+        "dinfer.bench.rank",
+        config,
+        lambda met: BenchJob(asdict(met), ids, cases, repeats),
+        list[list[TimedPrefill]],
+    )
+
+
+def prompt_of(tokens: int, vocab_size: int) -> list[int]:
+    """Token ids for a benchmark."""
+    return [(i * i * 7 + i * 13 + 5) % vocab_size for i in range(tokens)]
+
+
+def run_ranks(
+    module: str,
+    config: Config,
+    job: Callable[[Config], object],
+    result: type[R],
+    behind: Sequence[Sequence[str]] = (),
+) -> list[R]:
+    """Start a process for each rank that runs `module`, and wait for the result that each leaves at the store where
+    they meet; by rank. `job(config)`: what each is started with beside its rank. `behind`: by rank, the command that
+    runs it elsewhere. Raises RuntimeError if a rank fails."""
+    from dinfer.bench.rank import result_key
     from dinfer.transport.gloo import open_store
     from dinfer.transport.interface import check_own_address
 
-    ids = [(i * i * 7 + i * 13 + 5) % vocab_size for i in range(max(case.tokens for case in cases))]
     check_own_address(config.master_addr)
     store, port = open_store(config.master_addr, config.master_port)
-    job = BenchJob(asdict(config.with_(master_port=port)), ids, cases, repeats)
+    part = job(config.with_(master_port=port))
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(config.world_size):
-            job_of_rank = msgspec.json.encode((rank, job))
-            ranks.append(start_rank("dinfer.bench.rank", job_of_rank, config.threads))
-        results = [f"times of rank {rank}" for rank in range(config.world_size)]
+            of_rank = msgspec.json.encode((rank, part))
+            where = behind[rank] if behind else ()
+            ranks.append(start_rank(module, of_rank, config.threads, behind=where))
+        results = [result_key(rank) for rank in range(config.world_size)]
         while not store.check(results):
             if failed := [rank for rank, process in enumerate(ranks) if process.poll()]:
                 raise RuntimeError(f"rank {failed[0]} of the benchmark failed; see its output.")
             time.sleep(0.2)
-        return [msgspec.json.decode(store.get(name), type=list[list[TimedPrefill]]) for name in results]
+        return [msgspec.json.decode(store.get(name), type=result) for name in results]
     finally:
         end_ranks(ranks)
 

@@ -61,6 +61,11 @@ class TimedPrefill(NamedTuple):
     check_s: float = 0.0
 
 
+def result_key(rank: int) -> str:
+    """Where a rank leaves its result at the store at which the ranks meet."""
+    return f"times of rank {rank}"
+
+
 def without_sync(plan: Plan) -> Plan:
     """The plan without KV transfers, for the cost of sync. Its KV is not enough to decode."""
     lanes = tuple(
@@ -100,7 +105,7 @@ def main() -> None:
                 kept.append(took)
     comm.all_gather(b"d")
     comm.close()
-    store.set(f"times of rank {rank}", msgspec.json.encode(timed).decode())
+    store.set(result_key(rank), msgspec.json.encode(timed).decode())
 
 
 def _time(case: BenchCase, decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int]) -> TimedPrefill:

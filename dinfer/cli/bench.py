@@ -15,8 +15,8 @@ def bench(
     what: Annotated[
         str,
         Argument(
-            help="prefill; digests: with and without; gpu: kernels beside transformers; session: steps, recording, a "
-            "death; views: figures, report"
+            help="prefill; links: over slow links; planner: its choice beside a sweep; digests: with and without; gpu: "
+            "kernels beside transformers; session: steps, recording, a death; views: figures, report"
         ),
     ] = "prefill",
     model: Annotated[
@@ -32,6 +32,10 @@ def bench(
     json_path: Annotated[str, Option("--json", help="write the figures to this file")] = "",
     compare: Annotated[str, Option(help="compare two sync strategies: pairwise,ring")] = "",
     plot: Annotated[str, Option(help="with --compare: a plot file, .html, .svg or .png")] = "",
+    rate: Annotated[
+        str, Option(help="links: speed of every host's interface, one or several; needs root")
+    ] = "10gbit,1gbit,100mbit",
+    hosts: Annotated[int, Option(help="links: number of hosts, one rank on each")] = 3,
     overwrite: Annotated[
         bool, Option("--overwrite", help="replace the files of --json and --plot if they exist")
     ] = False,
@@ -59,6 +63,12 @@ def bench(
 
                     check_ending(plot)
                 result, text = _bench_prefill(model, tokens, chunk_size, sizes, repeats, compare)
+            case "links":
+                result, text = _bench_links(
+                    model, tokens, {**sizes, "world_size": hosts, "chunk_size": chunk_size}, repeats, rate
+                )
+            case "planner":
+                result, text = _bench_planner(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
             case "digests":
                 result, text = _bench_digests(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
             case "gpu":
@@ -82,7 +92,9 @@ def bench(
                 result = views.bench_views(repeats, log, engines=engines)
                 text = views.table(result)
             case _:
-                raise ConfigError(f"bench {what!r} is unknown; use prefill, digests, gpu, session or views.")
+                raise ConfigError(
+                    f"bench {what!r} is unknown; use prefill, links, planner, digests, gpu, session or views."
+                )
     except (DinferError, RuntimeError) as error:
         stop(error, BAD_INPUT if isinstance(error, ValueError) else FAILED)
     print(text)
@@ -124,11 +136,54 @@ def _bench_digests(
     from dinfer.bench.prefill import DIGESTS_MODEL, bench_digests, digests_table, random_checkpoint
     from dinfer.model.checkpoint import check
 
-    lengths = whole_numbers("tokens", tokens)
-    if len(lengths) != 1 or lengths[0] < 1:
-        raise ConfigError(f"tokens is {tokens!r}; bench digests takes one number, at least 1.")
+    length = _one_length("digests", tokens)
     Config.of({**values, "model_path": "demo"})  # before a checkpoint is made
     with nullcontext(model) if model else random_checkpoint(DIGESTS_MODEL) as folder:
         config = Config.of({**values, "model_path": str(folder)})
-        result = bench_digests(config, lengths[0], check(str(folder)).vocab_size, repeats)
+        result = bench_digests(config, length, check(str(folder)).vocab_size, repeats)
     return result, digests_table(result)
+
+
+def _bench_links(
+    model: str, tokens: str, values: dict[str, Any], repeats: int, rates: str
+) -> tuple[dict[str, Any], str]:
+    """The result of `dinfer bench links`, and its text."""
+    from dinfer.bench import links
+    from dinfer.bench.prefill import BenchModel, random_checkpoint
+    from dinfer.model.checkpoint import check
+
+    length = _one_length("links", tokens)
+    config = Config.of({**values, "model_path": "demo"})
+    named = [rate for rate in rates.split(",") if rate.strip()]
+    links.check_asked(config, named)
+    with nullcontext(model) if model else random_checkpoint(BenchModel()) as folder:
+        spec = check(str(folder))
+        config = config.with_(model_path=str(folder))
+        result = links.bench_links(config, spec.vocab_size, spec.layers, length, named, repeats, log)
+    return result, links.table(result)
+
+
+def _bench_planner(
+    model: str, tokens: str, values: dict[str, Any], repeats: int
+) -> tuple[dict[str, Any], str]:
+    """The result of `dinfer bench planner`, and its text."""
+    from dinfer.bench import planner
+    from dinfer.bench.prefill import BenchModel, random_checkpoint
+    from dinfer.model.checkpoint import check
+
+    length = _one_length("planner", tokens)
+    config = Config.of({**values, "model_path": "demo"})
+    planner.check_asked(config)
+    with nullcontext(model) if model else random_checkpoint(BenchModel()) as folder:
+        spec = check(str(folder))
+        config = config.with_(model_path=str(folder))
+        result = planner.bench_planner(config, spec.vocab_size, spec.layers, length, repeats, log)
+    return result, planner.table(result)
+
+
+def _one_length(what: str, tokens: str) -> int:
+    """The number of tokens of a benchmark that takes one. Raises ConfigError."""
+    lengths = whole_numbers("tokens", tokens)
+    if len(lengths) != 1 or lengths[0] < 1:
+        raise ConfigError(f"tokens is {tokens!r}; bench {what} takes one number, at least 1.")
+    return lengths[0]

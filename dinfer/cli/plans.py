@@ -49,7 +49,9 @@ def plan(
     try:
         config = Config.of({**sizes, **ways, "layer_split": layer_split})
         split = config.layer_split or None
-        shape = partition(layers=layers, tokens=tokens, **sizes, layer_split=split)
+        shape = partition(
+            layers=layers, tokens=tokens, world_size=world_size, chunk_size=chunk_size, layer_split=split
+        )
     except (ConfigError, PlanError) as error:
         stop(error, BAD_INPUT)
     built = build(shape, config.schedule, config.sync_strategy)

@@ -39,6 +39,17 @@ def watch(
     ] = "",
     v: Annotated[str, Option("--v", help="with --kv: the new V")] = "",
     layer: Annotated[str, Option(help="with --kv: the layer")] = "",
+    compare: Annotated[
+        bool,
+        Option(
+            "--compare",
+            help="at the end, run transformers' own forward beside a model of transformers, or a tapped one, and say "
+            "the first layer, chunk and token that differ",
+        ),
+    ] = False,
+    checkpoint: Annotated[
+        str, Option(help="with --compare: the folder of the model [default: the one that was seen]")
+    ] = "",
     quiet: Annotated[bool, Option("--quiet", help="no lines about ranks while all goes well")] = False,
     overwrite: Annotated[
         bool, Option("--overwrite", help="replace the files of --report, --json and --trace if they exist")
@@ -47,10 +58,19 @@ def watch(
     """Run a command and say why it hangs or crashes. Status: the command's own."""
     from dinfer.watching.passing import PassedOn
 
+    environment = _tap(kv, k, v, layer)
+    if checkpoint and not compare:
+        stop("--checkpoint is of --compare: give both, or none.", BAD_INPUT)
+    if checkpoint not in ("", "demo") and not Path(checkpoint).is_dir():
+        stop(
+            f'--checkpoint is {checkpoint!r}, which is no folder; give that of the model, or "demo".',
+            BAD_INPUT,
+        )
     with PassedOn() as passed:  # before what is imported starts threads
         status = _watched(
-            passed, command, report, json_path, trace, folder, _tap(kv, k, v, layer), quiet, overwrite
-        )
+            passed, command, report, json_path, trace, folder, environment,
+            checkpoint if compare else None, quiet, overwrite,
+        )  # fmt: skip
     raise Exit(status)
 
 
@@ -70,11 +90,14 @@ def _watched(
     trace: str,
     folder: str,
     environment: dict[str, str],
+    compared: str | None,
     quiet: bool,
     overwrite: bool,
 ) -> int:
-    """Run it, say what there is to say, and return its status."""
+    """Run it, say what there is to say, and return its status. `compared`: with which checkpoint, "" for the one that
+    was seen; None: with none."""
     from dinfer.rank.logs import new_run_folder
+    from dinfer.watch.probe.tensors import COMPARE_VARIABLE
     from dinfer.watching.command import NOT_STARTED, WatchedCommand
     from dinfer.watching.lines import CommandLines
     from dinfer.watching.written import as_dict
@@ -87,6 +110,8 @@ def _watched(
     except (ConfigError, OSError) as error:
         stop(error, BAD_INPUT)
     lines = CommandLines(sys.stderr)
+    if compared is not None:
+        environment = {**environment, COMPARE_VARIABLE: "1"}
     try:
         running = WatchedCommand(
             command, place, tell=lines.verdict, environment=environment, starting=passed.starting()
@@ -104,6 +129,8 @@ def _watched(
     status = running.wait(lines.notes if quiet else lines.ranks)
     try:
         lines.conclusion(running, status)
+        if compared is not None:
+            lines.compared(running, compared or None)
         state = "" if running.verdict or not status else "failed"
         kept = [found.kept(running.standing(found), state=state) for found in running.jobs]
         with suppress(Exit):  # it has said so; the status is the command's own

@@ -2,12 +2,13 @@
 
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
 from dinfer.cluster.holder import check_free, own_holder
+from dinfer.cluster.ipyparallel.calls import wait_until
 from dinfer.cluster.ipyparallel.cluster import Cluster
 from dinfer.cluster.ipyparallel.facts import own_loopback
 from dinfer.cluster.link import Link
@@ -75,6 +76,14 @@ class EngineRanks(Link, Ranks):
             if now - (state.stopped or now) > STOPPED_S or now - state.heard > SILENT_S
         ]
 
+    def in_cells(self, among: Sequence[int], patience: float) -> list[int]:
+        calls = {rank: self.cluster.call_async(rank, "dinfer.rank.kernel:holder") for rank in among}
+        wait_until(lambda: all(call.done() for call in calls.values()), patience)
+        return [rank for rank, call in calls.items() if not call.done()]
+
+    def interrupt(self, rank: int) -> None:
+        self.cluster.interrupt(rank)
+
     def kill(self, rank: int) -> None:
         self.cluster.kill(rank)
 
@@ -94,13 +103,13 @@ class EngineRanks(Link, Ranks):
         super().close()
         self.cluster.leave()
 
-    def watch(self, folder: str) -> None:
+    def watch(self, folder: str, *, compare: bool = False) -> None:
         if len(hosts := {facts.host for facts in self.cluster.facts}) > 1:
             raise NotPossible(
                 f"the engines are on {len(hosts)} hosts, and records are read on one: start programs there with "
                 "DINFER_WATCH=folder, and give `dinfer explain` the folders."
             )
-        self.cluster.call(None, "dinfer.rank.kernel:watch", folder, timeout=START_S)
+        self.cluster.call(None, "dinfer.rank.kernel:watch", folder, compare, timeout=START_S)
 
     def close(self) -> None:
         if taken_over(self.ranks):
@@ -124,7 +133,8 @@ class EngineRanks(Link, Ranks):
         return str(self.cluster.call(0, call, outside[0], timeout=START_S)[0]) if outside else first.address
 
     def _start(self, ranks: Iterable[int]) -> None:
-        controller = self.cluster.controller_pid
+        # Its number means another process to a rank on another machine.
+        controller = self.cluster.controller_pid if self.cluster.facts[0].process.is_here else None
         calls = {}
         for rank in ranks:
             rule = OrphanRule("pause", PAUSE_S)  # what its watcher does once this process is gone

@@ -15,6 +15,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from dinfer.cluster.ranks import RankRefused, RankStates, taken_over
 from dinfer.messages import (
     Beat,
+    ClockAnswer,
     Command,
     Failed,
     OrphanRule,
@@ -24,9 +25,16 @@ from dinfer.messages import (
     pack_command,
     unpack_report,
 )
+from dinfer.rank.process import clock_name
+from dinfer.trace.clocks import HostClock
 from dinfer.trace.recorder import unpack_records
 
 BEAT_S = 1.0
+
+QUICK_BEAT_S = 0.05
+
+READINGS = 8
+"""how often a clock that is not this process's is read at once, so that a short run finds it known"""
 
 
 class Link(RankStates):
@@ -35,6 +43,10 @@ class Link(RankStates):
     def __init__(self, world_size: int, address: str = "127.0.0.1") -> None:
         super().__init__(world_size)
         self._closing = False
+        self._clocks: dict[str, HostClock] = {}
+        """those of other hosts, by name"""
+        self._quick_beats = 0
+        """how often they are still to be read at once"""
         self._context = zmq.Context()
         self._public, self._secret = zmq.curve_keypair()
         self._rank_public, self._rank_secret = zmq.curve_keypair()
@@ -67,7 +79,10 @@ class Link(RankStates):
     ) -> RankLink:
         """What a rank needs to find this link; the parameters are RankLink's."""
         keys = self._public.decode(), self._rank_public.decode(), self._rank_secret.decode()
-        return RankLink(rank, self.endpoint, *keys, launcher=launcher, joined=joined, orphan=orphan)
+        clock = clock_name()
+        return RankLink(
+            rank, self.endpoint, *keys, launcher=launcher, joined=joined, orphan=orphan, clock=clock
+        )
 
     def _send(self, rank: int, command: Command[Any], number: int) -> None:
         frames = [b"rank %d" % rank, pack_command(command, number)]
@@ -92,25 +107,33 @@ class Link(RankStates):
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(inbox, zmq.POLLIN)
-        beat, beating = 0.0, pack_command(Beat(), 0)
+        beat = 0.0
         while not self._closing:
             ready = dict(poller.poll(50))
             if inbox in ready:
                 self._socket.send_multipart(inbox.recv_multipart())
             if self._socket in ready:
                 self._take(self._socket.recv_multipart())
-            if time.monotonic() - beat > BEAT_S:
-                beat = time.monotonic()
+            if time.monotonic() - beat > (QUICK_BEAT_S if self._quick_beats else BEAT_S):
+                beat, self._quick_beats = time.monotonic(), max(0, self._quick_beats - 1)
                 for rank in range(len(self.ranks)):
+                    beating = pack_command(Beat(time.monotonic_ns()), 0)
                     self._socket.send_multipart([b"rank %d" % rank, beating])
         inbox.close()
 
     def _take(self, frames: list[bytes]) -> None:
+        came = time.monotonic_ns()
         sender, *message = frames
         rank = int(sender.removeprefix(b"rank "))
         try:
             report = unpack_report(message)
         except UnknownMessage as unknown:
             report = Failed(f"rank {rank} has another version of dinfer than this session: unknown {unknown}")
+        if isinstance(report, ClockAnswer):
+            if report.clock not in self._clocks:
+                self._clocks[report.clock], self._quick_beats = HostClock(), READINGS
+            clock = self._clocks[report.clock]
+            clock.note(report.sent, report.received, report.answered, came)
+            self.ranks[rank].clock = clock
         records = report.records if isinstance(report, Status) else b""
         self.take(rank, report, unpack_records(records, rank, self.ranks[rank].lanes) if records else ())

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, cast
 
+from dinfer.config import Backend
 from dinfer.engine.board import DeviceMemory, Phase, Stand
 from dinfer.errors import DinferError, NoAnswer, NotPossible
 from dinfer.messages import (
@@ -34,6 +35,7 @@ from dinfer.messages import (
     TextPiece,
     ToldToEnd,
 )
+from dinfer.trace.clocks import HostClock
 from dinfer.trace.events import Event
 from dinfer.verdict.where import rank_spans_text
 
@@ -75,6 +77,8 @@ class RankState:
     stopped: float | None = None
     """since when its process is stopped (SIGSTOP)"""
     gone: bool = False
+    clock: HostClock | None = None
+    """of its events, where that is another than this process's"""
     lanes: tuple[str, ...] = ()
     events: list[Event] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
@@ -283,6 +287,9 @@ def update(state: RankState, status: Status) -> None:
 class Ranks(RankStates):
     """The interface of both kinds of ranks: engines and threads."""
 
+    backend: Backend = "auto"
+    """what a run's backend "auto" means here"""
+
     can_kill = True
     """Whether one rank can be killed and started again."""
 
@@ -310,6 +317,14 @@ class Ranks(RankStates):
         """Ranks that do not answer, though their process has not ended."""
         return []
 
+    def in_cells(self, among: Sequence[int], patience: float) -> list[int]:  # noqa: ARG002 - threads have no cells
+        """Those of these ranks whose process still runs a cell after so many seconds."""
+        return []
+
+    def interrupt(self, rank: int) -> None:
+        """As the stop button does, interrupt the cell that one rank runs."""
+        raise NotImplementedError
+
     def kill(self, rank: int) -> None:
         """Kill one rank's process."""
         raise NotImplementedError
@@ -322,8 +337,9 @@ class Ranks(RankStates):
         """Let a client of debugpy attach to one rank. Returns its host and port."""
         raise NotImplementedError
 
-    def watch(self, folder: str) -> None:  # noqa: ARG002 - see the message
-        """Have every rank record its calls of torch.distributed into a folder. Raises NotPossible."""
+    def watch(self, folder: str, *, compare: bool = False) -> None:  # noqa: ARG002 - see the message
+        """Have every rank record its calls of torch.distributed into a folder; `compare`: and what a comparison with a
+        reference needs. Raises NotPossible."""
         raise NotPossible(
             "ranks in threads of this process cannot be watched one by one: connect to engines for that."
         )

@@ -1,12 +1,13 @@
 """Recovery after a fault: free blocked ranks, start lost ones again, let all meet. Ranks that live keep their weights.
 
 Blocked lanes of ranks that live are drained: the positions name each op that has begun and not ended, and its
-counterpart is posted. A rank that this does not free is killed and started again.
+counterpart is posted. A rank that this does not free is killed and started again. So is one whose `%%px` cell does not
+end, though it is interrupted: it could run no other.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from dinfer.cluster.ranks import RankRefused, Ranks, answers
 from dinfer.config import Backend
@@ -18,6 +19,9 @@ from dinfer.plan.plan import Plan
 FREEZE_S = 3.0
 
 LEAVE_S = 8.0
+
+CELL_S = 3.0
+"""for so long a cell may take to end once the ranks that it waits for have left, or it was interrupted"""
 
 MEET_S = 60.0
 
@@ -60,6 +64,9 @@ def recover(
     """
     lost = {rank for rank, code in enumerate(ranks.exits()) if code is not None} | set(ranks.silent())
     stuck = {rank for rank in known_stuck if rank not in lost and ranks.can_kill}
+    if len(lost | stuck) == ranks.world_size and stuck:
+        # One of those that wait for others comes free once these have ended, and keeps its weights.
+        stuck.discard(min(stuck))
 
     def end(silent: Collection[int]) -> None:
         """Kill ranks that do not answer: they are stuck, unless their process has died since it was looked at."""
@@ -86,11 +93,27 @@ def recover(
     # has left.
     left = answers(ranks, dict.fromkeys(heard, LeaveGroup()), LEAVE_S)
     end({rank for rank in heard if rank not in left or not left[rank].free})
+    if kill and (busy := _in_cells(ranks, sorted({*heard} - stuck - lost), say)):
+        if len(lost | stuck) + len(busy) == ranks.world_size:
+            end(busy[1:])
+            busy = ranks.in_cells(busy[:1], CELL_S)
+        end(busy)
     for rank in sorted(lost | stuck):
         say(f"rank {rank} {'was stuck and ' if rank in stuck else ''}is started again")
         ranks.revive(rank)
     meet(ranks, backend)
     return sorted(lost | stuck)
+
+
+def _in_cells(ranks: Ranks, among: Sequence[int], say: Callable[[str], None]) -> list[int]:
+    """Those of these ranks whose cell does not end."""
+    busy = ranks.in_cells(among, CELL_S)
+    if busy:
+        for rank in busy:
+            say(f"rank {rank}'s cell is interrupted")
+            ranks.interrupt(rank)
+        busy = ranks.in_cells(busy, CELL_S)
+    return busy
 
 
 def meet(ranks: Ranks, backend: Backend = "gloo") -> None:

@@ -25,6 +25,7 @@ PUMP_S = 0.05
 class LocalRanks(Ranks):
     """A RankService for each rank, called directly."""
 
+    backend = "gloo"
     can_kill = False
 
     def __init__(self, world_size: int) -> None:

@@ -141,7 +141,7 @@ def _rank(rank: int, world_size: int, end: Connection, log: Path, seconds: float
     threading.Thread(target=_end_with_client, daemon=True).start()
     try:
         _measure(rank, world_size, end, seconds)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the doctor says what the rank ran into
         with suppress(OSError):
             end.send(("error", str(error)))
         os._exit(FAILED)  # a thread that is blocked in gloo can only be ended with the process

@@ -83,7 +83,7 @@ def _told(place: NanOrigin, ranks: set[int], shape: Shape | None) -> tuple[str, 
         return "There is no NaN or Inf in any row", f"{after}; {remedy}"
     where, by = f"The first NaN or Inf is in layer {place.layer}, token {place.token},", ""
     if shape is not None and place.token < shape.tokens:
-        chunk, owner = place.token // shape.chunk_size, shape.owners[place.layer]
+        chunk, owner = shape.chunk_of(place.token), shape.owners[place.layer]
         where = f"The first NaN or Inf is in layer {place.layer}, chunk {chunk} (token {place.token})"
         if owner not in ranks:
             cause = f"rank {owner} computed that block without any, so it changed on the way or in memory."
@@ -279,7 +279,7 @@ def first_nan(cache: KVCache, tokens: int, shape: Shape | None) -> NanOrigin:
         """A number that orders tokens by chunk."""
         if shape is None:
             return 0
-        return token // shape.chunk_size if token < shape.tokens else len(shape.chunks) + token - shape.tokens
+        return shape.chunk_of(token) if token < shape.tokens else len(shape.chunks) + token - shape.tokens
 
     found = []
     for layer in range(cache.layers):

@@ -20,6 +20,7 @@ from dinfer.engine.decoding import Decoding, cache_of, recheck, record
 from dinfer.engine.finite import FiniteCheck, NonFinite, OnNonFinite
 from dinfer.engine.kernels import Graphs
 from dinfer.engine.lanes import Execution, LaneExecutor
+from dinfer.engine.ops import largest_payload
 from dinfer.engine.prefill import Prefill
 from dinfer.engine.prompt import Hit, Prompt, Stands
 from dinfer.engine.streams import StreamExecutor
@@ -102,7 +103,7 @@ class Engine:
     # -- one prompt
 
     def plan_for(self, tokens: int) -> Plan:
-        """The plan that this engine's config makes for so many tokens, lowered for NCCL."""
+        """The plan that this engine's config makes for so many tokens, lowered for streams."""
         return self._lowered(build(self._shape(tokens), self.config.schedule, self.config.sync_strategy))
 
     def prepare(self, ids: Sequence[int], *, plan: Plan | None = None) -> LaneExecutor:
@@ -353,18 +354,18 @@ class Engine:
         return None
 
     def _lowered(self, plan: Plan) -> Plan:
-        """The plan as the backend can run it: lowered for NCCL."""
-        return lower(plan) if self.config.backend == "nccl" and not plan.is_lowered else plan
+        """The plan as the backend can run it: lowered for streams."""
+        return lower(plan) if self.config.uses_streams and not plan.is_lowered else plan
 
     def _executor(
         self, state: Prefill, on_op: Callable[[Event, Op], None], watched: Callable[[Op], bool]
     ) -> LaneExecutor:
         assert self.recorder is not None
         given = Execution(state, self.comm, self.gate, self.recorder, self.board, on_op, watched)
-        if self.config.backend != "nccl":
+        if not self.config.uses_streams:
             return ThreadExecutor(given)
-        assert isinstance(self.comm, StreamComm), "NCCL needs a transport with streams"
-        return StreamExecutor(given, self.comm.open_streams(self.decoder.device))
+        assert isinstance(self.comm, StreamComm), "the backend needs a transport with streams"
+        return StreamExecutor(given, self.comm.open_streams(self.decoder.device, largest_payload(state)))
 
     def kv_caches(self, tokens: int) -> list[KV]:
         """K and V of every layer for the first `tokens` tokens, each [1, kv_heads, tokens, head_dim]: views."""
@@ -397,7 +398,8 @@ class Engine:
 
     @property
     def _chunk_start(self) -> int:
-        return self.chunk * self.config.chunk_size
+        chunks = self._prompt.plan.shape.chunks if self._prompt else ()
+        return chunks[self.chunk].start if self.chunk < len(chunks) else self.chunk * self.config.chunk_size
 
     def _capacity(self, tokens: int, max_new_tokens: int | None = None) -> int:
         """The rows for a prompt and its new tokens, limited by the model's positions; faults may add rows."""

@@ -126,6 +126,12 @@ def header_at(state: Prefill, op: Op) -> Header:
     return Header(state.plan.id, op.value, op.tokens, str(decoder.dtype).removeprefix("torch."), nbytes)
 
 
+def largest_payload(state: Prefill) -> int:
+    """The most bytes that a transfer of the plan may have, on any rank."""
+    decoder, tokens = state.decoder, max(map(len, state.plan.shape.chunks))
+    return tokens * max(2 * decoder.kv_heads * decoder.head_dim, decoder.hidden_size) * decoder.dtype.itemsize
+
+
 def _place(state: Prefill, op: Op) -> Tensor:
     """Where a recv writes: a block into the cache, a hidden state into a new tensor."""
     if op.what == "kv":

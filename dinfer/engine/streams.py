@@ -208,7 +208,7 @@ class StreamExecutor(LaneExecutor):
         try:
             while isinstance(oldest := self.gate.wait(self._oldest), _Pending):
                 self._complete(oldest)
-        except BaseException as error:
+        except BaseException as error:  # whatever the device or an op raises: report it of that op
             self._fail(self._lane, self._lane.ops[self._lane.position], error)
         finally:
             self.gate.leave()

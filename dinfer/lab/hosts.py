@@ -30,6 +30,9 @@ DEFAULT_ROUTE_BITS = 7
 BURST, QUEUE = 1_600, 50_000_000
 """bytes that a slow wire passes at once, the largest packet; and bytes that it queues without dropping packets"""
 
+BURST_OF, QUEUE_OF = (16_000, 0.0005), (250_000, 0.02)
+"""the same of a limited host: bytes, or what it sends in so many seconds if that is more"""
+
 COMMAND_S, REMOVAL_S, KILLED_S, LOOK_S = 30.0, 30.0, 10.0, 0.1
 
 ORPHANS_S = 120.0
@@ -65,6 +68,13 @@ class LabNetwork:
         """The command that slows a wire in one direction."""
         rate = ("tbf", "rate", f"{bits_per_s}bit", "burst", str(BURST), "limit", str(QUEUE))
         return ("tc", "-n", self.hub, "qdisc", "replace", "dev", _plug(target, source), "root", *rate)
+
+    def limit(self, host: int, bits_per_s: int) -> tuple[tuple[str, ...], ...]:
+        """The commands that limit what one host sends and receives, as a switch and an interface of that speed do."""
+        burst, queue = (max(least, int(bits_per_s / 8 * seconds)) for least, seconds in (BURST_OF, QUEUE_OF))
+        rate = ("tbf", "rate", f"{bits_per_s}bit", "burst", str(burst), "limit", str(queue))
+        out = ("tc", "-n", self.hosts[host].namespace, "qdisc", "replace", "dev", "eth0", "root", *rate)
+        return out, ("tc", "-n", self.hub, "qdisc", "replace", "dev", f"plug{host}", "root", *rate)
 
     def mend(self) -> None:
         """Undo all cuts and slowdowns."""
@@ -106,9 +116,10 @@ def why_not() -> str:
 
 
 @contextmanager
-def hosts(count: int) -> Iterator[LabNetwork]:
+def hosts(count: int, *, wires: bool = True) -> Iterator[LabNetwork]:
     """`count` hosts, which reach one another and this machine. At the end they are removed and their processes killed,
-    also if this process is killed meanwhile. Raises HostsError."""
+    also if this process is killed meanwhile. Without `wires`, all that a host sends and receives goes through eth0.
+    Raises HostsError."""
     mark = uuid.uuid4().hex[:6]
     hub, outlet = f"dinfer-{mark}-hub", f"dinfer-{mark}"
     routes = json.loads(do("ip", "-4", "-j", "route", "show", "table", "all"))
@@ -126,10 +137,12 @@ def hosts(count: int) -> Iterator[LabNetwork]:
             do("ip", "-n", host.namespace, "address", "add", f"{host.address}/32", "dev", "eth0")
             do("ip", "-n", host.namespace, "route", "add", address, "dev", "eth0", "src", host.address)
         for one, other in combinations(range(count), 2):
-            _add_bridge(hub, _wire(one, other))
+            if wires:
+                _add_bridge(hub, _wire(one, other))
             for near, far in ((one, other), (other, one)):
-                host, interface = made[near], f"to{far}"
-                _plug_in(host.namespace, interface, hub, _plug(near, far), _wire(one, other))
+                host, interface = made[near], f"to{far}" if wires else "eth0"
+                if wires:
+                    _plug_in(host.namespace, interface, hub, _plug(near, far), _wire(one, other))
                 route = (made[far].address, "dev", interface, "src", host.address)
                 do("ip", "-n", host.namespace, "route", "add", *route)
         _plug_in("", outlet, hub, "outlet", "bridge")

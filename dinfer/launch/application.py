@@ -19,7 +19,7 @@ from dinfer.launch.meet import meet
 from dinfer.model.decoder import Decoder
 from dinfer.rank.agreement import agree, facts_of
 from dinfer.rank.batch import device_of, warm_up
-from dinfer.transport.nccl import open_comm
+from dinfer.transport.connect import open_comm
 
 
 @contextmanager

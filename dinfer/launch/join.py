@@ -40,9 +40,9 @@ from dinfer.rank.logs import new_run_folder
 from dinfer.rank.worker import log_to
 from dinfer.run.failure import RankFailed
 from dinfer.severity import Severity
+from dinfer.transport.connect import open_comm
 from dinfer.transport.gloo import Comm, Store
 from dinfer.transport.interface import own_address_towards
-from dinfer.transport.nccl import open_comm
 
 FAREWELL_S = 5.0
 """How long a rank that failed waits for rank 0 to end it, and rank 0 for the others to be gone."""
@@ -189,7 +189,7 @@ class _RankThread:
             result = run_rank(rank, config, self._job.ids, self._control, found)
             self._control.report(result)
             self._control.close()
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the other ranks must hear why this one ends
             log.error("this rank failed\n%s", traceback.format_exc())
             self._error = str(error) or type(error).__name__
             with contextlib.suppress(OSError):

@@ -26,15 +26,21 @@ EXIT_S = 1.0
 
 
 def start_rank(
-    module: str, job: bytes, threads: int, output: BinaryIO | None = None
+    module: str, job: bytes, threads: int, output: BinaryIO | None = None, behind: Sequence[str] = ()
 ) -> "subprocess.Popen[bytes]":
-    """A process that runs `python -m module` with `job` as its standard input; `output`: where what it prints goes."""
+    """A process that runs `python -m module` with `job` as its standard input; `output`: where what it prints goes;
+    `behind`: the command that runs it elsewhere, such as `ip netns exec NAME`, where interfaces have other names."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    if behind:
+        environment.pop("GLOO_SOCKET_IFNAME", None)
+        environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # else torch warns that these hosts have no names
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", module],  # -P: not a types.py or transformers.py of the working folder
+        # -P: not a types.py or transformers.py of the working folder
+        [*behind, sys.executable, "-P", "-m", module],
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=output,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        env=environment,
         start_new_session=True,  # Ctrl-C reaches this process only, which then ends the ranks in order
     )
     assert process.stdin is not None

@@ -139,7 +139,7 @@ def conclude(
     Raises RuntimeError if the ranks hold different KV."""
     folder = Path(job.config.log_dir)
     trace_path = trace_path or folder / "trace.jsonl"
-    trace = merge(job, [state.events for state in ranks])
+    trace = merge(job, [state.events for state in ranks], ranks)
     result = result_of(job, ranks, trace, show.text)
     trace = with_findings(trace, findings_of_result(job, result))
     show.say(f"\n\n{table(result)}")

@@ -150,7 +150,7 @@ OF_RANK = argument("--rank", type=number_or_word)
 
 @verb(
     argument("where", nargs="?", default="ipyparallel", help="ipyparallel (the default) or threads"),
-    argument("-n", type=int, default=3, help="how many ranks"),
+    argument("-n", type=int, help="how many ranks; by default 3, or all of a profile of `dinfer profile`"),
     argument("--profile", default="default", help="the IPython profile of the cluster"),
     argument("--cluster-id", help="which of its clusters"),
     argument(
@@ -365,7 +365,13 @@ def log(call: Call) -> DisplayableText:
     return DisplayableText("\n".join(call.session.log[-call.words.n :] if call.words.n > 0 else []))
 
 
-method("session.watch", "See every torch.distributed call of %%px cells; say why one hangs.")
+method(
+    "session.watch",
+    "See every torch.distributed call of %%px cells; say why one hangs.",
+    argument(
+        "--compare", action="store_true", help="take what watch.compare('reference') needs of models, too"
+    ),
+)
 method("session.recover", "After a failure: restart lost ranks and free stuck ones.")
 method(
     "session.listen_for_debugger",

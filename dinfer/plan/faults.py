@@ -184,7 +184,7 @@ def _chunk(kind: str, shape: Shape, given: Mapping[str, Any]) -> int:
     chunks = shape.chunks
     if "token" in given:
         token = _within("token", given["token"], shape.tokens, "the prompt's tokens")
-        chunk = token // shape.chunk_size
+        chunk = shape.chunk_of(token)
         if "chunk" in given and _within("chunk", given["chunk"], len(chunks)) != chunk:
             rows = chunks[given["chunk"]]
             raise PlanError(

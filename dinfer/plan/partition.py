@@ -1,9 +1,10 @@
 """Shape: how a prefill divides layers into stages, one a rank, and prompt tokens into chunks."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from numbers import Integral
 
 from dinfer.config import layer_split_error
@@ -23,13 +24,16 @@ _LARGEST = 10**12
 class Shape:
     """The size of a prefill: all that a plan depends on. Raises PlanError for sizes that do not fit together.
 
-    `starts`: the first layer of each stage, the first of them 0; `len(starts)` is the world size.
+    `starts`: the first layer of each stage, the first of them 0; `len(starts)` is the world size. `lengths`: the tokens
+    of each chunk where these differ; then `chunk_size` is the largest. Empty: `chunk_size` tokens each, the last chunk
+    possibly fewer.
     """
 
     layers: int
     tokens: int
     chunk_size: int
     starts: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("layers", "tokens", "chunk_size"):
@@ -40,7 +44,14 @@ class Shape:
                 f"stages start at layers {excerpt(list(self.starts), 200)} of {self.layers}; "
                 "the first must be 0 and every stage must own at least one layer."
             )
-        check_cells(self.layers, -(-self.tokens // self.chunk_size), self.world_size)
+        if self.lengths:
+            check_lengths(self.lengths, self.tokens)
+            if self.chunk_size != max(self.lengths):
+                raise PlanError(
+                    f"chunk_size is {self.chunk_size}, but the largest chunk has {max(self.lengths)} tokens."
+                )
+        count = len(self.lengths) or -(-self.tokens // self.chunk_size)
+        check_cells(self.layers, count, self.world_size)
 
     @property
     def world_size(self) -> int:
@@ -53,10 +64,22 @@ class Shape:
 
     @cached_property
     def chunks(self) -> tuple[range, ...]:
-        """The token positions of each chunk, by chunk: `chunk_size` tokens each, the last one possibly fewer."""
+        """The token positions of each chunk, by chunk."""
+        if self.lengths:
+            ends = tuple(accumulate(self.lengths))
+            return tuple(range(end - length, end) for length, end in zip(self.lengths, ends, strict=True))
         return tuple(
             range(a, min(a + self.chunk_size, self.tokens)) for a in range(0, self.tokens, self.chunk_size)
         )
+
+    def chunk_of(self, token: int) -> int:
+        """The chunk of a token of the prompt."""
+        return bisect_right(self.chunks, token, key=lambda rows: rows.start) - 1
+
+    @property
+    def chunks_text(self) -> str:
+        """The chunks' lengths in a plan's text: `128`, or `256+128+64` where they differ."""
+        return "+".join(map(str, self.lengths or (self.chunk_size,)))
 
     @cached_property
     def owners(self) -> tuple[int, ...]:
@@ -70,9 +93,16 @@ class Shape:
 
 
 def partition(
-    *, layers: int, tokens: int, world_size: int, chunk_size: int, layer_split: Sequence[int] | None = None
+    *,
+    layers: int,
+    tokens: int,
+    world_size: int,
+    chunk_size: int,
+    layer_split: Sequence[int] | None = None,
+    lengths: Sequence[int] = (),
 ) -> Shape:
     """The shape of a prefill. `layer_split`: the first layer of each stage from the second on; None splits evenly.
+    `lengths`: the tokens of each chunk instead of `chunk_size`.
 
     If `layers` is no multiple of `world_size`, the first stages own one layer more than the last ones: the last rank
     also computes the final norm. Raises PlanError.
@@ -97,7 +127,23 @@ def partition(
         if len(layer_split) != world_size - 1:
             raise PlanError(layer_split_error(len(layer_split), world_size))
         starts = [0, *layer_split]
-    return Shape(layers, tokens, chunk_size, tuple(starts))
+    if not lengths:
+        return Shape(layers, tokens, chunk_size, tuple(starts))
+    check_lengths(lengths, tokens)
+    are_even = (
+        len(lengths) == -(-tokens // lengths[0]) and len({*lengths[:-1]}) <= 1 and lengths[-1] <= lengths[0]
+    )
+    return Shape(layers, tokens, max(lengths), tuple(starts), () if are_even else tuple(lengths))
+
+
+def check_lengths(lengths: Sequence[int], tokens: int) -> None:
+    """Raises PlanError for chunks that are not all of the prompt."""
+    for length in lengths:
+        check_size("a chunk's length", length)
+    if sum(lengths) != tokens:
+        raise PlanError(
+            f"the chunks have {sum(lengths):,} tokens in all, but the prompt has {tokens:,}: they must be all of it."
+        )
 
 
 def check_size(name: str, size: int) -> None:

@@ -82,7 +82,7 @@ class Plan:
         shape = self.shape
         lines = [
             HEADER,
-            f"layers {shape.layers}, tokens {shape.tokens}, chunk_size {shape.chunk_size}",
+            f"layers {shape.layers}, tokens {shape.tokens}, chunk_size {shape.chunks_text}",
             "stages start at " + " ".join(map(str, shape.starts)),
             f"schedule {self.schedule}, sync_strategy {self.sync_strategy}",
         ]
@@ -147,7 +147,9 @@ def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
     try:
         if intro != ["", "stages start at "]:
             raise ValueError
-        return Shape(int(words[1]), int(words[3]), int(words[5]), tuple(map(int, starts.split())))
+        lengths = [int(length) for length in words[5].split("+")]
+        firsts, uneven = tuple(map(int, starts.split())), tuple(lengths) if len(lengths) > 1 else ()
+        return Shape(int(words[1]), int(words[3]), max(lengths), firsts, uneven)
     except PlanError as error:
         raise PlanError(f"lines {sizes[0]}–{stages[0]}: {error}") from None
     except ValueError:

@@ -62,6 +62,7 @@ def run_rank(
         kv_sha256 = engine.cache.sha256(len(ids))
         tokens, decode_s = _decode(engine, control)
         comm.all_gather(b"d")  # nobody leaves while another still needs it
+        kernels = engine.kernels
         engine.release()
         comm.close()
         return BatchResult(
@@ -69,6 +70,7 @@ def run_rank(
             device=str(decoder.device),
             threads=torch.get_num_threads(),
             dtype=str(decoder.dtype).removeprefix("torch."),
+            kernels=kernels,
             kv_sha256=kv_sha256,
             tokens=tuple(tokens),
             plan_id=plan.id,

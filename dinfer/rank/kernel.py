@@ -15,8 +15,8 @@ from dinfer.messages import HandedOn, Holder, JoinGroup, OpenStore, RankLink, St
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import FIRST_PORT, listen
 from dinfer.rank.service import RankService
+from dinfer.transport.connect import open_comm
 from dinfer.transport.gloo import Comm, Store, join_store, open_store
-from dinfer.transport.nccl import open_comm
 from dinfer.watch.probe.start import start as begin_probe
 
 _current: "Kernel | None" = None
@@ -145,9 +145,10 @@ def listen_for_debugger(port: int = 0) -> int:
     return _debug_port
 
 
-def watch(folder: str) -> None:
-    """Record from now on what this process calls of torch.distributed, into that folder."""
-    probe = begin_probe(folder)
+def watch(folder: str, compare: bool = False) -> None:
+    """Record from now on what this process calls of torch.distributed, into that folder; with `compare` also what a
+    comparison with a reference needs."""
+    probe = begin_probe(folder, compares=compare)
     if shell := ipython():
         probe.follow_cells(shell)
 

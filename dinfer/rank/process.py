@@ -4,9 +4,13 @@ The watcher imports this, so it must stay light: no torch.
 """
 
 import os
+import socket
 from collections import deque
 from contextlib import suppress
-from time import monotonic
+from functools import cache
+from math import inf
+from pathlib import Path
+from time import monotonic, time
 from typing import NamedTuple
 
 import psutil
@@ -20,6 +24,18 @@ _LETTERS = {
     psutil.STATUS_ZOMBIE: "Z",
     psutil.STATUS_DEAD: "X",
 }
+
+
+@cache
+def clock_name() -> str:
+    """Processes with the same name here have one monotonic clock: those of one boot of a machine, unless a container
+    has a clock of its own."""
+    name = socket.gethostname()
+    with suppress(OSError):
+        name = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    with suppress(OSError):
+        name += f" {os.readlink('/proc/self/ns/time')}"
+    return name
 
 
 class Life(NamedTuple):
@@ -46,6 +62,14 @@ def is_stopped(pid: int) -> bool:
     """Whether a signal or a debugger has stopped that process."""
     life = sign_of_life(pid)
     return life is not None and life.state in ("T", "t")
+
+
+def age(pid: int) -> float:
+    """For how many seconds that process has run; infinite for one that there is not, or that may not be asked."""
+    try:
+        return time() - psutil.Process(pid).create_time()
+    except psutil.Error:
+        return inf
 
 
 def exists(pid: int) -> bool:

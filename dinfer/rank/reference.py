@@ -227,7 +227,7 @@ class References:
         engine, holding = prompt.engine, Inventory(prompt)
         started = perf_counter()
         _settle(holding.cache.device)
-        piece = engine.config.chunk_size if command.chunked else len(holding.ids)
+        piece = engine.prompt.plan.shape.chunk_size if command.chunked else len(holding.ids)
         reference = _in_dtype(engine.decoder, command.dtype, len(holding.ids), piece)
         found = Examination(engine, holding, reference, command, self._check)
         found.run()

@@ -23,6 +23,7 @@ from dinfer.engine.decoding import NotANumber, TokensDiffer
 from dinfer.engine.engine import Engine
 from dinfer.engine.kernels import Kernels, kernels_of
 from dinfer.engine.lanes import LaneExecutor, OpFailed
+from dinfer.engine.measure import time_layers, time_links, token_bytes
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.graph import Channel
@@ -106,6 +107,7 @@ class RankService:
             slow(messages.JoinGroup, self._join),
             slow(messages.PreparePrompt, self._prepare),
             slow(messages.EndPrompt, self._end_prompt),
+            slow(messages.MeasureRank, self._measure),
             quick(messages.GetHeld, self._held),
             quick(messages.SetLimits, self._set_limits),
             slow(messages.Rewind, self._rewind),
@@ -251,6 +253,18 @@ class RankService:
             self.comm.close()
             self.comm = self.prompt = None
         return messages.LeftGroup(free)
+
+    def _measure(self, command: messages.MeasureRank) -> messages.RankMeasured:
+        """All ranks do this together: layers at the same time, as in a run, then one link after another."""
+        decoder, comm = self.decoder, self.comm
+        if decoder is None or comm is None:
+            raise RuntimeError(f"rank {self.rank} has no checkpoint yet: session.load(…) first.")
+        self._give_up_prompt()
+        comm.all_gather(b"m")
+        layers = time_layers(decoder, command.tokens, command.lengths, digests=command.digests)
+        hidden, block = token_bytes(decoder)
+        links = time_links(comm, block * command.link_tokens)
+        return messages.RankMeasured(tuple(layers), tuple(links), hidden, block)
 
     # -- the prompt
 

@@ -33,7 +33,10 @@ WRITTEN_S = 0.1
 
 _PACKAGE = Path(__file__).parent.parent
 
-TRANSPORT = frozenset(f"transport/{name}.py" for name in ("gloo", "nccl", "in_process", "gate", "streams"))
+TRANSPORT = frozenset(
+    f"transport/{name}.py"
+    for name in ("gloo", "nccl", "ipc", "cuda_streams", "in_process", "gate", "streams")
+)
 """Files of dinfer in which a thread waits for a peer, or for its limit."""
 
 _INTERPRETER = frozenset(

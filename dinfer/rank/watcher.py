@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from time import monotonic
+from time import monotonic, monotonic_ns
 
 import msgspec
 import zmq
@@ -21,7 +21,7 @@ from dinfer import messages
 from dinfer.engine.board import BOARD_BYTES, Board, Stand, map_file
 from dinfer.rank import pyspy
 from dinfer.rank.frames import FrameReader, send_frames
-from dinfer.rank.process import Life, Wanting, exists, sign_of_life
+from dinfer.rank.process import Life, Wanting, clock_name, exists, sign_of_life
 from dinfer.rank.stacks import dump_of, named
 from dinfer.trace.recorder import Recorder
 
@@ -104,11 +104,11 @@ class Watcher:
     def _take_commands(self) -> None:
         while self._client.poll(0):
             frame = self._client.recv()
-            self._client_heard = monotonic()
+            received, self._client_heard = monotonic_ns(), monotonic()
             request = messages.unpack_request(frame)
             match messages.tag_of(request.command):
                 case messages.Beat.__name__:
-                    pass
+                    self._tell_time(request, received)
                 case messages.KillRank.__name__:
                     self._kill()
                 case messages.DumpStacks.__name__:
@@ -127,6 +127,14 @@ class Watcher:
                 case _:
                     self._commanded = monotonic()
                     self._pass_on(frame)
+
+    def _tell_time(self, request: messages.Request, received: int) -> None:
+        """Say what the time is here, where the session cannot know."""
+        if (name := clock_name()) == self._link.clock:
+            return
+        beat = messages.unpack_command(request.command)
+        assert isinstance(beat, messages.Beat)
+        self._report(messages.ClockAnswer(name, beat.sent, received, monotonic_ns()))
 
     def _answer_looks(self) -> None:
         """Report what py-spy has seen, once it has ended."""

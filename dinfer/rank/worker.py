@@ -20,8 +20,8 @@ from dinfer.rank.control import Control
 from dinfer.rank.debugger import listen_for_debugger
 from dinfer.rank.failure import describe
 from dinfer.rank.logs import LogFile, make_log_folder
+from dinfer.transport.connect import open_comm
 from dinfer.transport.gloo import Comm, join_store, open_store
-from dinfer.transport.nccl import open_comm
 
 log = logging.getLogger("dinfer")
 

@@ -100,7 +100,7 @@ class Actions:
         for callback in list(self._listeners):
             try:
                 callback()
-            except Exception as error:
+            except Exception as error:  # the callback is the user's
                 if callback not in self._broken:
                     self._broken.append(callback)
                     self._state.said.append(

@@ -7,6 +7,7 @@ from itertools import islice
 from dinfer.plan.cut import Cut, is_inside, meet
 from dinfer.run.result import merge
 from dinfer.run.state import STANDING, RunState
+from dinfer.trace.clocks import moved
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 
@@ -67,16 +68,19 @@ class RunEvents:
         self.wait()
         with self._ranks.changed:
             by_rank = [list(events) for events in self._by_rank]
-        return merge(
-            self._state.job, by_rank
-        )  # without the lock, which every lane of a rank on threads takes
+        # Without the lock, which every lane of a rank on threads takes.
+        return merge(self._state.job, by_rank, self._ranks.ranks)
 
     def since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
         """The events after those that have been `read`, and the new `read`: how often the run has begun, and the number
         of events of each rank. All events of a run that has begun again."""
         with self._ranks.changed:
             first = read[1:] if read and read[0] == self._begun else [0] * len(self._by_rank)
-            new = [event for n, events in zip(first, self._by_rank, strict=True) for event in events[n:]]
+            new = [
+                event
+                for n, events, state in zip(first, self._by_rank, self._ranks.ranks, strict=True)
+                for event in moved(events[n:], state.clock)
+            ]
             return new, self.heard()
 
     def heard(self) -> list[int]:

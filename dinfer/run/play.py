@@ -64,7 +64,7 @@ class Player:
         try:
             while step(play.stopping) and not play.stopping.wait(period):
                 pass
-        except Exception as error:
+        except Exception as error:  # whatever ends a play, `check` raises it
             with self._lock:
                 is_mine = self._play is play
                 self._error = error if is_mine else self._error

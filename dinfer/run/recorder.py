@@ -25,7 +25,7 @@ from dinfer.run.faults import Armed
 from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector
 from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
-from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State, nonfinite_marks
+from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State, last_op_text, nonfinite_marks
 from dinfer.run.stepper import NoProgress
 from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
@@ -73,6 +73,7 @@ class RunRecorder:
                 tokens=tuple(one.decoded for one in known),
                 verdict=str(state.hang_now or ""),
                 device_memory=tuple(one.device_memory for one in known),
+                took=self._took(),
                 nonfinite=state.nonfinite.text,
                 over=state.closed,
                 playing=state.playing,
@@ -80,6 +81,14 @@ class RunRecorder:
                 severity=state.gravity(),
                 begun=state.begun,
             )
+
+    def _took(self) -> tuple[str, ...]:
+        """See `Standing.took`. Lanes of threads know of a GPU's op only when it was launched."""
+        state = self.state
+        if state.devices[0] != "cpu" and not state.job.config.uses_streams:
+            return ()
+        stands = zip(state.plan.lanes, state.stands(), state.ranks.ranks, strict=False)
+        return tuple(last_op_text(lanes, stand, known.events) for lanes, stand, known in stands)
 
     # -- a report
 

@@ -9,21 +9,25 @@ from dinfer.engine.corruption import Corruption
 from dinfer.job import Job
 from dinfer.messages import BlockCorrupt
 from dinfer.run.nonfinite import NonFiniteBlocks, nonfinite_of
+from dinfer.trace.clocks import on_one_clock
 from dinfer.trace.events import Event
 from dinfer.trace.trace import OVERLAP, Trace, rank_table
 from dinfer.version import __version__
 
 
-def merge(job: Job, by_rank: Sequence[Sequence[Event]]) -> Trace:
-    """One trace of all ranks' events."""
+def merge(job: Job, by_rank: Sequence[Sequence[Event]], ranks: Sequence[RankState] = ()) -> Trace:
+    """One trace of all ranks' events, on this process's clock. `ranks`: what is known of theirs."""
     shape = job.plan.shape
+    by_rank, about = on_one_clock(by_rank, [state.clock for state in ranks])
     return Trace.merge(
         by_rank,
+        **about,
         dinfer=__version__,
         model=job.config.model_path,
         layers=shape.layers,
         tokens=shape.tokens,
         chunk_size=shape.chunk_size,
+        **({"chunks": list(shape.lengths)} if shape.lengths else {}),
         stages=list(shape.starts),
         schedule=job.plan.schedule,
         sync_strategy=job.plan.sync_strategy,
@@ -53,6 +57,7 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
                 "device": report.device,
                 "threads": report.threads,
                 "dtype": report.dtype,
+                "kernels": report.kernels,
                 "kv_sha256": report.kv_sha256,
                 "tokens": list(report.tokens),
                 **trace.rank_figures(rank)._asdict(),

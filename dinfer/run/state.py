@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from itertools import zip_longest
 from typing import NamedTuple
 
 from dinfer.cluster.lease import RankLease
@@ -14,15 +15,19 @@ from dinfer.kv.difference import Diff
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Selection
 from dinfer.plan.cut import Cut
-from dinfer.plan.plan import Plan
+from dinfer.plan.plan import Lane, Plan
 from dinfer.results import Where
 from dinfer.run.failure import Breakage, Broken
 from dinfer.run.nonfinite import NonFiniteBlocks
 from dinfer.severity import Severity
+from dinfer.trace.events import Event
 from dinfer.trace.findings import MarkKind
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import HangKind
 from dinfer.verdict.where import where_text
+
+_RECENT = 500
+"""events of a rank among which that of its last op is looked for"""
 
 
 class State(StrEnum):
@@ -171,6 +176,8 @@ class Standing(NamedTuple):
     """the full text of the verdict, while the run hangs"""
     device_memory: tuple[DeviceMemory | None, ...] = ()
     """GPU memory of each rank's process; None where the rank has no process of its own"""
+    took: tuple[str, ...] = ()
+    """of each rank that stands, the time of its last op that computed, as `last_op_text`"""
     nonfinite: str = ""
     """the first NaN or Inf, and how many blocks followed; empty while all values are finite"""
     over: str = ""
@@ -388,6 +395,23 @@ class RunState:
                 self.story.append(text)
 
 
+def last_op_text(lanes: Sequence[Lane], stand: Stand, events: Sequence[Event]) -> str:
+    """Of a rank that stands: how long its last op that computed took, for example "`layer c1 l3` took 0.14 ms".
+
+    Empty while it moves, before such an op, and until the op's event is among `events`, those of the rank so far.
+    """
+    if not stand.at_limits or any(stand.started):
+        return ""
+    done = {lane.name: lane.ops[:position] for lane, position in zip(lanes, stand.positions, strict=True)}
+    for event in reversed(events[-_RECENT:]):
+        ops = done.get(event.lane, ())
+        if event.index is None or event.index >= len(ops) or ops[event.index].is_transfer or not event.end:
+            continue  # of decode, undone, or none that computes
+        is_last = all(op.is_transfer for op in ops[event.index + 1 :])
+        return f"`{event.name}` took {event.busy / 1e6:.3g} ms" if is_last else ""
+    return ""
+
+
 def with_remedy(text: str, remedy: str) -> str:
     """A reason, and the call after which the run can go on. Who has taken the ranks over is said with what to do."""
     return f"{text}\nto go on: {remedy}" if remedy and remedy != TAKE_BACK else text
@@ -395,7 +419,10 @@ def with_remedy(text: str, remedy: str) -> str:
 
 def where_of(plan: Plan, standing: Standing, state: RunState) -> Where:
     """The position of each rank, one line each, and whatever else a user should know."""
-    lines = where_text(plan, standing.stands) if standing.stands else "not all ranks have reported yet"
+    lines = "not all ranks have reported yet"
+    if standing.stands:
+        ranks = where_text(plan, standing.stands).splitlines()
+        lines = "\n".join("; ".join(filter(None, parts)) for parts in zip_longest(ranks, standing.took))
     notes = [f"played by {standing.playing}"] * bool(standing.playing)
     notes += [with_remedy(standing.message, standing.remedy)] * bool(standing.message)
     notes += [f"{standing.decoded} new tokens: {standing.text!r}"] * bool(standing.decoded)

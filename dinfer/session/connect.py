@@ -21,7 +21,7 @@ _opened: "weakref.WeakSet[Session]" = weakref.WeakSet()
 
 def connect(
     where: str | int = "ipyparallel",
-    n: int = 3,
+    n: int | None = None,
     *,
     profile: str = "default",
     cluster_id: str | None = None,
@@ -33,11 +33,13 @@ def connect(
     show: "Show | None" = None,
     write: "WriteReport | None" = None,
 ) -> "Session":
-    """A session with `n` ranks, `connect(n)` for short; it prints one line that describes them.
+    """A session with `n` ranks, `connect(n)` for short; it prints one line that describes them. By default, as many as
+    a profile that `dinfer profile` has written starts, else 3.
 
     "ipyparallel": the engines of a running cluster (`ipcluster start -n 3`) of that profile; if there is none, and
-    `start` is not False, a cluster is started. Engines that were started here end once this process has been gone for
-    `patience` seconds. "threads": all ranks in this process. `place`: where to start the processes of a cluster.
+    `start` is not False, a cluster is started, on the hosts of its profile if `dinfer profile` has written it. Engines
+    that were started here end once this process has been gone for `patience` seconds. "threads": all ranks in this
+    process. `place`: where to start the processes of a cluster.
 
     Where an earlier session has gone, after a kernel restart say, this one goes on with what it has left on the ranks:
     checkpoint, run, position, breakpoints, faults, events; a line says what. Engines that another living session holds
@@ -47,13 +49,13 @@ def connect(
     check_working_folder()
     if isinstance(where, int):
         n, where = where, "ipyparallel"
-    if n < 1:
+    if n is not None and n < 1:
         raise ConfigError(f"n is {n}; it must be at least 1: how many ranks the session has.")
     ranks: Ranks
     if where == "threads":
         from dinfer.cluster.threads import LocalRanks
 
-        ranks = LocalRanks(n)
+        ranks = LocalRanks(n or 3)
     elif where == "ipyparallel":
         # This imports PyTorch while the engines start.
         threading.Thread(target=import_module, args=["dinfer.session.session"], name="dinfer import").start()

@@ -14,12 +14,13 @@ from dinfer.config import Config, ConfigError, check_known, whole_numbers
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
 from dinfer.errors import DinferError, NotPossible, excerpt
 from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
-from dinfer.messages import GetHeld, Holdings, Loading, LoadModel, PreparePrompt, UnloadModel
+from dinfer.messages import GetHeld, Holdings, Loading, LoadModel, MeasureRank, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
+from dinfer.planner.choose import CHOICES
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import RankFailed
 from dinfer.run.hang import Hung
@@ -29,6 +30,17 @@ from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
 from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
+from dinfer.session.measure import (
+    AUTO,
+    LENGTHS,
+    LINK_TOKENS,
+    TOKENS,
+    Measurement,
+    choose,
+    measured,
+    with_choice,
+    without_auto,
+)
 from dinfer.session.reattach import are_in_one_group, loaded_of, run_of
 from dinfer.session.sweep import Sweep, sweep
 from dinfer.severity import Severity
@@ -42,7 +54,7 @@ Show = Callable[[Any], Any]
 
 LOOK_S = 0.05
 
-PREPARE_S, LOAD_S = 120.0, 3600.0
+PREPARE_S, LOAD_S, MEASURE_S = 120.0, 3600.0, 600.0
 
 GIVE_WAY_S, ALL_SAY_S = 5.0, 1.0
 
@@ -90,8 +102,9 @@ class Session(Tidy, Announced, Closing):
         self._bare = set(range(self.world_size))  # ranks without weights, or with only some of them
         self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
+        self._measured: Measurement | None = None
         self._watch: EnginesWatch | None = None
-        self._watched = Path()
+        self._watched, self._compares = Path(), False
         found = ranks.ask(dict.fromkeys(range(self.world_size), GetHeld()), PREPARE_S)
         held = [found[rank] for rank in range(self.world_size)]
         self._half_prepared = any(one.preparing for one in held)
@@ -112,11 +125,13 @@ class Session(Tidy, Announced, Closing):
         gpu_ids: Sequence[int] = (),
         threads: int = 0,
         kernels: str = "auto",
+        backend: str = "auto",
     ) -> Self:
         """Load a checkpoint folder, or "demo", on every rank, for any number of runs; a progress bar for each rank.
 
         `gpu_ids`: the GPU of each rank, empty for the CPU; `threads`: CPU threads of each rank, 0 for an equal share of
-        the cores; `kernels`: what runs the layers on a GPU, "exact", "graph", "compiled" or "auto", as for `prefill`.
+        the cores; `kernels`: what runs the layers on a GPU, "exact", "graph", "compiled" or "auto", as for `prefill`;
+        `backend`: how ranks exchange messages, "gloo", "nccl", "ipc" or "auto".
         Graphs are captured now, for chunks of the usual size, which takes seconds. Weights that are there already stay,
         unless the folder has changed. Raises ConfigError or ModelError before anything is loaded: too little memory, an
         unknown GPU, an unsupported model.
@@ -124,7 +139,7 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         share = max(self.ranks.cores())
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
-        values["kernels"] = kernels
+        values.update(kernels=kernels, backend=self.ranks.backend if backend == "auto" else backend)
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
@@ -132,7 +147,7 @@ class Session(Tidy, Announced, Closing):
         self._free_lanes()
         if config.backend != self._config.backend:
             meet(self.ranks, config.backend)
-        self._config = config
+        self._config, self._measured = config, None
         self._load(range(self.world_size))
         if ignored := ignored_generation(self.spec.path):
             print(ignored)
@@ -152,6 +167,8 @@ class Session(Tidy, Announced, Closing):
 
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …;
         those that `load` fixes for all runs, such as dtype, are refused if they differ.
+        Of schedule, chunk_size, layer_split and sync_strategy any may be "auto": the planner takes the fastest by what
+        `measure` has found, and prints a sentence on each.
         `plan`: a plan of your own, its text, or a function of config and shape that makes it or its lanes (see
         `dinfer.plan.custom`); one that can hang is refused unless `unsafe=True`. Raises ConfigError, PlanError,
         NotPossible where no checkpoint is loaded, and ModelError where its folder has changed since.
@@ -163,6 +180,11 @@ class Session(Tidy, Announced, Closing):
                 "the built-in model (in magics: %dinfer load demo)."
             )
         check_known(parameters, OF_PREFILL)
+        parameters, auto = without_auto(parameters)
+        if auto and plan is not None:
+            raise ConfigError(
+                f"{auto[0]} is auto, but a plan is given, which says it: leave one of them out."
+            )
         own = without_fixed(parameters, self._config, self.spec)
         if prompt is None and "prompt_ids" in own:  # the name that it has in `dinfer run`
             prompt = whole_numbers("prompt_ids", own.pop("prompt_ids"))
@@ -173,7 +195,12 @@ class Session(Tidy, Announced, Closing):
         given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
         config = self._config.with_(**{"prompt_ids": (), **given, **own})
         job = prepare_loaded(config, self.spec, plan)
-        text = "" if plan is None else job.plan.text()
+        if auto:
+            chosen = choose(self.measure(), job, auto)
+            print(chosen)
+            config, plan = with_choice(config, chosen, self.spec.layers)
+            job = prepare_loaded(config, self.spec, plan or None)
+        text = "" if not plan else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)
         self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", run)
@@ -181,13 +208,38 @@ class Session(Tidy, Announced, Closing):
             run.resume()
         return run
 
+    def measure(self, *, again: bool = False) -> Measurement:
+        """What a layer takes on each rank and what each link carries, as a table; some seconds, once for a checkpoint
+        unless `again`. The run before it is then over. Raises NotPossible where no checkpoint is loaded or a run is
+        under way."""
+        self._check_open()
+        if self.spec is None:
+            raise NotPossible("no checkpoint is loaded, so no layer can be measured: session.load(…) first.")
+        if self._measured is None or again:
+            if self._run and self._run.standing().state in ("running", "decoding"):
+                raise NotPossible(
+                    "a run is under way, which would be measured with: run.pause() or run.wait() first."
+                )
+            self._end_run("layers and links were measured; session.prefill(…) begins another run")
+            self._free_lanes()
+            self._ensure_whole()
+            tokens = min(TOKENS, self.spec.max_positions)
+            lengths = tuple(length for length in LENGTHS if length <= tokens) or (tokens,)
+            command = MeasureRank(tokens, lengths, min(LINK_TOKENS, tokens))
+            answers = self.ranks.ask(
+                dict.fromkeys(range(self.world_size), command), MEASURE_S, self._ensure_whole
+            )
+            self._measured = measured(answers, tokens)
+            self._note("layers and links are measured")
+        return self._measured
+
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
         """Run each prompt with every combination of these parameters, each a list or a single value; a table. Raises
         ConfigError for an unknown parameter or value, before the first run."""
         check_known(parameters, OF_PREFILL)
         for name, values in parameters.items():
             for value in values if isinstance(values, list) else [values]:
-                if name not in OF_PREFILL:
+                if name not in OF_PREFILL and not (name in CHOICES and value == AUTO):
                     self._config.with_(**{name: value})
                 elif name == "paused" and not isinstance(value, bool):
                     raise ConfigError(f"paused is {excerpt(value)}; it must be True or False.")
@@ -208,21 +260,28 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         return Listening(within("rank", rank, self.world_size), *self.ranks.listen_for_debugger(rank, port))
 
-    def watch(self) -> EnginesWatch:
+    def watch(self, compare: bool = False) -> EnginesWatch:
         """From now on every call of torch.distributed in `%%px` cells is seen; a cell that hangs gets its verdict under
-        it, and `session.recover()` frees the engines. A second call returns the same. Raises NotPossible for ranks in
-        threads or on several hosts."""
+        it, and `session.recover()` frees the engines.
+
+        `compare`: what `.compare("reference")` needs of transformers' models is taken, too. A second call returns the
+        same; only one that asks for `compare` for the first time begins anew. Raises NotPossible for ranks in threads
+        or on several hosts.
+        """
         self._check_open()
-        if self._watch is None:
+        if self._watch is None or (compare and not self._compares):
             folder = TemporaryFolder()
-            self.ranks.watch(str(folder.path))
+            self.ranks.watch(str(folder.path), compare=compare)
+            if self._watch:
+                self._watch.close()
             self._watch = EnginesWatch(EnginesSource(folder), self._write, self._show)
-            self._watched = folder.path
+            self._watched, self._compares = folder.path, compare
         return self._watch
 
     def recover(self) -> DisplayableText:
-        """After a failure: restart lost ranks and free stuck ones. Then `run.restart()` begins this run again, and
-        `session.prefill(…)` another one. Where only lanes are blocked, these two free them by themselves."""
+        """After a failure: restart lost ranks and free stuck ones; a `%%px` cell that still runs is interrupted. Then
+        `run.restart()` begins this run again, and `session.prefill(…)` another one. Where only lanes are blocked, these
+        two free them by themselves."""
         self._check_open()
         return self._recover(kill=True)
 
@@ -242,7 +301,7 @@ class Session(Tidy, Announced, Closing):
         self._half_prepared = True
         anew = recover(self.ranks, plan, self._config.backend, say, stuck, kill=kill)
         if self._watch and anew:
-            self.ranks.watch(str(self._watched))
+            self.ranks.watch(str(self._watched), compare=self._compares)
         self._half_prepared = False
         self._bare |= set(anew)
         if self.spec and self._bare:

@@ -100,7 +100,10 @@ class Findings:
     def of(cls, values: Mapping[str, Any]) -> Self:
         """From plain values; fields that a later version has added are ignored. Raises ValueError for a value of
         another type."""
-        return msgspec.convert(values, cls)
+        try:
+            return msgspec.convert(values, cls)
+        except msgspec.ValidationError as error:  # which is a ValueError in newer versions only
+            raise ValueError(str(error)) from None
 
 
 def findings_of(trace: Trace) -> Findings:

@@ -49,6 +49,9 @@ _LONGEST_NS = 1 << 62  # in nanoseconds, a century and a half
 MAX_CELLS = 20_000_000
 """layers × chunks × ranks; views draw no larger map"""
 
+DAMAGED = (ValueError, msgspec.MsgspecError, TypeError, RecursionError)
+"""what reading raises of a file that is no trace; the errors of older msgspecs are no ValueError"""
+
 _event = msgspec.json.Decoder(Event)
 
 
@@ -67,11 +70,7 @@ def read_jsonl(path: str | Path) -> Trace:
         number = 1
         if known:
             _check_sizes(header.get("about", {}), events)
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-    ) as error:  # not JSON, not UTF-8, or a line that is no event
+    except DAMAGED as error:  # not JSON, not UTF-8, or a line that is no event
         raise TraceError(f"{str(path)!r} is not a trace, or a damaged one: line {number}: {error}.") from None
     if not known:
         raise TraceError(f"{str(path)!r} is not a trace: its first line does not say {FORMAT!r}.")
@@ -149,7 +148,7 @@ def read_traces(path: str | Path) -> list[Trace]:
     try:
         found = map(json.loads, _elements(Path(path).read_text(encoding="utf-8-sig")))
         traces = [of_columns(values) for values in found if values["format"] == IN_COLUMNS]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except (*DAMAGED, KeyError, IndexError, AttributeError) as error:
         raise TraceError(f"{str(path)!r} holds a damaged trace: {type(error).__name__}: {error}.") from None
     if not traces:
         raise TraceError(

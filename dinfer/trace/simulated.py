@@ -1,14 +1,14 @@
-"""A simulated trace: how long a plan takes if every op takes a given time. For benches, previews and tests.
+"""A simulated trace: the events of a plan on a machine that is given as numbers. Nothing is run."""
 
-Nothing is run. Messages do not share bandwidth.
-"""
-
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from dinfer.plan.graph import NONE, Graph, simulate
+from dinfer.plan.graph import Channel, Graph
+from dinfer.plan.ops import Op
+from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan
+from dinfer.plan.timing import Timings, timed
 from dinfer.trace.events import event_of
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import LinkRanks
@@ -16,46 +16,51 @@ from dinfer.trace.transfers import LinkRanks
 
 @dataclass(frozen=True)
 class Machine:
-    """How long ops take, in nanoseconds; embed and norm take a twentieth of a layer's time. `slow`: by link, the factor
-    by which it is slower than the others. Each op takes longer by a share of up to `jitter`, drawn from `seed`."""
+    """A machine on paper, for previews and tests: all ranks are alike, and messages do not share bandwidth. Times are
+    nanoseconds; embed and norm take a twentieth of a layer's time. `slow`: by link, the factor by which it is slower
+    than the others. Each op takes longer by a share of up to `jitter`, which its place and `seed` decide."""
 
     layer: int = 5_000_000
-    latency: int = 150_000
+    latency_ns: int = 150_000
     bytes_per_token: int = 4096
     bytes_per_s: float = 1e9
     slow: Mapping[LinkRanks, float] = field(default_factory=dict)
     jitter: float = 0.2
     seed: int = 0
 
+    def compute(self, rank: int, op: Op, _: Shape) -> float:
+        base = self.layer if op.kind == "layer" else self.layer / 20
+        return base * self._longer(rank, str(op)) / 1e9
 
-def paper_trace(plan: Plan, machine: Machine | None = None) -> Trace:
-    """The events of a plan, from time 0 on, with sends that wait for their recv. The plan must not deadlock so."""
+    def message(self, op: Op) -> int:
+        return op.tokens * self.bytes_per_token
+
+    def latency(self, channel: Channel) -> float:
+        return self.latency_ns * self._slower(channel) / 1e9
+
+    def ahead(self, _: Channel) -> float:
+        return 0.0
+
+    def rates(self, moving: Sequence[Channel]) -> Sequence[float]:
+        return [self.bytes_per_s / self._slower(channel) / self._longer(*channel) for channel in moving]
+
+    def _slower(self, channel: Channel) -> float:
+        return self.slow.get((channel.source, channel.target), 1)
+
+    def _longer(self, *what: object) -> float:
+        return 1 + self.jitter * Random(f"{self.seed} {what}").random()
+
+
+def paper_trace(plan: Plan, machine: Timings | None = None) -> Trace:
+    """The events of a plan, from time 0 on, with sends that wait for their recv. Raises PlanError if it hangs so."""
     graph, machine = Graph(plan), machine or Machine()
-    random = Random(machine.seed)
-    ends = [0] * len(graph.ops)
     events = []
-    for number in simulate(graph, rendezvous=True).order:
-        if ends[number]:  # with its partner: a send and its recv end together
-            continue
-        op, rank, partner = graph.ops[number], graph.ranks[number], graph.partner[number]
-        size = op.tokens * machine.bytes_per_token
-        if op.is_transfer:
-            link = (rank, op.peer) if op.kind == "send" else (op.peer, rank)
-            base = (machine.latency + size / machine.bytes_per_s * 1e9) * machine.slow.get(link, 1)
-        else:
-            base = machine.layer if op.kind == "layer" else machine.layer / 20
-        pair = [number] if partner == NONE else [number, partner]
-        ready = [0 if graph.before[one] == NONE else ends[graph.before[one]] for one in pair]
-        made = [[ends[dep] for dep in graph.deps[one] if dep != NONE] for one in pair]
-        start = [max(before, *needs) if needs else before for before, needs in zip(ready, made, strict=True)]
-        met = max(start)
-        end = met + max(1, round(base * (1 + machine.jitter * random.random())))
-        for one, before, begun in zip(pair, ready, start, strict=True):
-            ends[one] = end
-            place = graph.place(one)
-            lane = plan.lanes[place.rank][place.lane].name
-            times = (before, begun, met, end)
-            events.append(event_of(graph.ops[one], place.rank, lane, place.index, times, size))
+    for number, times in enumerate(timed(graph, machine).times):
+        op, place = graph.ops[number], graph.place(number)
+        lane = plan.lanes[place.rank][place.lane].name
+        ready, start, met, end = (round(time * 1e9) for time in times)
+        at = ready, start, met, max(end, met + 1)
+        events.append(event_of(op, place.rank, lane, place.index, at, machine.message(op)))
     shape = plan.shape
     return Trace.merge(
         [events],

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
 from dinfer.errors import excerpt
+from dinfer.trace.clocks import clocks_text, error_between, rank_clocks
 from dinfer.trace.events import COMPUTE, Event, prefill_events
 from dinfer.trace.export import TraceError, export
 from dinfer.trace.intervals import Interval, minus, seconds, union
@@ -109,6 +110,8 @@ class Trace(Tidy, Composed):
             yield rank_table(found, ABOUT_WATCHED if self.is_watched else ABOUT_RANKS)
             if not self.is_watched:
                 yield OVERLAP
+            if self.clocks:
+                yield self.clocks
 
     @property
     def ranks(self) -> list[int]:
@@ -119,6 +122,16 @@ class Trace(Tidy, Composed):
     def is_watched(self) -> bool:
         """Whether it is of somebody else's program, of which only the ops of torch.distributed are known."""
         return any(event.call is not None for event in self.events)
+
+    @property
+    def clocks(self) -> str:
+        """How well the hosts' clocks agree, in a sentence; "" where all ranks have one."""
+        return clocks_text(rank_clocks(self.about))
+
+    def clock_error_s(self, one: int, other: int) -> float | None:
+        """Seconds by which times of two ranks may be wrong against each other: 0 on one host; None if not known."""
+        error = error_between(rank_clocks(self.about), one, other)
+        return None if error is None else error / 1e9
 
     @property
     def span(self) -> str:

@@ -9,6 +9,7 @@ from math import ceil
 from operator import attrgetter
 from typing import NamedTuple
 
+from dinfer.trace.clocks import error_between, rank_clocks
 from dinfer.trace.events import COLLECTIVES, Event, pairs
 from dinfer.trace.trace import Trace
 
@@ -20,7 +21,8 @@ class Transfer(NamedTuple):
     """One message. Times are nanoseconds of the trace's clock.
 
     `offered`: the payload was there and its send had begun. `met`: the other rank had begun as well. `end`: the
-    receiver had it all. Each difference is of times on one rank's clock. `late`: the rank that began last, if known.
+    receiver had it all. Each difference is of times on one rank's clock. `late`: the rank that began last, if known: on
+    two hosts, whose clocks agree to some extent only, if it did by more than that.
     """
 
     source: int
@@ -69,14 +71,15 @@ def transfers(trace: Trace) -> list[Transfer]:
 
 
 def _transfers(trace: Trace) -> list[Transfer]:
-    found = []
+    found, clocks = [], rank_clocks(trace.about)
     for send, recv in pairs(trace.events):
         seen = recv or send
         assert seen is not None
         assert seen.peer is not None
         source, target = (seen.peer, seen.rank) if seen.kind == "recv" else (seen.rank, seen.peer)
         late = None
-        if send and recv:
+        error = error_between(clocks, source, target) if send and recv else 0
+        if send and recv and error is not None and not 0 < abs(send.start - recv.start) <= error:
             late = source if send.start > recv.start else target
         from_sender, met = send or seen, seen.met
         offered = met - (from_sender.met - from_sender.start)

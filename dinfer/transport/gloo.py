@@ -6,9 +6,10 @@ A message is a header and usually a payload. Messages of one channel arrive in t
 import gc
 import os
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from time import monotonic_ns
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from torch._C._distributed_c10d import TCPStore
 from dinfer.plan.graph import Channel
 from dinfer.transport.header import HEADER_BYTES, VOID_HEADER, Header, TransferError
 from dinfer.transport.interface import interface_towards
+from dinfer.transport.precedence import Precedence, Way, cut, pieces_in, with_pieces
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -83,6 +85,9 @@ class GlooComm:
     def __init__(self, rank: int, world_size: int, store: Store, start_timeout: float) -> None:
         """Connect to the other ranks. Raises CommError if they do not meet within `start_timeout` seconds."""
         self.rank, self.world_size = rank, world_size
+        self._precedence = Precedence()
+        self._pieces: dict[Channel, int] = {}
+        """by channel, in how many pieces the payload of the last header comes"""
         timeout = timedelta(seconds=start_timeout)
         try:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -94,31 +99,42 @@ class GlooComm:
             raise CommError(f"rank {rank} could not meet the other ranks: {error}") from error
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
-        group = self._group(channel.communicator)
+        count = self._precedence.pieces(channel, payload.nbytes) if payload is not None else 1
         try:
-            works = [dist.isend(_tensor(header), group=group, group_dst=channel.target)]
-            if payload is not None:  # the header is on its way while the payload is copied from its device
-                works.append(dist.isend(bytes_of(_on_host(payload)), group=group, group_dst=channel.target))
+            works = [self._isend(channel, _tensor(with_pieces(header, count)))]
+            if payload is None:
+                wait_for(works[0])
+                return monotonic_ns()
+            # The header is on its way while the payload is copied from its device.
+            pieces = cut(bytes_of(_on_host(payload)), count)
+            if count == 1:
+                works.append(self._isend(channel, pieces[0]))
             wait_for(works[0])
             met = monotonic_ns()
-            for work in works[1:]:
-                wait_for(work)
+            if channel.communicator != "kv":
+                with self._precedence.hidden("out"):
+                    wait_for(works[1])
+            else:
+                self._move(partial(self._isend, channel), pieces, "out", works[1:])
+                self._precedence.sent(channel, payload.nbytes, count, (monotonic_ns() - met) / 1e9)
         except RuntimeError as error:
             raise CommError(f"sending to rank {channel.target} failed: {error}") from error
         return met
 
     def recv_header(self, channel: Channel) -> bytes:
         header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        self._recv(channel, header)
-        return header.numpy().tobytes()
+        self._recv(channel, (header,))
+        data = header.numpy().tobytes()
+        self._pieces[channel] = pieces_in(data)
+        return data
 
     def recv_payload(self, channel: Channel, out: Tensor) -> None:
-        if out.device.type == "cpu":
-            self._recv(channel, bytes_of(out))
-        else:
-            host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-            self._recv(channel, bytes_of(host))
-            out.copy_(host, non_blocking=True)  # on the default stream, so before all that reads it
+        on_host = (
+            out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
+        )
+        self._recv(channel, cut(bytes_of(on_host), self._pieces.get(channel, 1)))
+        if on_host is not out:
+            out.copy_(on_host, non_blocking=True)  # on the default stream, so before all that reads it
 
     def all_gather(self, data: bytes) -> list[bytes]:
         group = self._group("control")
@@ -137,12 +153,37 @@ class GlooComm:
             dist.destroy_process_group()
         gc.collect()
 
-    def _recv(self, channel: Channel, out: Tensor) -> None:
+    def _isend(self, channel: Channel, part: Tensor) -> dist.Work | None:
+        return dist.isend(part, group=self._group(channel.communicator), group_dst=channel.target)
+
+    def _irecv(self, channel: Channel, part: Tensor) -> dist.Work | None:
+        return dist.irecv(part, group=self._group(channel.communicator), group_src=channel.source)
+
+    def _recv(self, channel: Channel, parts: Sequence[Tensor]) -> None:
+        """Receive a header or a payload."""
+        is_hidden = channel.communicator != "kv" and parts[0].numel() > HEADER_BYTES
         try:
-            group = self._group(channel.communicator)
-            wait_for(dist.irecv(out, group=group, group_src=channel.source))
+            with self._precedence.hidden("in") if is_hidden else nullcontext():
+                self._move(partial(self._irecv, channel), parts, "in", [])
         except RuntimeError as error:
             raise CommError(f"receiving from rank {channel.source} failed: {error}") from error
+
+    def _move(
+        self,
+        post: Callable[[Tensor], dist.Work | None],
+        parts: Sequence[Tensor],
+        way: Way,
+        posted: list[dist.Work | None],
+    ) -> None:
+        """Post each part that is not yet, the next one while one travels, and wait for all. Before a piece of several
+        hidden states go first."""
+        for part in parts[len(posted) :]:
+            if len(parts) > 1:
+                self._precedence.give_way(way)
+            posted.append(post(part))
+            if len(posted) > 1:
+                wait_for(posted[-2])
+        wait_for(posted[-1])
 
     def _group(self, name: str) -> dist.ProcessGroup:
         """Raises CommError after `close`. (A group of None would mean the default group, which may be a newer one.)"""

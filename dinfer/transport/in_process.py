@@ -105,7 +105,7 @@ class LocalComm:
             exchange.gathered.pop(number, None)  # the first rank here removes it; all others hold `parts`
         return [parts[rank] for rank in range(self.world_size)]
 
-    def open_streams(self, _: torch.device) -> Streams:
+    def open_streams(self, device: torch.device, largest: int) -> Streams:  # noqa: ARG002
         return LocalStreams(self, self._exchange.gate, serial=self._exchange.streams == "serial")
 
     def close(self) -> None:

@@ -72,7 +72,8 @@ class Streams(Protocol):
     def send(
         self, channel: Channel, header: bytes, payload: MakeTensor, after: After, sign: MakeTensor | None
     ) -> Issued:
-        """Send a header, with the signature, int64 [3], that `sign` returns, and then `payload`'s contiguous tensor."""
+        """Send a header, with the signature, int64 [3], that `sign` returns, and then `payload`'s contiguous
+        tensor."""
 
     def recv(self, channel: Channel, place: MakeTensor, after: After, arrived: OnArrival | None) -> Issued:
         """Receive a header, and then the payload into the contiguous tensor that `place` returns."""
@@ -88,8 +89,11 @@ class Streams(Protocol):
 class StreamComm(Comm, Protocol):
     """A transport with streams."""
 
-    def open_streams(self, device: torch.device) -> Streams:
-        """This rank's streams on its device. All ranks must call it, in the same order among collective calls."""
+    def open_streams(self, device: torch.device, largest: int) -> Streams:
+        """This rank's streams on its device, for payloads of at most `largest` bytes.
+
+        All ranks must call it with the same number, in the same order among collective calls.
+        """
 
 
 def stream_of(rank: int, where: StreamPlace) -> str:

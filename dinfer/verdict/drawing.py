@@ -20,12 +20,13 @@ Point = tuple[float, float]
 
 
 class Box(NamedTuple):
-    """A rank: its name, what it does, and whether it is a culprit."""
+    """A rank: its name, what it does, whether it is a culprit, and what more there is to say, for the tooltip."""
 
     key: int
     name: str
     text: str
     is_root: bool = False
+    detail: str = ""
 
 
 class Arrow(NamedTuple):
@@ -37,13 +38,16 @@ class Arrow(NamedTuple):
 
 
 def drawing(title: str, boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
-    """An SVG with the boxes on an ellipse, clockwise from the top."""
+    """An SVG with the boxes on an ellipse, clockwise from the top; two beside one another."""
     count = len(boxes)
     across, down = (max(170.0, 44.0 * count), max(80.0, 24.0 * count)) if count > 1 else (0.0, 0.0)
+    first = -pi / 2
+    if count == 2:
+        first, down = -pi, 0.0
     middle = across + WIDTH / 2 + MARGIN, down + HEIGHT / 2 + MARGIN
     at = {}
     for number, box in enumerate(boxes):
-        angle = 2 * pi * number / count - pi / 2
+        angle = 2 * pi * number / count + first
         at[box.key] = middle[0] + across * cos(angle), middle[1] + down * sin(angle)
     pairs = {(arrow.source, arrow.target) for arrow in arrows}
     drawn = [_arrow(arrow, at, (arrow.target, arrow.source) in pairs) for arrow in arrows]
@@ -58,9 +62,10 @@ def drawing(title: str, boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
 
 def _box(box: Box, x: float, y: float) -> str:
     fill, stroke = ("#fbe3ee", "#b3125b") if box.is_root else ("#eef2f6", "#2672b3")
+    left, top, whole = x - WIDTH / 2, y - HEIGHT / 2, f"{box.name}: {box.detail or box.text}"
     return (
-        f'<g><title>{escape(f"{box.name}: {box.text}")}</title><rect x="{x - WIDTH / 2:.1f}" y="{y - HEIGHT / 2:.1f}" '
-        f'width="{WIDTH}" height="{HEIGHT}" rx="6" fill="{fill}" stroke="{stroke}" stroke-width="1.5"/>'
+        f'<g><title>{escape(whole)}</title><rect x="{left:.1f}" y="{top:.1f}" width="{WIDTH}" height="{HEIGHT}" '
+        f'rx="6" fill="{fill}" stroke="{stroke}" stroke-width="1.5"/>'
         f'<text x="{x:.1f}" y="{y - 4:.1f}" text-anchor="middle" font-weight="bold">{escape(box.name)}</text>'
         f'<text x="{x:.1f}" y="{y + 11:.1f}" text-anchor="middle">{escape(_short(box.text))}</text></g>'
     )
@@ -77,10 +82,15 @@ def _arrow(arrow: Arrow, at: dict[int, Point], is_answered: bool) -> str:
     )
     (x1, y1), (x2, y2) = _edge(source, control), _edge(target, control)
     x, y = (x1 + x2) / 4 + control[0] / 2, (y1 + y2) / 4 + control[1] / 2
+    anchor = "middle"
+    if is_answered and abs(x2 - x1) < abs(
+        y2 - y1
+    ):  # else the texts of the two arrows would lie on one another
+        anchor = "start" if control[0] > (source[0] + target[0]) / 2 else "end"
     return (
         f'<g><title>{escape(arrow.text)}</title><path d="M{x1:.1f} {y1:.1f}Q{control[0]:.1f} {control[1]:.1f} {x2:.1f} '
         f'{y2:.1f}" fill="none" stroke="#b3125b" stroke-width="1.5" marker-end="url(#dinfer-wait)"/>'
-        f'<text x="{x:.1f}" y="{y + 3:.1f}" text-anchor="middle" stroke="#fff" stroke-width="4" paint-order="stroke" '
+        f'<text x="{x:.1f}" y="{y + 3:.1f}" text-anchor="{anchor}" stroke="#fff" stroke-width="4" paint-order="stroke" '
         f'fill="#333">{escape(_short(arrow.text))}</text></g>'
     )
 

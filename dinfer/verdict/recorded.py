@@ -132,6 +132,8 @@ class RecordedEvents:
             return replace(verdict, sentence=sentence, ranks=(missing.rank,), blocked=blocked)
         if verdict.kind not in ("exception", "dead") and (handled := self._handled_by(verdict)) is not None:
             return self._not_gone_on(verdict, handled)
+        if verdict.kind == "cycle" and (astray := self._misdirected(verdict)) is not None:
+            return self._to_another(verdict, *astray)
         if verdict.kind == "cycle":
             # Who is in a collective has left out, or has no more, messages that the others wait for; who makes a group
             # does so alone.
@@ -164,6 +166,41 @@ class RecordedEvents:
             if waiting.event.call and rank in blocked and full_text(waiting.event) not in sentence:
                 sentence += f": rank {rank} is in {full_text(waiting.event)}"
         return replace(found, sentence=listed([sentence, *more]))
+
+    def _misdirected(self, verdict: Verdict) -> tuple[RecordedOp, RecordedOp] | None:
+        """Of a cycle, the message with a rank that has gone on to a collective, the first on that link, while a third
+        rank waits for just such a message: that rank is meant. The op and that of the third rank."""
+        of_cycle = [self._open[wait.node] for wait in verdict.chain]
+        in_collective = {op.event.rank for op in of_cycle if op.event.kind in COLLECTIVES}
+        for op in of_cycle:
+            event, call = op.event, op.event.call
+            if event.kind not in MESSAGES or event.peer not in in_collective or not call or op.number:
+                continue
+            if not self._ops.is_missing(op, event.peer, receives=event.kind == "send"):
+                continue
+            for other in self._open.values():
+                wants = other.event
+                is_end = {wants.kind, event.kind} == MESSAGES and wants.peer == event.rank
+                is_like = wants.call and wants.call.group == call.group and wants.bytes == event.bytes
+                if is_end and is_like and wants.rank != event.peer and self._ops.other_end(other) is None:
+                    return op, other
+        return None
+
+    def _to_another(self, verdict: Verdict, op: RecordedOp, wants: RecordedOp) -> Verdict:
+        """The cycle, told by the message that goes to, or is to come from, another rank than the one that waits."""
+        rank, third, beside = op.event.rank, wants.event.rank, op.event.peer
+        never = ("receives from it", "sends") if op.event.kind == "send" else ("sends to it", "receives")
+        sentence = (
+            f"{TERMS['wrong peer']}: rank {rank} is in {full_text(op.event)}, and rank {beside} never {never[0]}; rank "
+            f"{third} is in {full_text(wants.event)}, which rank {rank} never {never[1]}"
+        )
+        now = next((self._open[node].event for node in self._mine(beside or 0)), None)
+        if now is not None:
+            sentence += f"; rank {beside} is in {full_text(now)}"
+        blocked = tuple(sorted({*verdict.ranks, *verdict.blocked, third} - {rank}))
+        return replace(
+            verdict, kind="wrong peer", sentence=sentence, ranks=(rank,), peer=beside, blocked=blocked
+        )
 
     def _handled_by(self, verdict: Verdict) -> int | None:
         """Of the ranks of a hang, the first that has caught an exception and has not gone on since."""

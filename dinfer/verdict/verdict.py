@@ -65,21 +65,20 @@ class Verdict(Tidy, Displayable):
         shown = {
             node: wait
             for node, wait in self.waits.items()
-            if wait.on or (wait.root and node.rank in self.ranks)
+            if wait.on or (wait.root and wait.root.rank in self.ranks)
         }
         ranks = sorted({node.rank for node in shown} | {to.rank for w in shown.values() for to in w.on})
         boxes = []
         for rank in ranks:  # with the op at which it stands
             found = [wait for node, wait in self.waits.items() if node.rank == rank]
             found.sort(key=lambda wait: (wait.root is None or wait.root.kind != self.kind, not wait.on))
-            text = str(found[0].op or found[0].text) if found else ""
-            boxes.append(Box(rank, f"rank {rank}", text, rank in self.ranks))
-        arrows = {
-            (node.rank, to.rank): Arrow(node.rank, to.rank, wait.what or wait.text)
-            for node, wait in shown.items()
-            for to in wait.on
-            if to.rank != node.rank
-        }
+            text = str(found[0].op or found[0].what or found[0].text) if found else ""
+            boxes.append(Box(rank, f"rank {rank}", text, rank in self.ranks, found[0].text if found else ""))
+        arrows = {}
+        for node, wait in shown.items():
+            to = {other.rank for other in wait.on} | ({wait.root.rank} if wait.root else set())
+            for rank in to & {*ranks} - {node.rank}:  # also to whom it has met, and who does something else
+                arrows[node.rank, rank] = Arrow(node.rank, rank, wait.what or wait.text)
         return drawing(self.sentence, boxes, list(arrows.values()))
 
     def _repr_html_(self) -> str:

@@ -6,20 +6,19 @@ panel.css.
 
 from collections.abc import Callable
 from html import escape
-from pathlib import Path
 
 from traitlets import Bytes, Dict
 
 from dinfer.display import badge
 from dinfer.plan.ops import PlanError
 from dinfer.run.state import MOVING, RECOVER, Standing, State
-from dinfer.severity import Severity, style_variables
+from dinfer.severity import Severity
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.inspector import Inspector, stamp_of
 from dinfer.views.protocol import InspectableRun, Json
-from dinfer.views.slotted import SlottedWidget
+from dinfer.views.slotted import SlottedWidget, texts_of
 from dinfer.views.status import breakpoints, layout, moment
 from dinfer.views.still import still_html
 from dinfer.views.still_kv import still_kv
@@ -98,8 +97,6 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
     return Action(f"{call}; run.breakpoints.remove({instead})", change)
 
 
-_HERE = Path(__file__).parent
-
 SCRIPTS = (
     "map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "banner.js", "slots.js", "panel.js",
 )  # fmt: skip
@@ -113,15 +110,7 @@ class Panel(SlottedWidget):
     action under way ends by itself.
     """
 
-    _esm = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    _css = "\n".join(
-        [
-            f".dinfer-panel {{ {style_variables(dark=False)} }}",
-            f".dinfer-panel.dinfer-dark {{ {style_variables(dark=True)} }}",
-            (_HERE / "panel.css").read_text(encoding="utf-8"),
-        ]
-    )
-
+    _esm = texts_of(SCRIPTS)
     board = Dict().tag(sync=True)
     """what does not change: see `status.layout`"""
     shown = Dict().tag(sync=True)

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -10,6 +12,7 @@ import ipywidgets
 from traitlets import Unicode
 
 from dinfer.errors import ipython
+from dinfer.severity import style_variables
 from dinfer.views.protocol import Json
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -25,8 +28,22 @@ ONLY_WIDGETS = ("VSCODE_PID", "PYCHARM_HOSTED")
 """environment variables of editors that start kernels themselves"""
 
 
+def texts_of(files: Sequence[str]) -> str:
+    """What files of this folder hold, one after the other."""
+    folder = Path(__file__).parent
+    return "\n".join((folder / name).read_text(encoding="utf-8") for name in files)
+
+
 class SlottedWidget(anywidget.AnyWidget):
     """Display it as the last line of a cell. Its script has slots.js in it."""
+
+    _css = "\n".join(
+        [
+            f".dinfer-panel {{ {style_variables(dark=False)} }}",
+            f".dinfer-panel.dinfer-dark {{ {style_variables(dark=True)} }}",
+            texts_of(["panel.css"]),
+        ]
+    )
 
     slot = Unicode().tag(sync=True)
     """the model's id, which a browser does not know of itself: it draws in outputs that carry it"""

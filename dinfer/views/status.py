@@ -41,6 +41,7 @@ def status(plan: Plan, standing: Standing) -> Json:
     memory = [*standing.memory, *[None] * count]
     on_device = [*standing.device_memory, *[None] * count]
     tokens = [*standing.tokens, *[0] * count]
+    took = [*standing.took, *[""] * count]
     ranks = []
     for rank, (lanes, stand) in enumerate(zip(plan.lanes, standing.stands, strict=True)):
         state = "over" if standing.over else rank_state(lanes, stand)
@@ -53,7 +54,7 @@ def status(plan: Plan, standing: Standing) -> Json:
                 "state": state if standing.alive[rank] else "lost",
                 "done": sum(stand.positions),
                 "total": sum(len(lane.ops) for lane in lanes),
-                "where": rank_text(lanes, stand),
+                "where": "; ".join(filter(None, (rank_text(lanes, stand), took[rank]))),
             }
         )
     return {

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
-from pathlib import Path
 from threading import Event as Flag
 from threading import Thread
 
@@ -17,7 +16,7 @@ import numpy as np
 from traitlets import Dict
 
 from dinfer.display import badge
-from dinfer.severity import Severity, style_variables
+from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from dinfer.verdict.completed import OpFinding
@@ -26,10 +25,11 @@ from dinfer.verdict.verdict import Verdict
 from dinfer.views.cells import CellStates
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.svg import svg
-from dinfer.views.slotted import SlottedWidget
+from dinfer.views.slotted import SlottedWidget, texts_of
 from dinfer.views.still import map_svg
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.figures import table_of
+from dinfer.watching.kv import WatchedKv
 from dinfer.watching.live import Watch, WatchMoment
 
 REFRESH_S, SHARE = 1.0, 0.1
@@ -50,8 +50,6 @@ LEAST_WAIT_NS = 1_000_000
 BLOCKS = ("not yet", "under way", "done")
 """states of a rank's ops in a layer and chunk"""
 
-_HERE = Path(__file__).parent
-
 SCRIPTS = ("controls.js", "slots.js", "watched.js")
 """concatenated, they are one module"""
 
@@ -59,15 +57,7 @@ SCRIPTS = ("controls.js", "slots.js", "watched.js")
 class WatchPanel(SlottedWidget):
     """Display it as the last line of a cell; it follows the watch, also while cells run. `close()` removes it."""
 
-    _esm = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    _css = "\n".join(
-        [
-            f".dinfer-panel {{ {style_variables(dark=False)} }}",
-            f".dinfer-panel.dinfer-dark {{ {style_variables(dark=True)} }}",
-            (_HERE / "panel.css").read_text(encoding="utf-8"),
-        ]
-    )
-
+    _esm = texts_of(SCRIPTS)
     parts = Dict().tag(sync=True)
     """HTML by the name of each part, in their order"""
 
@@ -110,11 +100,11 @@ class WatchPanel(SlottedWidget):
 
 def parts_of(moment: WatchMoment) -> dict[str, str]:
     """The panel's parts as HTML, in their order; "" for those that there is nothing to show in."""
-    found, verdict = moment.evidence, moment.verdict
-    findings = [] if verdict else found.findings
+    found = moment.evidence
     return {
-        "banner": _banner(moment, findings),
-        "table": _ranks(found, verdict),
+        "banner": _banner(moment),
+        "table": _ranks(found, moment.verdict),
+        "kv": _kv(found.kv),
         "blocks": _blocks(found),
         "timeline": _timeline(found),
         "links": _links(found),
@@ -122,14 +112,19 @@ def parts_of(moment: WatchMoment) -> dict[str, str]:
     }
 
 
-def _banner(moment: WatchMoment, findings: Sequence[OpFinding]) -> str:
+def _banner(moment: WatchMoment) -> str:
     lines = [_line(Severity.NOTE, moment.title)]
     if moment.verdict:
         lines.append(_line(moment.verdict.severity, moment.verdict.sentence))
-    lines += [_line(Severity.WARNING, one.text) for one in findings[:MOST_LINES]]
+    return "".join([*lines, _warnings(moment.evidence.op_findings, "watch.findings")])
+
+
+def _warnings(findings: Sequence[OpFinding], rest: str) -> str:
+    """The first findings; `rest`: what has all of them."""
+    lines = [one.text for one in findings[:MOST_LINES]]
     if len(findings) > MOST_LINES:
-        lines.append(_line(Severity.WARNING, f"and {len(findings) - MOST_LINES} more: watch.findings"))
-    return "".join(lines)
+        lines.append(f"and {len(findings) - MOST_LINES} more: {rest}")
+    return "".join(_line(Severity.WARNING, text) for text in lines)
 
 
 def _line(severity: Severity, text: str) -> str:
@@ -180,6 +175,17 @@ def _blocks(found: Evidence) -> str:
     picture = map_svg(states, [0] * layers, [f"chunk {chunk}" for chunk in range(chunks)], BLOCKS)
     about = "Ops by layer and chunk; a cell's parts are the ranks, left to right."
     return f"{_head('layers and chunks')}{picture}<div><small>{about}</small></div>{_of_last(found)}"
+
+
+def _kv(kv: WatchedKv) -> str:
+    """What is wrong with the KV, and how many tokens of each layer the ranks hold."""
+    table = kv.table()
+    if not len(table):
+        return ""
+    held = (
+        f'<details data-rank="kv"><summary>tokens by layer and rank</summary>{table._repr_html_()}</details>'
+    )
+    return f"{_head('KV')}{_warnings(kv.diff(), 'watch.kv().diff()')}{held}"
 
 
 def _timeline(found: Evidence) -> str:

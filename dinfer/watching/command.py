@@ -212,6 +212,7 @@ class WatchedCommand:
     def conclude(self, status: int) -> None:
         """The last look, once the command has ended."""
         with self._looking:
+            self.watched.look(recent=True)  # what has joined since the look before may go on
             self.living = self.watched.living(LINGERS_S)
             jobs = []
             for found in self.watched.look():

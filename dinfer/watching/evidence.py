@@ -78,9 +78,13 @@ class Evidence:
         return replace(found, stacks={rank: text for rank, text in stacks.items() if text})
 
     @cached_property
-    def findings(self) -> list[OpFinding]:
+    def op_findings(self) -> list[OpFinding]:
         ended = [rank for rank, its in self.signs.items() if its.phase == "done"]
-        return [*findings_of_events(self.trace.events, self.groups, ended), *self.kv.diff()]
+        return findings_of_events(self.trace.events, self.groups, ended)
+
+    @cached_property
+    def findings(self) -> list[OpFinding]:
+        return [*self.op_findings, *self.kv.diff()]
 
     @property
     def problem(self) -> Verdict | None:

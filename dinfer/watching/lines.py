@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import TextIO
 
 from dinfer.display import takes_colour
+from dinfer.errors import DinferError
 from dinfer.severity import Severity
 from dinfer.verdict.op_text import merged_lines, without_durations
 from dinfer.verdict.verdict import Verdict
@@ -93,6 +94,17 @@ class CommandLines:
                 else f"the command ended before, with status {status}; what it wrote itself says why."
             )
             self.say(f"dinfer: no torch.distributed ops were seen: {why}")
+
+    def compared(self, command: WatchedCommand, checkpoint: str | None) -> None:
+        """The model beside transformers' own, or why that is not possible."""
+        from dinfer.watching.reference import compare  # imports torch and transformers
+
+        try:
+            found = compare(command.watched.rows(command.evidence), checkpoint)
+        except DinferError as error:
+            self.marked(Severity.WARNING, f"not compared: {error}")
+        else:
+            self.marked(found.severity, str(found))
 
 
 def rank_lines(found: Evidence) -> list[str]:

@@ -98,7 +98,7 @@ class Watch(Tidy, Displayable, Closing):
     def moment(self) -> WatchMoment:
         """What there is to show now."""
         found = self._source.evidence  # looking may end a verdict that stood
-        return WatchMoment(self._title(), found, self._source.verdict)
+        return WatchMoment(self._title(), self._with_kv(found), self._source.verdict)
 
     def ask_stacks(self) -> None:
         """Have ranks that live write where they stand, for a later look."""
@@ -138,8 +138,7 @@ class Watch(Tidy, Displayable, Closing):
     @property
     def findings(self) -> list[OpFinding]:
         """What ended and is wrong all the same, also of KV."""
-        found = self._source.whole
-        return (found if found.kv.layers else replace(found, kv=self.kv())).findings
+        return self._with_kv(self._source.whole).findings
 
     def kv(self) -> WatchedKv:
         """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
@@ -193,9 +192,10 @@ class Watch(Tidy, Displayable, Closing):
         return target
 
     def _kept(self) -> Trace:
-        found = self._source.whole
-        found = found if found.kv.layers else replace(found, kv=self.kv())
-        return found.kept(self._source.verdict)
+        return self._with_kv(self._source.whole).kept(self._source.verdict)
+
+    def _with_kv(self, found: Evidence) -> Evidence:
+        return found if found.kv.layers else replace(found, kv=self._source.watched.kv(found))
 
     def _text(self) -> str:
         found = self._source.verdict
@@ -348,9 +348,8 @@ class EnginesSource:
             self._tell(new)
 
     def waiting(self) -> list[int]:
-        """The ranks that are in an op that does not end, by the verdict that stands."""
-        found = self._alarm.standing
-        if found is None or self._evidence is None:
+        """The ranks that are in an op that does not end, by the verdict of now."""
+        if self._evidence is None or not (self._alarm.standing or self._evidence.problem):
             return []
         events = self._evidence.trace.events
         return sorted(

@@ -1,7 +1,8 @@
 """What a process waits for that is no part of its run, by its stacks: a request, a child process.
 
 A rank that serves stands in `accept` or `select` for as long as nobody asks for anything, and its run is no hang. Where
-a thread waits for another of its own process, such as in `queue.get`, that other thread decides.
+a thread waits for another of its own process, such as in `queue.get`, or in `select` for a socket whose other end is
+there, too, that other thread decides.
 """
 
 import os
@@ -58,11 +59,16 @@ def outside_of(taken: StacksTaken, thread: str) -> str:
     mine = _named(taken, thread)
     if mine is None or _is_of_kernel(mine) or child_waited(taken, thread):
         return ""
-    if found := _of_thread(mine):
-        return found
-    if not _waits_for_thread(mine):
-        return ""
-    others = (one for one in taken.threads if one is not mine and not _is_of_kernel(one) and _serves(one))
+    if not mine.for_itself:
+        if found := _of_thread(mine):
+            return found
+        if not _waits_for_thread(mine):
+            return ""
+    others = (
+        one
+        for one in taken.threads
+        if one is not mine and not one.for_itself and not _is_of_kernel(one) and _serves(one)
+    )
     return next((found for one in others if (found := _of_thread(one))), "")
 
 

@@ -128,7 +128,8 @@ def compare(
     if not tensors:
         raise NotPossible(
             "nothing was taken that could be compared with a reference: start the watch by "
-            'dinfer.watch(…, compare=True), or tap by dinfer.tap("hidden", tensor, layer=…).'
+            "dinfer.watch(…, compare=True), session.watch(compare=True) or `dinfer watch --compare`, or tap by "
+            'dinfer.tap("hidden", tensor, layer=…).'
         )
     path = checkpoint or _checkpoint(newest.values())
     fed = [FedSequence(list(ids), [True] * len(ids))] if ids is not None else _fed(newest.values())
@@ -313,7 +314,7 @@ class WatchedComparison(Tidy, Composed):
     def _text(self, one: RowDeviation) -> str:
         if one.source is not None:
             return f"{self._where(one)}: it holds what belongs to {places_text([one.source])}"
-        how = "by an unknown amount: only digests were taken, dinfer.watch(…, compare=True) takes more"
+        how = "by an unknown amount: only digests were taken, a watch with compare=True takes more"
         if not math.isnan(one.difference):
             how = (
                 f"about {one.difference:.2g} of its length from the reference's, where rounding explains "

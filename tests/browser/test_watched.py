@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from playwright.sync_api import Page, expect
 
@@ -45,6 +47,15 @@ def test_the_panel_follows_a_command_into_its_hang_and_to_its_end(
     expect(fold.locator("pre")).to_be_visible()  # a look since has left it unfolded
     page.evaluate("document.querySelector('.dinfer-watched').scrollIntoView()")
     shot("watched-hang-light")
+    page.evaluate("document.body.dataset.jpThemeLight = 'false'")
+    expect(panel).to_have_class(re.compile("dinfer-dark"))
+    colours = (
+        "node => [getComputedStyle(node).backgroundColor, getComputedStyle(node.querySelector('text')).fill]"
+    )
+    back, text = panel.locator(".dinfer-blocks svg").evaluate(colours)
+    assert back == "rgba(0, 0, 0, 0)"  # the panel's own
+    assert text == panel.evaluate("node => getComputedStyle(node).color")
+    shot("watched-hang-dark")
     wide = panel.evaluate("node => [node.scrollWidth, node.clientWidth]")
     assert wide[0] <= wide[1]
     book.run(CLOSE)

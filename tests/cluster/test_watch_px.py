@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.support.ipclusters import IPython
+from tests.support.ipclusters import IPython, stock_cluster, within
 from tests.support.kernels import Cell, Kernel, kernel
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -23,11 +24,18 @@ else:
     dist.all_reduce(block)
 """
 
+AGAIN = """%%px
+import torch, torch.distributed as dist
+block = torch.ones(2)
+dist.all_reduce(block)
+print(block)
+"""
+
 
 def shown(found: Kernel, cell: Cell, words: str) -> bool:
     """Whether a cell shows these words within a while."""
     deadline = time.monotonic() + PATIENCE_S
-    while words not in cell.text and not cell.ended and time.monotonic() < deadline:
+    while words not in cell.text and time.monotonic() < deadline:  # also once it has ended
         found.look(cell)
     return words in cell.text
 
@@ -46,10 +54,45 @@ def test_a_cell_that_hangs_has_its_verdict_under_it_and_recover_frees_the_engine
         where = found.run("print(session.watch().where())")
         assert "rank 1: in `recv <- 0`" in where
         assert "all ranks have met" in found.run("session.recover()")
-        begin = "%%px\nimport torch, torch.distributed as dist\nblock = torch.ones(2)\n"
-        again = f"{begin}dist.all_reduce(block)\nprint(block)"
-        assert found.run(again).count("tensor([3., 3.])") == 3
+        assert found.run(AGAIN).count("tensor([3., 3.])") == 3
         assert not found.value("session.watch().verdict().is_hung"), found.run(
             "print(session.watch().verdict())"
         )
+        found.run("session.close()")
+
+
+@pytest.mark.slow
+def test_a_cell_that_hangs_in_the_background_is_ended_by_recover(engines: IPython) -> None:
+    """Else the next cell would wait for it, and nothing would say so."""
+    assert engines
+    with kernel() as found:
+        found.run("%load_ext dinfer\nsession = dinfer.connect(n=3)\n%dinfer watch")
+        cell = found.begin(HANGS.replace("%%px", "%%px --noblock"))
+        assert shown(found, cell, "✖ error: deadlock: "), cell.text
+        assert cell.ended
+        said = found.run("print(session.recover())")
+        assert "rank 1 was stuck and is started again" in said
+        assert "rank 0 was stuck" not in said  # which has come free once the others had ended
+        assert found.run(AGAIN).count("tensor([3., 3.])") == 3
+        found.run("session.close()")
+
+
+DEAF = """%%px --noblock
+import ctypes
+mutex = ctypes.create_string_buffer(128)
+ctypes.CDLL(None).pthread_mutex_lock(mutex)
+ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+"""C code that waits for good and hears of no interrupt"""
+
+
+@pytest.mark.slow
+def test_a_cluster_that_has_just_been_started_outlives_all_its_engines(tmp_path: Path) -> None:
+    """A stock ipcluster ends its controller if these all end soon after their start."""
+    with stock_cluster(tmp_path) as place, within(place), kernel() as found:
+        found.run("%load_ext dinfer\nsession = dinfer.connect(n=3)")
+        found.run(DEAF)
+        said = found.run("print(session.recover())")
+        assert all(f"rank {rank} was stuck and is started again" in said for rank in range(3))
+        assert found.run(AGAIN).count("tensor([3., 3.])") == 3
         found.run("session.close()")

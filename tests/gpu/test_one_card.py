@@ -1,4 +1,5 @@
-"""Several ranks sharing one GPU, on gloo through pinned memory. Skipped where there is no CUDA device."""
+"""Several ranks sharing one GPU: on it by CUDA IPC, or on gloo through pinned memory. Skipped where there is no CUDA
+device."""
 
 from __future__ import annotations
 
@@ -61,9 +62,11 @@ def _run(folder: Path, **flags: object) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("kernels", ["exact", "auto"])
+@pytest.mark.parametrize(
+    ("kernels", "backend"), [("exact", "gloo"), ("exact", "ipc"), ("auto", "ipc"), ("auto", "auto")]
+)
 def test_three_ranks_on_one_card_agree_with_transformers_on_it(
-    four_billion: Path, tmp_path: Path, kernels: str
+    four_billion: Path, tmp_path: Path, kernels: str, backend: str
 ) -> None:
     ids = [(i * i * 7 + i * 13 + 5) % 151936 for i in range(TOKENS)]
     result = _run(
@@ -72,12 +75,15 @@ def test_three_ranks_on_one_card_agree_with_transformers_on_it(
         prompt_ids=",".join(map(str, ids)),
         gpu_ids="0,0,0",
         kernels=kernels,
+        backend=backend,
         chunk_size=CHUNK,
         max_new_tokens=NEW,
         threads=4,
         start_timeout=300,
         timeout=120,
     )
+    print(backend, kernels, "prefill s:", [round(rank["prefill_s"], 3) for rank in result["ranks"]])
+    assert result["backend"] == ("ipc" if backend == "ipc" else "gloo")
     assert len({rank["kv_sha256"] for rank in result["ranks"]}) == 1
     assert all(rank["tokens"] == result["tokens"] for rank in result["ranks"])
     assert {rank["device"] for rank in result["ranks"]} == {"cuda:0"}

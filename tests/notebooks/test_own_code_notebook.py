@@ -1,4 +1,5 @@
-"""05-your-own-code, executed: torchrun's processes and a cluster under watch; what its cells show, named by tags."""
+"""05-your-own-code, in English and in Chinese, executed: torchrun's processes and a cluster under watch; what its cells
+show, named by tags."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from tests.support.notebook_pages import NOTEBOOKS, Page, executed, read
 
 pytestmark = [pytest.mark.cluster, pytest.mark.notebook, pytest.mark.slow, pytest.mark.timeout(600)]
 
-OWN_CODE = NOTEBOOKS / "05-your-own-code.ipynb"
+OWN_CODE = {
+    "en": NOTEBOOKS / "05-your-own-code.ipynb",
+    "zh": NOTEBOOKS / "zh" / "05-your-own-code.ipynb",
+}
 MISMATCH = "`broadcast c2 l0` ([8, 32] float32) at prefill.py:27 in sync on rank 0 meets `barrier"
 
 
@@ -36,14 +40,15 @@ SHOWN: dict[str, list[str]] = {
     "px": [],
     "px-verdict": ["deadlock: rank 0 is in `recv <- 2` ([4] float32)", "rank 2 is in `all_reduce` ([4] float32)"],
     "px-panel": ["rank 1: in `all_reduce`"],
-    "recover": ["all ranks have met again"],
+    "recover": ["rank 1 was stuck and is started again", "all ranks have met"],
+    "px-again": ["tensor([3., 3., 3., 3.])"],
     "close": [],
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def own_code(engines: IPython) -> Page:
-    return executed(read(OWN_CODE), engines.folder)
+@pytest.fixture(scope="module", params=OWN_CODE)
+def own_code(request: pytest.FixtureRequest, engines: IPython) -> Page:
+    return executed(read(OWN_CODE[request.param]), engines.folder)
 
 
 @pytest.mark.parametrize("tag", SHOWN)

@@ -124,8 +124,9 @@ def test_the_slowed_link_is_told(walk: Page) -> None:
     assert float(found["0→2"]) >= 20
 
 
-def test_both_languages_are_the_same_but_for_words() -> None:
-    english, chinese = (read(path).cells for path in (WALKTHROUGH, CHINESE))
+@pytest.mark.parametrize("chinese_path", sorted(CHINESE.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_both_languages_are_the_same_but_for_words(chinese_path: Path) -> None:
+    english, chinese = (read(path).cells for path in (NOTEBOOKS / chinese_path.name, chinese_path))
     assert [cell.cell_type for cell in english] == [cell.cell_type for cell in chinese]
     assert [without_prompt(cell) for cell in english] == [without_prompt(cell) for cell in chinese]
     texts = [cell.source for cell in chinese if cell.cell_type == "markdown"]

@@ -28,12 +28,17 @@ SAFE_SCHEDULES: tuple[Schedule, ...] = ("pipelined", "lockstep")
 def shapes(
     draw: st.DrawFn, *, ranks: int = 4, layers: int = 7, chunks: int = 4, chunk_size: int = 3
 ) -> Shape:
-    """Any shape up to these sizes: uneven stages, a shorter last chunk, a prompt shorter than one chunk."""
+    """Any shape up to these sizes: uneven stages, a shorter last chunk, a prompt shorter than one chunk, chunks of
+    different lengths."""
     world_size = draw(st.integers(1, ranks))
     total = draw(st.integers(world_size, max(layers, world_size)))
     size = draw(st.integers(1, chunk_size))
     tokens = draw(st.integers(1, size * chunks))
-    return draw(shapes_of(world_size, layers=total, tokens=tokens, chunk_size=size))
+    made = draw(shapes_of(world_size, layers=total, tokens=tokens, chunk_size=size))
+    lengths = tuple(draw(st.lists(st.integers(1, chunk_size), max_size=chunks)))
+    if len(lengths) < 2:
+        return made
+    return replace(made, tokens=sum(lengths), chunk_size=max(lengths), lengths=lengths)
 
 
 def shapes_of(world_size: int, *, layers: int, tokens: int, chunk_size: int) -> Shapes:

@@ -26,12 +26,22 @@ MARK = "DINFER_TEST_RUN"
 """an environment variable that every process of a run inherits, and by which it is found"""
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    """Wait until `condition()` holds; fails the test after DEADLINE_S."""
+def wait_for(
+    condition: Callable[[], object], what: str, meanwhile: Callable[[], object] = lambda: None
+) -> None:
+    """Wait until `condition()` holds, which is asked after each call of `meanwhile`; fails the test after DEADLINE_S.
+
+    One that takes long to find out, as among all processes, is asked less often: ranks need the cores.
+    """
     deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.02)
+    while True:
+        began = time.monotonic()
+        meanwhile()
+        if condition():
+            return
+        now = time.monotonic()
+        assert now < deadline, f"not within {DEADLINE_S:g} s: {what}"
+        time.sleep(max(0.02, min(10 * (now - began), 0.2)))
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -43,8 +53,9 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    for first in range(20000, 60000, 10):
+    """The first of so many free ports in a row; other processes, which also look for some, look elsewhere first."""
+    for number in range(4000):
+        first = 20000 + 10 * ((os.getpid() + number) % 4000)
         with ExitStack() as stack:
             try:
                 for port in range(first, first + count):

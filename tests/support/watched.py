@@ -102,7 +102,8 @@ def watch(command: Sequence[str], folder: Path, *options: str) -> WatchedRun:
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH", "")))
     )
-    with _process([*watching, *options, "--", *command], environment) as process:
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with own_session([*watching, *options, "--", *command], env=environment, **piped) as process:
         assert process.stderr
         assert process.stdout
         output: list[tuple[float, str]] = []
@@ -132,16 +133,9 @@ def _read(stream: Any, into: list[tuple[float, str]]) -> None:
 
 
 @contextmanager
-def _process(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own, all of which has ended afterwards."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+def own_session(command: Sequence[str], **given: Any) -> Iterator["subprocess.Popen[Any]"]:
+    """A process in a session of its own, all of which has ended afterwards; `given`: what Popen takes."""
+    process = subprocess.Popen(command, start_new_session=True, **given)
     try:
         yield process
     finally:

@@ -14,7 +14,7 @@ import pytest
 import dinfer
 
 PACKAGE = Path(dinfer.__file__).parent
-WITHOUT_TORCH = {"plan", "trace", "config", "verdict"}
+WITHOUT_TORCH = {"plan", "planner", "trace", "config", "verdict"}
 PUBLIC = ["__version__", "connect", "label", "load_ipython_extension", "open", "tap", "watch"]
 
 

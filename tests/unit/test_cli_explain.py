@@ -107,3 +107,12 @@ def test_a_pipeline_schedule_is_verified(tmp_path: Path) -> None:
     assert dinfer("verify", path).exit_code == 1
     path.write_text("0F0,0SEND\n")
     assert dinfer("verify", path).exit_code == 2
+
+
+def test_a_checkpoint_that_is_none_is_refused_before_the_command_runs(tmp_path: Path) -> None:
+    answer = CliRunner().invoke(
+        app, ["watch", "--compare", "--checkpoint", str(tmp_path / "no"), "--", "false"]
+    )
+    assert answer.exit_code == 2
+    assert "--checkpoint is" in answer.stderr
+    assert CliRunner().invoke(app, ["watch", "--checkpoint", "demo", "--", "false"]).exit_code == 2

@@ -7,11 +7,13 @@ import importlib
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -20,7 +22,7 @@ from dinfer.cli import app
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.trace.events import KINDS, WHATS, Event
 from dinfer.verdict.waits import HUNG, stuck_after
-from tests.support.guide import GUIDE, PAGES, ROOT
+from tests.support.guide import GUIDE, PAGES, ROOT, blocks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "https://example.org/owner/dinfer"
@@ -158,3 +160,23 @@ def test_the_reference_names_classes_that_are_there() -> None:
 
 def test_the_vscode_page_has_the_ports() -> None:
     assert str(FIRST_PORT) in (GUIDE / "vscode.md").read_text(encoding="utf-8")
+
+
+def written_commands() -> list[list[str]]:
+    """The words of every `dinfer …` in the shell blocks of README and guide."""
+    texts = (block.replace("\\\n", " ") for page in PAGES for block in blocks(page, "sh"))
+    lines = (line for text in texts for line in text.splitlines())
+    parts = (part for line in lines for part in re.split(r"\||&&|>", line.partition(" #")[0]))
+    words = (shlex.split(part) for part in parts if part.strip().startswith("dinfer "))
+    return [list(found) for found in dict.fromkeys(map(tuple, words))]
+
+
+@pytest.mark.parametrize("words", written_commands(), ids=lambda words: "-".join(words[1:])[:40])
+def test_commands_are_taken_as_written(words: list[str]) -> None:
+    """tests/cluster/test_guide.py runs them; those of which others run the like, only with the slow tests."""
+    command: Any = get_command(app)  # of click, or of typer's own copy of it
+    context, rest = None, words[1:]
+    while hasattr(command, "commands"):
+        context = command.make_context(words[0], rest, context)
+        _, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+    command.make_context(words[0], rest, context)

@@ -30,8 +30,20 @@ from dinfer.cluster.ipyparallel.known import (
     engines_to_come,
     known_clusters,
 )
-from dinfer.cluster.ipyparallel.launcher import BEHIND, DinferEngineSetLauncher, rank_environment
+from dinfer.cluster.ipyparallel.launcher import (
+    BEHIND,
+    UNATTENDED,
+    DinferEngineSetLauncher,
+    rank_environment,
+)
+from dinfer.cluster.ipyparallel.profiles import Profile
+from dinfer.cluster.ipyparallel.reach import check_hosts, why_not_started
 from dinfer.rank.process import exists
+
+DEFAULT_N = 3
+
+HOST_S = 20.0
+"""how much longer a start may take for each engine on another host: ssh connects several times"""
 
 
 class ClusterPlace(NamedTuple):
@@ -43,7 +55,7 @@ class ClusterPlace(NamedTuple):
 
 
 def attach(
-    n: int,
+    n: int | None = None,
     *,
     profile: str = "default",
     cluster_id: str | None = None,
@@ -51,28 +63,41 @@ def attach(
     timeout: float = 60,
     place: ClusterPlace | None = None,
 ) -> Cluster:
-    """The first `n` engines of a running cluster as ranks, or of a new one if none runs.
+    """The first `n` engines of a running cluster as ranks, or of a new one if none runs. By default, as many as a
+    profile that `dinfer profile` has written starts, else 3.
 
     `start=False` never starts one, `start=True` always does; `place`: where the processes of a new one run. Raises
     ClusterError.
     """
     profile_dir = Path(get_ipython_dir(), f"profile_{profile}")  # ipyparallel's; it need not exist
+    profiled = Profile.read(profile_dir)
+    n = n or (profiled.n if profiled else DEFAULT_N)
     me = Identity.of(os.getpid())
     known = [] if start else known_clusters(profile_dir)
     known = [cluster for cluster in known if cluster_id in (None, cluster.cluster_id)]
     wait_until(lambda: not any(cluster.is_coming() for cluster in known), timeout)
     found = choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
+    was_left = found is not None and found.owner() == "nobody"
     if found:
         # It takes over a cluster that dinfer started and whose clients have ended.
         with contextlib.suppress(OSError, ValueError):  # a user's cluster has no record
             Record.read(found.record_file).with_client(me).write(found.record_file)
-        return _join(found, n, timeout)
+        try:
+            return _join(found, n, timeout)
+        except TooFewEngines:
+            if not was_left:
+                raise
+            end_cluster(found)  # its engines have ended with their client, as those on other hosts do
     if start is False or cluster_id is not None:
         cluster = Known(profile_dir, cluster_id or "")
         stale = " (its files exist, but its controller has ended)" if cluster.client_file.exists() else ""
         command = f"ipcluster start -n {n} {cluster.flags}".rstrip()
         none = f"{cluster.name} has no running cluster{stale}."
         raise ClusterError(f"{none} Start one with `{command}`, or let dinfer do it: start=None.{_hiding()}")
+    if profiled:
+        profiled.check_size(n)
+        check_hosts(profiled, n)
+        timeout += HOST_S * n
     own = Known(profile_dir, f"{PREFIX}{os.getpid()}-{secrets.token_hex(3)}")
     try:
         rank_environment(0, n, os.environ)  # ipcluster would print a traceback and wait
@@ -81,12 +106,13 @@ def attach(
     # First, so that `dinfer clean` finds what is left of a start that is killed.
     Record(own.cluster_id, (me,)).write(own.record_file)
     try:
-        _start(own, n, timeout, place or ClusterPlace())
+        _start(own, n, timeout, place or ClusterPlace(), profiled)
         return _join(own, n, timeout)
     except TooFewEngines as error:
-        log = _end_of_log(own)
+        why = why_not_started(profiled, own, n) if profiled else ""
+        why = why or _end_of_log(own)
         end_cluster(own)
-        raise ClusterError(f"not all of the {n} engines could be started.{log}") from error
+        raise ClusterError(f"not all of the {n} engines could be started.{why}") from error
     except BaseException:
         end_cluster(own)
         raise
@@ -103,20 +129,23 @@ def _hiding() -> str:
     )
 
 
-def _start(cluster: Known, n: int, timeout: float, place: ClusterPlace) -> None:
+def _start(cluster: Known, n: int, timeout: float, place: ClusterPlace, profiled: Profile | None) -> None:
     """Start controller and engines, which may not have registered yet when this returns. Raises ClusterError."""
     command = [
         *(sys.executable, "-m", "ipyparallel.cluster", "start", f"-n={n}", "--daemonize"),
         f"--profile-dir={cluster.profile_dir}",
         f"--cluster-id={cluster.cluster_id}",
-        f"--engines={DinferEngineSetLauncher.entrypoint_name}",  # found by class, without an entry point
         "--IPClusterStart.clean_logs=False",  # the logs of other clusters
     ]
+    if not profiled:  # whose config says it
+        command.append(
+            f"--engines={DinferEngineSetLauncher.entrypoint_name}"
+        )  # by class, without an entry point
     if place.address:
         command += [f"--ip={place.address}", f"--location={place.address}"]
     # Controller and engines take no types.py or queue.py of the working folder for Python's own. The user's modules are
     # found there all the same: IPython adds the folder, behind the standard library.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", UNATTENDED: "1"}
     if place.behind:
         environment[BEHIND] = json.dumps(place.behind)
     try:

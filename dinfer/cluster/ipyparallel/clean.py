@@ -7,6 +7,8 @@ import contextlib
 import json
 import logging
 import os
+import shlex
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from IPython.paths import get_ipython_dir
 
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.known import Known, Record, record_paths
+from dinfer.cluster.ipyparallel.launcher import remote_profile_dir
+from dinfer.cluster.ipyparallel.profiles import ASK_S, Asked, Profile, ssh_words
 
 PREFIX = "dinfer-"
 """ids of clusters that dinfer starts; `end_cluster` and `clean` end no others"""
@@ -50,8 +54,9 @@ def files_of(cluster: Known) -> list[Path]:
 
 
 def end_cluster(cluster: Known) -> tuple[list[int], list[int], list[Path]]:
-    """End its processes and, if all have ended, remove its files. Returns the ids of the processes that ended, and of
-    those that did not, and the files."""
+    """End its processes, those on other hosts first, and, if all have ended, remove its files. Returns the ids of the
+    processes here that ended, and of those that did not, and the files."""
+    end_remote(cluster)
     ended: dict[int, psutil.Process] = {}
     for force in (False, True):  # the second round finds processes that were just starting
         there = members(cluster)
@@ -65,6 +70,54 @@ def end_cluster(cluster: Known) -> tuple[list[int], list[int], list[Path]]:
     for path in files:
         path.unlink(missing_ok=True)
     return sorted(ended.keys() - left), sorted(left), files
+
+
+END_REMOTE = """
+for signal in TERM 0 KILL; do
+    left=30
+    while [ $left -gt 0 ]; do
+        found=
+        for process in /proc/[0-9]*; do
+            if tr '\\0' '\\n' 2>/dev/null <$process/environ | grep -qx IPP_CLUSTER_ID={id}; then
+                found=1
+                kill -$signal ${{process#/proc/}} 2>/dev/null
+            fi
+        done
+        [ -n "$found" ] || break 2
+        [ $signal = 0 ] || break
+        left=$((left - 1))
+        sleep 0.1
+    done
+done
+rm -f {folder}/security/ipcontroller-{id}-*.json {folder}/log/ipengine-{id}-*.out
+"""
+"""run by sh on a host: ends all processes of a cluster there, and removes its key and logs"""
+
+
+def end_remote(cluster: Known) -> None:
+    """End a cluster's engines on other hosts, as far as a profile of dinfer's has started them. A host that cannot be
+    reached is left: its engines end once they have heard nothing of the controller for minutes."""
+    try:
+        profile = Profile.read(cluster.profile_dir)
+    except ClusterError:
+        return
+    if profile is None:
+        return
+    if profile.kind == "slurm":
+        with contextlib.suppress(
+            OSError, subprocess.TimeoutExpired
+        ):  # the job has the cluster's id as its name
+            subprocess.run(["scancel", f"--name={cluster.cluster_id}"], capture_output=True, timeout=ASK_S)
+        return
+    asked = []
+    for host in profile.hosts:
+        folder = shlex.quote(remote_profile_dir(str(cluster.profile_dir), host.name))
+        script = END_REMOTE.format(id=shlex.quote(cluster.cluster_id), folder=folder)
+        words = [*ssh_words(host.name, profile.ssh_args), "sh", "-s"]
+        with contextlib.suppress(OSError):
+            asked.append(Asked(words, script))
+    for one in asked:
+        one.answer(ASK_S)
 
 
 def stop_cluster(cluster: Known) -> None:

@@ -18,15 +18,21 @@ from IPython.core.getipython import get_ipython
 from dinfer.cluster.ipyparallel.calls import Calls, EngineCondition, call_expression, evaluate, wait_until
 from dinfer.cluster.ipyparallel.clean import stop_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError, RankSilent
-from dinfer.cluster.ipyparallel.facts import EngineFacts, introduce
+from dinfer.cluster.ipyparallel.facts import EngineFacts, differences, introduce
+from dinfer.cluster.ipyparallel.identity import Identity
 from dinfer.cluster.ipyparallel.known import Known, describe
-from dinfer.cluster.ipyparallel.launcher import command_before
-from dinfer.rank.process import exists, is_stopped
+from dinfer.cluster.ipyparallel.launcher import STARTED_BY, command_before
+from dinfer.cluster.ipyparallel.profiles import Profile
+from dinfer.cluster.ipyparallel.reach import start_again
+from dinfer.rank.process import age, exists, is_stopped
 
 RESPAWN_S = 60.0
 
 DEATH_S = 5.0
 """how long a killed process may take to end: freeing much memory takes a while"""
+
+EARLY_S = 35.0
+"""A stock ipcluster ends its controller if all engines that it has started end within 30 s of that."""
 
 _OF_MPI = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "HYDI_")
 """variables set by mpiexec, which are wrong for a new engine: it is not a child of mpiexec"""
@@ -86,6 +92,7 @@ class Cluster:
             magics.ids = self.engine_ids
             shell.magics_manager.register(magics)
         self._uuids = [client._engines[engine_id] for engine_id in self.engine_ids]
+        self._respawned = set[int]()
         self._closed = False
         if started:
             atexit.register(self._close_at_exit, os.getpid())
@@ -107,7 +114,8 @@ class Cluster:
         """One line: which cluster, its ranks and their hosts."""
         engines = [(facts.engine_id, facts.host) for facts in self.facts]
         unused = sorted(set(self.client.ids) - set(self.engine_ids))
-        return describe(self.known, started=self.started_by_us, engines=engines, unused=unused)
+        text = describe(self.known, started=self.started_by_us, engines=engines, unused=unused)
+        return text + differences(self.facts)
 
     def name(self, rank: int) -> str:
         """The rank as messages name it."""
@@ -157,9 +165,17 @@ class Cluster:
         """Another engine with the same id is not this rank unless `respawn` started it."""
         return bool(self.client._engines.get(self.engine_ids[rank]) == self._uuids[rank])
 
+    def interrupt(self, rank: int) -> None:
+        """SIGINT to the engine, which ends the cell that it runs as the stop button does."""
+        if self._is_registered(rank):
+            self.client.send_signal("SIGINT", targets=self.engine_ids[rank], block=False)
+
     def kill(self, rank: int) -> None:
-        """SIGKILL the engine's process and no other, also if it is stopped. No error if it has ended."""
+        """SIGKILL the engine's process and no other, also if it is stopped. No error if it has ended. The last of those
+        that were there from the start lives for EARLY_S seconds at least."""
         process = self.facts[rank].process
+        if self._is_last(rank):
+            wait_until(lambda: age(process.pid) > EARLY_S, EARLY_S)
         if process.state() == "alive":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
@@ -168,18 +184,28 @@ class Cluster:
             # Its nanny process sends the signal.
             self.client.send_signal("SIGKILL", targets=self.engine_ids[rank], block=False)
 
+    def _is_last(self, rank: int) -> bool:
+        """Whether this is the only engine left of those that somebody else's ipcluster has started."""
+        if self.started_by_us:
+            return False
+        others = (other for other in range(self.n) if other != rank and other not in self._respawned)
+        return rank not in self._respawned and not any(
+            self.facts[other].process.state() != "gone" for other in others
+        )
+
     def respawn(self, rank: int, timeout: float = RESPAWN_S) -> None:
-        """Start an engine in place of one that has ended, on this machine: same id, network, interpreter, folder and
+        """Start an engine in place of one that has ended, on its machine: same id, network, interpreter, folder and
         environment. The others are not touched. It ends by itself when the controller ends.
 
         ipyparallel's `Cluster.restart_engine` is not implemented (as of 9.2), and `restart_engines` ends all engines.
-        Raises ClusterError if the engine still runs, was on another machine, its controller has ended, or the new one
-        does not register within `timeout` seconds.
+        Raises ClusterError if the engine still runs, was on another machine on which no profile of dinfer's has started
+        it, its controller has ended, or the new one does not register within `timeout` seconds.
         """
         engine_id, client, controller = self.engine_ids[rank], self.client, self.controller
         if self.alive(rank):
             raise ClusterError(f"{self.name(rank)} still runs; kill it first.")
-        if not self.facts[rank].process.is_here or controller is None:
+        started_by = self.facts[rank].environment.get(STARTED_BY, "")
+        if controller is None or not (self.facts[rank].process.is_here or started_by):
             flags = f"{self.known.flags} --IPEngine.id={engine_id}".lstrip()
             raise ClusterError(
                 f"{self.name(rank)} was not on this machine: start it there with `ipengine {flags}`."
@@ -191,6 +217,28 @@ class Cluster:
             raise ClusterError(f"the controller of {self.known.name} has ended: start the cluster again.")
         if engine_id in client.ids:
             raise ClusterError(f"the controller still lists engine {engine_id} as alive after {timeout:g} s.")
+        if started_by:
+            self._start_again_there(rank, started_by, timeout)
+        else:
+            self._start_again_here(rank, controller, timeout)
+        self._respawned.add(rank)
+        self._uuids[rank] = client._engines[engine_id]
+        self.facts[rank] = introduce(client, {rank: engine_id}, self._location, timeout)[0]
+
+    def _start_again_there(self, rank: int, started_by: str, timeout: float) -> None:
+        """By ssh or Slurm, whichever has started the one before. Raises ClusterError."""
+        engine_id, client = self.engine_ids[rank], self.client
+        profile = Profile.read(self.known.profile_dir)
+        step = start_again(self.facts[rank], started_by, profile.ssh_args if profile else ())
+        wait_until(lambda: engine_id in client.ids or step.ended() is not None, timeout)
+        if engine_id not in client.ids:
+            why = step.ended()
+            step.end()
+            late = f"did not register within {timeout:g} s" if why is None else f"ended at once: {why}"
+            raise ClusterError(f"the new engine {engine_id}, started by {started_by}, {late}.")
+
+    def _start_again_here(self, rank: int, controller: Identity, timeout: float) -> None:
+        engine_id, client = self.engine_ids[rank], self.client
         log = self.known.profile_dir / "log" / f"ipengine-{self.known.cluster_id}-again-{engine_id}.log"
         pid = self._start_engine(self.facts[rank], log, json.dumps(asdict(controller)))
         try:
@@ -204,8 +252,6 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             raise
-        self._uuids[rank] = client._engines[engine_id]
-        self.facts[rank] = introduce(client, {rank: engine_id}, self._location, timeout)[0]
 
     def _start_engine(self, facts: EngineFacts, log: Path, controller: str) -> int:
         """Start an engine that is like another; returns its process id."""

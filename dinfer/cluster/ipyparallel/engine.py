@@ -32,7 +32,7 @@ def main() -> None:
         os.dup2(file.fileno(), 2)
     watched = Identity(**json.loads(controller))
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
-    _be_engine(arguments)
+    be_engine(arguments)
 
 
 def _end_with(controller: Identity) -> None:
@@ -41,11 +41,12 @@ def _end_with(controller: Identity) -> None:
     os._exit(0)
 
 
-def _be_engine(arguments: list[str]) -> None:
+def be_engine(arguments: list[str]) -> None:
+    """This process becomes an engine, with ipengine's arguments."""
     from ipyparallel.engine.app import IPEngine
 
-    class ReplacementEngine(IPEngine):  # type: ignore[misc]  # it has no types
-        """Imports what a rank needs, which takes most of the time of a restart, while the hub waits for the first
+    class EarlyEngine(IPEngine):  # type: ignore[misc]  # it has no types
+        """Imports what a rank needs, which takes most of the time of a start, while the hub waits for the first
         heartbeat, up to three seconds."""
 
         def start_heartbeat(self, *given: Any, **named: Any) -> None:
@@ -53,7 +54,7 @@ def _be_engine(arguments: list[str]) -> None:
             self.loop.add_callback(importlib.import_module, "dinfer.rank.kernel")
 
     sys.argv = ["ipengine", *arguments]
-    ReplacementEngine.launch_instance()
+    EarlyEngine.launch_instance()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,12 +12,14 @@ from dinfer.cluster.ipyparallel.calls import call_expression, evaluate
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.identity import Identity, namespace
 from dinfer.display import few
+from dinfer.verdict.where import rank_spans_text
 from dinfer.version import __version__
 
-_SOURCE = """
+SOURCE = """
 def versions():
-    import importlib.machinery, os, platform, sys, threading
+    import importlib.machinery, os, platform, socket, sys, threading
     found = {"python": platform.python_version(), "dinfer": "", "cuda": 0, "hidden": [], "stuck": ""}
+    found.update(host=socket.gethostname(), torch="", cpu=platform.machine())
     needed = (
         "torch", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "psutil", "zmq", "huggingface_hub",
         "regex", "tqdm", "yaml", "filelock", "packaging", "requests", "httpx", "jinja2", "sympy", "networkx", "fsspec",
@@ -51,6 +53,8 @@ def versions():
         try:
             import torch
             found["cuda"] = torch.cuda.device_count()
+            found["torch"] = str(torch.__version__)
+            found["cpu"] += " " + torch.backends.cpu.get_cpu_capability()
         except Exception as error:
             found["no torch"] = "%s: %s" % (type(error).__name__, error)
 
@@ -71,22 +75,31 @@ def versions():
     taken = [file for name, file in hiding.items() if getattr(sys.modules.get(name), "__file__", "") == file]
     failed = "no dinfer" in found or "no torch" in found
     found["hidden"] = taken or (list(hiding.values()) if failed else [])
+    try:  # ARM says no name there
+        with open("/proc/cpuinfo") as file:
+            name = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
+        found["cpu"] += " (%s)" % name if name else ""
+    except OSError:
+        pass
     return found
 """
 
-VERSIONS = f"(lambda names: (exec({_SOURCE!r}, names), names['versions']())[1])({{}})"
+VERSIONS = f"(lambda names: (exec({SOURCE!r}, names), names['versions']())[1])({{}})"
 """evaluated on an engine, which may run another Python, without dinfer; defines no names there"""
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """One rank's engine. `cuda`: the number of visible CUDA devices; `address`: at which the controller's host, and so
-    other hosts, reach it; `network`: its network namespace, "" if unknown: each container has its own, with its own
+    """One rank's engine. `cuda`: the number of visible CUDA devices; `torch`: its version; `cpu`: machine, the
+    instructions that torch uses, and name; `address`: at which the controller's host, and so other hosts, reach it;
+    `network`: its network namespace, "" if unknown: each container has its own, with its own
     loopback; `folder`: its working directory; `environment`: what it was started with, for an engine that replaces it.
     """
 
     engine_id: int
     cuda: int
+    torch: str
+    cpu: str
     address: str
     network: str
     executable: str
@@ -143,7 +156,13 @@ def introduce(client: Any, engines: Mapping[int, int], controller: str, timeout:
     question = call_expression("dinfer.cluster.ipyparallel.facts:own_facts", [controller])
     found = evaluate(client, question, engines, names).result(timeout)
     return [
-        EngineFacts(engine_id, known["cuda"], **{**own, "process": Identity(**own["process"])})
+        EngineFacts(
+            engine_id,
+            known["cuda"],
+            known["torch"],
+            known["cpu"],
+            **{**own, "process": Identity(**own["process"])},
+        )
         for engine_id, known, own in zip(engines.values(), versions, found, strict=True)
     ]
 
@@ -151,11 +170,27 @@ def introduce(client: Any, engines: Mapping[int, int], controller: str, timeout:
 def judge_versions(engines: Mapping[int, Mapping[str, Any]], dinfer: str) -> None:
     """`engines`: by id, what VERSIONS gave; `dinfer`: the client's version. Raises ClusterError that names all
     mismatches."""
-    python = platform.python_version()
-    minor = python.rpartition(".")[0]
+    hosts = {found.get("host", "") for found in engines.values()}
+    named = {
+        f"engine {engine_id}" + f" on {found.get('host')}" * (len(hosts) > 1): found
+        for engine_id, found in engines.items()
+    }
+    if wrong := mismatches(named, dinfer):
+        raise ClusterError(
+            f"not all engines can be used: {'; '.join(wrong)}. Start the cluster, on every host, from the "
+            f"environment of this client (Python {platform.python_version()}, dinfer {dinfer})."
+        )
+
+
+def mismatches(engines: Mapping[str, Mapping[str, Any]], dinfer: str) -> list[str]:
+    """What keeps engines, or hosts, from being used together, a clause for each. `engines`: by name, what VERSIONS
+    gave; `dinfer`: this process's version."""
+    minor = platform.python_version().rpartition(".")[0]
     wrong = []
-    for engine_id, found in engines.items():
-        engine = f"engine {engine_id}"
+    first, torch = next(
+        ((name, found["torch"]) for name, found in engines.items() if found.get("torch")), ("", "")
+    )
+    for engine, found in engines.items():
         if found["python"].rpartition(".")[0] != minor:
             wrong.append(f"{engine} runs Python {found['python']}, not {minor}")
         if hidden := found["hidden"]:
@@ -173,8 +208,28 @@ def judge_versions(engines: Mapping[int, Mapping[str, Any]], dinfer: str) -> Non
             wrong.append(f"{engine} has dinfer {found['dinfer']}, not {dinfer}")
         if "no torch" in found:
             wrong.append(f"{engine} has no torch ({found['no torch']})")
-    if wrong:
-        raise ClusterError(
-            f"not all engines can be used: {'; '.join(wrong)}. Start the cluster, on every host, from the "
-            f"environment of this client (Python {python}, dinfer {dinfer})."
-        )
+        elif _release(found.get("torch", "")) != _release(torch):
+            wrong.append(
+                f"{engine} has torch {found['torch']}, but {first} has {torch}: ranks need one release"
+            )
+    return wrong
+
+
+def _release(torch: str) -> str:
+    """A version without its build: 2.13.0 of 2.13.0+cu130."""
+    return torch.partition("+")[0]
+
+
+def differences(engines: Sequence[EngineFacts]) -> str:
+    """What ranks may differ in, but should better not, as the end of a line; "" where they do not."""
+    found = []
+    for what, name in (("torch", "builds of torch"), ("cpu", "CPUs")):
+        kinds: dict[str, list[int]] = {}
+        for rank, one in enumerate(engines):
+            kinds.setdefault(getattr(one, what), []).append(rank)
+        if len(kinds) > 1:
+            each = ", ".join(f"{kind} on {rank_spans_text(ranks)}" for kind, ranks in kinds.items())
+            found.append(f"different {name}: {each}")
+    if not found:
+        return ""
+    return f"; {'; '.join(found)}: the last bits of what they compute may differ, and so may new tokens"

@@ -68,6 +68,13 @@ ANSWER_S = 2.0
 STARTING_S = 15.0
 """how long after its start a cluster may be without engines"""
 
+OWN_LAUNCHERS = {
+    "DinferEngineSetLauncher": "dinfer",
+    "SSHRankSetLauncher": "ssh",
+    "SlurmRankSetLauncher": "slurm",
+}
+"""what they are called, by class"""
+
 _FILE = re.compile(r"(?:cluster-(.*)|ipcontroller(?:-(.+))?-client)\.json")
 
 
@@ -146,7 +153,8 @@ class Known:
         if self.controller() is None:
             return []
         sets = ((self.description().get("engines") or {}).get("sets") or {}).values()
-        return [int(engine["pid"]) for one in sets for engine in (one.get("engines") or {}).values()]
+        engines = [engine for one in sets for engine in (one.get("engines") or {}).values()]
+        return [int(engine["pid"]) for engine in engines if not engine.get("hostname")]
 
     def is_coming(self) -> bool:
         """Whether its controller has been started but does not accept connections yet."""
@@ -185,8 +193,9 @@ def known_clusters(profile_dir: Path) -> list[Known]:
 def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], bool], age_s: float) -> int:
     """How many engines are running or starting, where the cluster file was written `age_s` seconds ago.
 
-    These are the engines whose processes run; with other launchers, all engines while the launcher runs; and those that
-    ipcluster is about to start, which it does within a second of the controller.
+    These are the engines whose processes run, or have been started on another host, as cannot be seen from here; with
+    other launchers, all engines while the launcher runs; and those that ipcluster is about to start, which it does
+    within a second of the controller.
     """
     sets = ((description.get("engines") or {}).get("sets") or {}).values()
     if not sets and age_s < STARTING_S:
@@ -194,8 +203,10 @@ def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], 
     count = 0
     for engines in sets:
         if "engines" in engines:
-            pids = [int(engine["pid"]) for engine in engines["engines"].values()]
-            count += sum(is_running(pid) for pid in pids if pid > 0)
+            pids = [
+                (int(engine["pid"]), bool(engine.get("hostname"))) for engine in engines["engines"].values()
+            ]
+            count += sum(is_away or is_running(pid) for pid, is_away in pids if pid > 0)
         elif (pid := int(engines.get("pid", -1))) < 0 or is_running(pid):
             count += int(engines.get("n", 0))
     return count
@@ -250,8 +261,7 @@ def describe(
     hosts. `engines`: id and host by rank; `unused`: the ids of others."""
     how = "started" if started else "joined"
     launcher = str((cluster.description().get("engines") or {}).get("class", ""))
-    if launcher.endswith("DinferEngineSetLauncher"):
-        launcher = "dinfer"
+    launcher = OWN_LAUNCHERS.get(launcher.rpartition(".")[2], launcher)
     by = f" ({launcher} engines)" if launcher else ""
     ids = [engine_id for engine_id, _ in engines]
     ranks = "rank 0" if len(ids) == 1 else f"ranks 0–{len(ids) - 1}"

@@ -1,10 +1,21 @@
-"""`ipcluster start -n 3 --engines=dinfer`: local engines that have their rank as id and in their environment."""
+"""Engines that have their rank as id and in their environment: here (`ipcluster start -n 3 --engines=dinfer`), or on
+other hosts (`profiles`)."""
 
 import json
 import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLauncher
+from ipyparallel.cluster.launcher import (
+    LocalEngineLauncher,
+    LocalEngineSetLauncher,
+    SlurmEngineSetLauncher,
+    SSHEngineLauncher,
+    SSHEngineSetLauncher,
+)
+from traitlets import default
 
 GPU_IDS = "DINFER_GPU_IDS"
 """the GPU of each rank, such as 0,1,2, which is then the only one that its engine sees; unset: engines see all GPUs"""
@@ -53,3 +64,92 @@ class DinferEngineSetLauncher(LocalEngineSetLauncher):  # type: ignore[misc]
     launcher_class = DinferEngineLauncher
     entrypoint_name = f"{__name__}.DinferEngineSetLauncher"
     """its name in cluster files, which can be imported without the entry point `dinfer`"""
+
+
+# -- engines on other hosts
+
+STARTED_BY = "DINFER_STARTED_BY"
+"""what started an engine on another host: "ssh HOST" or "slurm"; unset: it runs on this machine"""
+
+UNATTENDED = "DINFER_UNATTENDED"
+"""set for an ipcluster that ends once it has started the engines"""
+
+
+class SSHRankLauncher(SSHEngineLauncher):  # type: ignore[misc]
+    """One engine on a host, `HOST/NUMBER` by its identifier."""
+
+    @property
+    def program(self) -> list[str]:
+        return [self.remote_python, "-m", "dinfer.cluster.ipyparallel.remote"]
+
+    @default("remote_output_file")
+    def _log_of_engine(self) -> str:
+        return engine_log(self.remote_profile_dir, self.cluster_id, self._rank)
+
+    @property
+    def _rank(self) -> int:
+        host, _, number = str(self.identifier).rpartition("/")
+        return int(self.parent.first_ranks[host]) + int(number)
+
+    def _start_waiting(self) -> None:
+        """Where ipcluster ends once it has started the engines, the connections by which it waits would outlive it."""
+        if not os.environ.get(UNATTENDED):
+            super()._start_waiting()
+
+    def get_env(self) -> dict[str, str]:
+        """Whatever of this machine's environment the engine may need, its user sets on the host."""
+        host, _, number = str(self.identifier).rpartition("/")
+        given: dict[str, str] = super().get_env()
+        return {
+            **given,
+            "RANK": str(self._rank),
+            "WORLD_SIZE": str(self.parent.world_size),
+            "LOCAL_RANK": number,
+            "PYTHONSAFEPATH": "1",
+            STARTED_BY: f"ssh {host}",
+        }
+
+
+class SSHRankSetLauncher(SSHEngineSetLauncher):  # type: ignore[misc]
+    """ipyparallel's, where engines have their rank as id: hosts in the order of the config, then engines of a host."""
+
+    engines: dict[str, Any]
+    launcher_class = SSHRankLauncher
+    entrypoint_name = f"{__name__}.SSHRankSetLauncher"
+
+    def start(self, n: int) -> Any:
+        """Start `n` engines, or as many as the hosts have."""
+        engines, self.first_ranks = dict[str, Any](), dict[str, int]()
+        first, wanted = 0, dict[str, Any](self.engines)
+        for host, given in wanted.items():
+            own = dict(given) if isinstance(given, Mapping) else {"n": given}
+            own.setdefault("remote_profile_dir", remote_profile_dir(self.profile_dir, host))
+            engines[host], self.first_ranks[host] = own, first
+            first += own.setdefault("n", 1)
+        self.engines, self.world_size = engines, min(n, first)
+        return super().start(n)
+
+
+def remote_profile_dir(profile_dir: str, host: str) -> str:
+    """Where a host keeps the connection file, under the user's home. Each has a folder of its own, not the profile's:
+    where hosts share a home, scp would empty the very file that it copies."""
+    name = Path(profile_dir).name.removeprefix("profile_")
+    return f".dinfer/profiles/{name}-{re.sub('[^A-Za-z0-9.-]', '-', host)}"
+
+
+def engine_log(folder: str, cluster_id: str, rank: int | str) -> str:
+    """What an engine says on its host, in a profile's folder there."""
+    return f"{folder}/log/ipengine-{cluster_id}-{rank}.out"
+
+
+class SlurmRankSetLauncher(SlurmEngineSetLauncher):  # type: ignore[misc]
+    """ipyparallel's own; by this name it is known that `remote` gives each task of the job its rank."""
+
+    entrypoint_name = f"{__name__}.SlurmRankSetLauncher"
+
+    def __init__(self, work_dir: str = ".", config: Any = None, **kwargs: Any) -> None:
+        super().__init__(work_dir=work_dir, config=config, **kwargs)
+        if folder := kwargs.get("profile_dir"):  # not the folder in which the notebook is
+            log = Path(folder) / "log"
+            log.mkdir(parents=True, exist_ok=True)
+            self.batch_file = str(log / f"slurm-{self.cluster_id or 'dinfer'}.sbatch")

@@ -213,7 +213,8 @@ class Comparison(Tidy, Composed):
 
     def _what(self) -> str:
         report, measure = self.case.first_examined.report, self.case.measure
-        size, layers = self.case.plan.shape.chunk_size, self.case.plan.shape.layers
+        shape, layers = self.case.plan.shape, self.case.plan.shape.layers
+        size = f"up to {shape.chunk_size}" if shape.lengths else shape.chunk_size
         chunks = f"in the run's chunks of {size} tokens" if self.chunked else "all of the prompt at once"
         threads = f"{report.threads} thread{'s' * (report.threads != 1)}"
         ranks = ", ".join(str(found.rank) for found in self.case.examined)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dinfer.trace.clocks import KEY as CLOCKS
 from dinfer.trace.findings import KEY, Findings, findings_of
 from dinfer.trace.shares import ABOUT_PARTS, percentages, shares
 from dinfer.trace.summary import SAME, summary
@@ -121,7 +122,9 @@ def _number(name: str, values: Sequence[float], form: str, direction: str, about
 
 def _settings(trace: Trace, findings: Findings) -> dict[str, Any]:
     """What was asked for, by name."""
-    left_out = {KEY, "plan_id", "dinfer"} | ({"model"} if "model_path" in findings.parameters else set())
+    left_out = {KEY, CLOCKS, "plan_id", "dinfer"} | (
+        {"model"} if "model_path" in findings.parameters else set()
+    )
     about = {name: value for name, value in trace.about.items() if name not in left_out}
     return {**about, **findings.parameters}
 

@@ -50,7 +50,8 @@ def plan_of(trace: Trace, findings: Findings) -> Plan | None:
     if findings.plan:
         return parse_plan(findings.plan)
     try:
-        shape = Shape(about["layers"], about["tokens"], about["chunk_size"], tuple(about["stages"]))
+        sizes = about["layers"], about["tokens"], about["chunk_size"], tuple(about["stages"])
+        shape = Shape(*sizes, tuple(about.get("chunks") or ()))
         if shape.blocks * shape.world_size > max(LARGEST, 10 * len(trace.events)):
             return None
         made = build(shape, about["schedule"], about["sync_strategy"])

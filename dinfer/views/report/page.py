@@ -201,6 +201,7 @@ def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
         "schedule": str(about.get("schedule") or ""),
         "sync strategy": str(about.get("sync_strategy") or ""),
         "made": made,
+        "clocks": trace.clocks,
         "dinfer": str(about.get("dinfer", "")),
     }
     return [(name, text) for name, text in found.items() if text]

@@ -19,9 +19,12 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .captures import captures
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +58,53 @@ def mixed_sum(words: Tensor, *, first: int = -1) -> Tensor:
     dims = sorted({first % words.dim(), words.dim() - 1})
     sizes = [size if dim in dims else 1 for dim, size in enumerate(words.shape)]
     count = prod(sizes)
-    places = _places(1 << (count - 1).bit_length(), words.device)[:count].view(sizes)
+    places = _constant(_make_places, 1 << (count - 1).bit_length(), words.device)[:count].view(sizes)
     return _mixer(words.device.type)(words, places).sum(dims)
 
 
-@cache
-def _places(count: int, device: torch.device) -> Tensor:
-    """The numbers that are added, by place; made once, and ready for use on any stream."""
-    found = torch.arange(1, count + 1, device=device, dtype=torch.int64) * _STEP
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    return found
+class _Constant:
+    """A tensor that is made once on its device. The host never waits for it: another stream than that on which it was
+    made does, until it is known to be there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._made_on: Any = None
+        self._made: Any = None
+        if tensor.device.type == "cuda":
+            self._made_on = torch.cuda.current_stream(tensor.device)
+            self._made = self._made_on.record_event()
+
+    def ready(self) -> Tensor:
+        """It, for use on the current stream."""
+        if self._made is not None:
+            stream: Any = torch.cuda.current_stream(self.tensor.device)
+            if stream != self._made_on:
+                stream.wait_event(self._made)
+            captures.unless_capturing(self._ask)
+        return self.tensor
+
+    def _ask(self) -> None:
+        if self._made is not None and self._made.query():
+            self._made = None
+
+
+_constants: dict[tuple[object, ...], _Constant] = {}
+
+
+def _constant(make: Callable[[int, torch.device], Tensor], size: int, device: torch.device) -> Tensor:
+    """What `make` makes, made once and kept; while a CUDA graph is captured, made for that graph alone, to which a
+    stream outside of it may not lead."""
+    key = (make, size, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return make(size, device)
+    if key not in _constants:
+        _constants[key] = _Constant(make(size, device))
+    return _constants[key].ready()
+
+
+def _make_places(count: int, device: torch.device) -> Tensor:
+    """The numbers that are added, by place."""
+    return torch.arange(1, count + 1, device=device, dtype=torch.int64) * _STEP
 
 
 @cache
@@ -233,15 +272,14 @@ def row_sketches(values: Tensor) -> Tensor:
     length of the rows' difference (Achlioptas, Database-friendly random projections, 2003): to a quarter, mostly.
     """
     rows = values.detach().to(torch.float32)
-    return rows @ _signs(rows.shape[-1], rows.device)
+    return rows @ _constant(_make_signs, rows.shape[-1], rows.device)
 
 
-@cache
-def _signs(width: int, device: torch.device) -> Tensor:
+def _make_signs(width: int, device: torch.device) -> Tensor:
     """[width, SKETCH] of 1 and -1, the same on every device."""
-    places = torch.arange(1, width * SKETCH + 1, dtype=torch.int64) * _STEP
+    places = _make_places(width * SKETCH, device)
     bits = _mix(torch.zeros_like(places), places) & 1
-    return (2 * bits - 1).view(width, SKETCH).to(torch.float32).to(device)
+    return (2 * bits - 1).view(width, SKETCH).to(torch.float32)
 
 
 def token_sketches(values: Tensor) -> Tensor:

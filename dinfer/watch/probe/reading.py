@@ -382,6 +382,7 @@ class _ProcessFiles:
                     for frame in one.parts("frames")
                 ),
                 one.number("user_frames"),
+                bool(one.number("for_itself", 0)),
             )
             for one in line.parts("threads")
         )  # fmt: skip

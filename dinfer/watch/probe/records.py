@@ -153,6 +153,8 @@ class ThreadLook(NamedTuple):
     """file, line, function and the line's text: those of user code first, then all others; the innermost first"""
     user_frames: int
     """how many of the frames are user code: no installed package, no standard library, no torch, dinfer or probe"""
+    for_itself: bool = False
+    """it waits in the system for something that only its own process can do: see `waits`"""
 
 
 class StacksTaken(NamedTuple):

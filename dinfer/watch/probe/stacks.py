@@ -1,6 +1,7 @@
 """Where the threads of this process stand in Python: as Python says, or, where C code holds the GIL, as C code writes
 it on a signal."""
 
+import ctypes
 import faulthandler
 import linecache
 import os
@@ -12,16 +13,15 @@ from types import FrameType
 from typing import Any
 
 from .callers import DEEPEST, USER, whose
+from .waits import waits_for_itself
 
 
 def thread_stacks() -> list[dict[str, Any]]:
     """All threads but the calling one, the main thread first, as lines of the files have them."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    known = {thread.ident: thread for thread in threading.enumerate()}
     main, own = threading.main_thread().ident, threading.get_ident()
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
-    return [
-        _look(ident, names.get(ident, f"thread {ident}"), frame) for ident, frame in frames if ident != own
-    ]
+    return [_look(ident, known.get(ident), frame) for ident, frame in frames if ident != own]
 
 
 DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
@@ -30,37 +30,61 @@ DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
 def dump_on_signal(path: Path) -> int | None:
     """From now on this process writes all threads' stacks into the file when it gets the signal that this returns.
     None where somebody else uses the signal: then it must not be sent."""
-    if DUMP_SIGNAL is None or signal.getsignal(DUMP_SIGNAL) != signal.SIG_DFL:
+    if (
+        DUMP_SIGNAL is None
+        or signal.getsignal(DUMP_SIGNAL) != signal.SIG_DFL
+        or _handler() not in (0, _ours())
+    ):
         return None
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     faulthandler.register(DUMP_SIGNAL, descriptor, all_threads=True)
     _close_dump()  # of the process that this one was forked from
-    _dumps.append(descriptor)
+    _dumps.append((descriptor, _handler()))
     return int(DUMP_SIGNAL)
 
 
 def dump_no_more() -> None:
-    """The signal does again what it did."""
-    if _dumps and DUMP_SIGNAL is not None:
+    """The signal does again what it did. Where another handler has come since, that stays, and with it the file: it may
+    call the one before."""
+    if _dumps and DUMP_SIGNAL is not None and dumps_still():
         faulthandler.unregister(DUMP_SIGNAL)
-    _close_dump()
+        _close_dump()
 
 
-_dumps: list[int] = []
-"""the descriptor of the file, if there is one"""
+_dumps: list[tuple[int, int]] = []
+"""the descriptor of the file, if there is one, and the handler that writes into it"""
 
 
 def _close_dump() -> None:
     while _dumps:
-        os.close(_dumps.pop())
+        os.close(_dumps.pop()[0])
 
 
 def dumps_still() -> bool:
-    """Whether the signal still does that: the program may have taken it since."""
-    return DUMP_SIGNAL is not None and signal.getsignal(DUMP_SIGNAL) == signal.SIG_DFL
+    """Whether the signal still does that: the program may have taken it since, in C, too."""
+    return (
+        DUMP_SIGNAL is not None and signal.getsignal(DUMP_SIGNAL) == signal.SIG_DFL and _handler() == _ours()
+    )
 
 
-def _look(ident: int, name: str, frame: FrameType | None) -> dict[str, Any]:
+def _ours() -> int:
+    return _dumps[-1][1] if _dumps else 0
+
+
+def _handler() -> int:
+    """The address of the signal's handler, as the system has it: Python knows only of its own. 0: the default one, or
+    it cannot be known."""
+    try:
+        found = (
+            ctypes.c_size_t * 64
+        )()  # larger than any system's struct sigaction, of which it is the first member
+        failed = ctypes.CDLL(None).sigaction(int(DUMP_SIGNAL or 0), None, found)
+        return 0 if failed else int(found[0])
+    except (AttributeError, OSError, TypeError):
+        return 0
+
+
+def _look(ident: int, thread: threading.Thread | None, frame: FrameType | None) -> dict[str, Any]:
     mine: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     while frame is not None and len(mine) + len(others) < DEEPEST:
@@ -69,4 +93,11 @@ def _look(ident: int, name: str, frame: FrameType | None) -> dict[str, Any]:
         found = {"file": file, "line": line, "function": frame.f_code.co_name, "text": text}
         (mine if whose(file) == USER else others).append(found)
         frame = frame.f_back
-    return {"name": name, "ident": ident, "frames": mine + others, "user_frames": len(mine)}
+    number = thread.native_id if thread else None
+    return {
+        "name": thread.name if thread else f"thread {ident}",
+        "ident": ident,
+        "frames": mine + others,
+        "user_frames": len(mine),
+        "for_itself": int(number is not None and waits_for_itself(number)),
+    }

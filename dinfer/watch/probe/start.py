@@ -16,7 +16,7 @@ from .paged import PagedCaches
 from .recorder import NO_GROUP, OpRecorder
 from .records import NOTHING
 from .stacks import dump_no_more, dump_on_signal, dumps_still
-from .tensors import TensorWatch
+from .tensors import TensorWatch, calling
 from .thread import ProbeThread
 from .works import Works
 
@@ -31,7 +31,7 @@ _RANK = 4
 class Probe:
     """What watches this process."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, compares: bool = False) -> None:
         self.recorder = OpRecorder(
             Path(folder).absolute(), on_open=self._on_open, on_fork=self._on_fork, on_off=self._on_off
         )
@@ -43,11 +43,15 @@ class Probe:
         self._cells: Cells | None = None
         self._imports = ImportWatch()
         self._endings = Endings(self.recorder, self._imports, self._stop_thread)
-        self._tensors = TensorWatch(self.recorder, self._imports)
+        self._tensors = TensorWatch(self.recorder, self._imports, compares=compares)
         captures.watch(self._imports)
         PagedCaches(self._tensors, self._imports)
         self._imports.add(_C10D, self._found_c10d)
         self._imports.add("transformers.modeling_layers", self._found_layers)
+
+    def serves(self, folder: str | Path, *, compares: bool) -> bool:
+        """Whether this is what a `Probe` of that folder would be."""
+        return self.recorder.folder == Path(folder).absolute() and self._tensors.compares >= compares
 
     def stop(self) -> None:
         """Watch no more, and leave torch as it was. What was recorded stays."""
@@ -223,24 +227,20 @@ class Probe:
             kind = getattr(module, "GradientCheckpointingLayer", None)
             if kind is None:  # an older transformers
                 return
-            by = _within_layer(kind.__call__, torch.compiler.is_compiling, self._tensors)
-            if "__call__" in vars(kind):
-                self._restore.append((kind, "__call__", by, vars(kind)["__call__"]))
-            else:
-                self._restore.append((kind, "__call__", by, torch.nn.Module.__call__))
-            kind.__call__ = by
+            by = _within_layer(kind.__call__, calling(kind), torch.compiler.is_compiling, self._tensors)
+            self._tensors.replace(kind, "__call__", by)
         except Exception as error:
             self.recorder.problem(f"layers of transformers are not told apart: {error}")
 
 
-def _within_layer(call: Any, is_compiling: Any, tensors: TensorWatch) -> Any:
+def _within_layer(compiled: Any, call: Any, is_compiling: Any, tensors: TensorWatch) -> Any:
     """Calls a decoder layer, and says meanwhile which one it is. A compiler must not see that."""
     compares = tensors.compares
 
-    @wraps(call)
+    @wraps(compiled)
     def called(layer: Any, *args: Any, **options: Any) -> Any:
         if is_compiling():
-            return call(layer, *args, **options)
+            return compiled(layer, *args, **options)
         number = _layer_number(layer)
         if number is None:
             return call(layer, *args, **options)
@@ -269,11 +269,14 @@ current: Probe | None = None
 """The probe of this process."""
 
 
-def start(folder: str | Path) -> Probe:
-    """Watch this process from now on, and what it forks; its files go into `folder`. A second call changes nothing."""
+def start(folder: str | Path, *, compares: bool = False) -> Probe:
+    """Watch this process from now on, and what it forks; its files go into `folder`. `compares`: take what a comparison
+    with a reference needs, too. A second call changes nothing; one with another folder begins anew there."""
     global current
+    if current is not None and not current.serves(folder, compares=compares):
+        stop()
     if current is None:
-        current = Probe(folder)
+        current = Probe(folder, compares=compares)
     return current
 
 

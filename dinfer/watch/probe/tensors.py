@@ -46,9 +46,9 @@ EXIT_S = 2.0
 class TensorWatch:
     """Digests of rows in this process."""
 
-    def __init__(self, recorder: OpRecorder, imports: ImportWatch) -> None:
+    def __init__(self, recorder: OpRecorder, imports: ImportWatch, *, compares: bool = False) -> None:
         self._recorder = recorder
-        self.compares = os.environ.get(COMPARE_VARIABLE) == "1"
+        self.compares = compares or os.environ.get(COMPARE_VARIABLE) == "1"
         self._within = threading.local()
         self._restore: list[tuple[Any, str, Any]] = []
         self.is_off = False
@@ -229,18 +229,20 @@ class TensorWatch:
         try:
             kind: Any = getattr(module, "PreTrainedModel", None)
             if kind is not None:
-                self.replace(kind, "__call__", self._calling_model(kind.__call__))
+                self.replace(kind, "__call__", self._calling_model(kind.__call__, calling(kind)))
         except Exception as error:
             self.switch_off("finding models of transformers", error)
 
-    def _calling_model(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _calling_model(self, compiled: Callable[..., Any], call: Callable[..., Any]) -> Callable[..., Any]:
         import torch
 
         within, is_compiling = self._within, torch.compiler.is_compiling
 
-        @wraps(call)
+        @wraps(compiled)
         def called(model: Any, *args: Any, **options: Any) -> Any:
-            if is_compiling() or getattr(within, "is_model", False):
+            if is_compiling():
+                return compiled(model, *args, **options)
+            if getattr(within, "is_model", False):
                 return call(model, *args, **options)
             ids = args[0] if args else options.get("input_ids")
             within.is_model = True
@@ -281,11 +283,13 @@ class TensorWatch:
 
     def _watch_class(self, kind: type[Any]) -> None:
         """It and all its subclasses, also those to come."""
-        before = kind.__init_subclass__
-        watch = self._wrap_update
+        own, watch = vars(kind).get("__init_subclass__"), self._wrap_update
 
         def init_subclass(cls: type[Any], /, **options: Any) -> None:
-            before.__func__(cls, **options) if hasattr(before, "__func__") else before(**options)
+            if own is None:  # that of the next class in its order, which may be another base
+                super(kind, cls).__init_subclass__(**options)
+            else:
+                own.__get__(None, cls)(**options)
             watch(cls)
 
         self.replace(kind, "__init_subclass__", classmethod(init_subclass))
@@ -378,6 +382,13 @@ class _Method:
         self._is_off = True
         text = f"--kv {self._module}:{self._path} takes nothing: {type(error).__name__}: {error}"
         self._watch._recorder.problem(text)
+
+
+def calling(kind: Any) -> Callable[..., Any]:
+    """What a class's instances do when they are called: where the class has no such method of its own, that of the next
+    class in an instance's order, which may be another base."""
+    own = vars(kind).get("__call__")
+    return own or (lambda found, *args, **options: super(kind, found).__call__(*args, **options))
 
 
 def _asked(recorder: OpRecorder) -> list[dict[str, Any]]:

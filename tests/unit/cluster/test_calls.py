@@ -110,7 +110,7 @@ def test_an_engine_that_has_ended_is_not_asked() -> None:
 def test_a_call_is_text() -> None:
     assert eval(call_expression("os.path:join", ["a", "b\"'\\"])) == "a/b\"'\\"
     assert eval(call_expression("json:dumps", [{"x": [1, None, True]}])) == '{"x": [1, null, true]}'
-    assert eval(VERSIONS).keys() == {"python", "dinfer", "cuda", "hidden", "stuck"}
+    assert eval(VERSIONS).keys() == {"python", "dinfer", "cuda", "hidden", "stuck", "host", "torch", "cpu"}
 
 
 def test_a_file_that_hides_a_package_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

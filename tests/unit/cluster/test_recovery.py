@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -189,6 +190,65 @@ def test_who_has_died_meanwhile_is_not_called_stuck(
     assert recover(ranks, None, "gloo", said.append) == [1]
     assert said == ["rank 1 is started again" if died else "rank 1 was stuck and is started again"]
     assert ranks.ended == ["killed", "revived"]
+
+
+class InCells(NotAnswering):
+    """Ranks that answer and whose cells end once they are interrupted, or never."""
+
+    def __init__(self, busy: set[int], deaf: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+        super().__init__(-1, LimitDecode, died=False)
+        self._busy, self._deaf = set(busy), deaf
+
+    def in_cells(self, among: Sequence[int], patience: float) -> list[int]:
+        assert patience > 0
+        return sorted(self._busy & {*among})
+
+    def interrupt(self, rank: int) -> None:
+        self.ended.append(f"interrupted {rank}")
+        self._busy -= {rank} - self._deaf
+
+    def kill(self, rank: int) -> None:
+        self.ended.append(f"killed {rank}")
+
+    def revive(self, rank: int) -> None:
+        self.ended.append(f"revived {rank}")
+
+
+def test_of_ranks_that_all_are_stuck_one_lives() -> None:
+    ranks, said = InCells(set()), list[str]()
+    assert recover(ranks, None, "gloo", said.append, (0, 1, 2)) == [1, 2]
+    assert ranks.ended == ["killed 1", "killed 2", "revived 1", "revived 2"]
+
+
+def test_a_cell_that_does_not_end_is_interrupted_and_else_its_rank_is_started_again() -> None:
+    ranks, said = InCells({0, 2}, deaf={2}), list[str]()
+    assert recover(ranks, None, "gloo", said.append, (1,)) == [1, 2]
+    assert ranks.ended == ["killed 1", "interrupted 0", "interrupted 2", "killed 2", "revived 1", "revived 2"]
+    assert said[:2] == ["rank 0's cell is interrupted", "rank 2's cell is interrupted"]
+
+
+def test_of_ranks_whose_cells_all_hang_one_lives() -> None:
+    """Which is not known before: nobody has watched."""
+    ranks, said = WaitingForOthers(), list[str]()
+    assert recover(ranks, None, "gloo", said.append) == [1, 2]
+    assert ranks.ended[-4:] == ["killed 1", "killed 2", "revived 1", "revived 2"]
+
+
+class WaitingForOthers(InCells):
+    """Cells in C code, which hears of no interrupt; they end once another rank has ended."""
+
+    def __init__(self) -> None:
+        super().__init__({0, 1, 2}, deaf={0, 1, 2})
+
+    def kill(self, rank: int) -> None:
+        super().kill(rank)
+        self._busy.clear()
+
+
+def test_cells_are_left_alone_where_nothing_may_be_killed() -> None:
+    ranks = InCells({0})
+    assert recover(ranks, None, "gloo", list[str]().append, kill=False) == []
+    assert ranks.ended == []
 
 
 @pytest.mark.parametrize("moment", ["running", "paused", "done"])

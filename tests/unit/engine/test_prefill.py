@@ -50,12 +50,9 @@ def test_every_rank_ends_with_the_reference(
 ) -> None:
     config = {"world_size": world_size, "schedule": schedule, "sync_strategy": strategy}
     seed = MATRIX.index((family, strategy, schedule, world_size))
-    gates: tuple[tuple[Gate, bool], ...] = (
-        (Gate(), True),
-        (SeededGate(seed), True),
-        (Gate(), False),
-        (SeededGate(~seed), False),
-    )
+    gates: list[tuple[Gate, bool]] = [(Gate(), True), (SeededGate(seed), False)]
+    if (seed + seed // 4) % 2:  # every world size meets both pairs, and so does every schedule
+        gates = [(SeededGate(seed), True), (Gate(), False)]
     for gate, rendezvous in gates:
         decode = rendezvous is not isinstance(gate, SeededGate)
         prefill(decoders[family], gate=gate, rendezvous=rendezvous, decode=decode, **config)

@@ -113,7 +113,7 @@ def test_issuing_takes_one_lane_a_rank(small: Decoder) -> None:
             executor.state, engine.comm, engine.gate, executor.recorder, Board(), lambda *_: None
         )
         with pytest.raises(PlanError, match="rank 0 can issue one lane only"):
-            StreamExecutor(given, made.exchange.comm(0).open_streams(small.device))
+            StreamExecutor(given, made.exchange.comm(0).open_streams(small.device, 0))
 
 
 def test_two_engines_agree_whether_lanes_are_threads_or_streams(small: Decoder) -> None:

@@ -65,8 +65,7 @@ def first_line(found: Comparison) -> str:
 # -- clean runs
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("schedule", ["pipelined", "lockstep"])
+@pytest.mark.parametrize(("dtype", "schedule"), [("float32", "pipelined"), ("bfloat16", "lockstep")])
 @pytest.mark.parametrize(("strategy", "world_size", "chunk_size"), [
     ("pairwise", 1, 8), ("pairwise", 2, 5), ("ring", 3, 8), ("pairwise", 3, 26), ("ring", 4, 1),
 ])  # fmt: skip

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape, partition
+from dinfer.plan.plan import parse_plan
+from dinfer.plan.schedule import build
 from tests.support.facts import has_facts
 from tests.support.plan_strategies import shapes
 
@@ -95,3 +97,25 @@ def test_stages_must_begin_at_layer_0_and_own_something(starts: tuple[int, ...])
 def test_a_shape_needs_a_layer() -> None:
     with pytest.raises(PlanError, match="layers is 0; it must be at least 1"):
         Shape(0, 1, 1, (0,))
+
+
+def test_chunks_may_have_different_lengths() -> None:
+    shape = partition(layers=2, tokens=10, world_size=2, chunk_size=4, lengths=(5, 3, 2))
+    assert shape.chunks == (range(5), range(5, 8), range(8, 10))
+    assert (shape.chunk_size, shape.blocks, shape.chunks_text) == (5, 6, "5+3+2")
+    assert [shape.chunk_of(token) for token in (0, 4, 5, 7, 8, 9)] == [0, 0, 1, 1, 2, 2]
+    even = partition(layers=2, tokens=10, world_size=2, chunk_size=8, lengths=(4, 4, 2))
+    assert even == partition(layers=2, tokens=10, world_size=2, chunk_size=4)
+    assert even.chunk_of(9) == 2
+    plan = build(shape, "pipelined", "ring")
+    assert parse_plan(plan.text()) == plan
+    assert plan.id != build(even, "pipelined", "ring").id
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [((5, 4), "9 tokens in all, but the prompt has 10"), ((10, 0), "length is 0; it must be at least 1")],
+)
+def test_chunks_that_are_not_the_prompt_are_refused(lengths: tuple[int, ...], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        partition(layers=2, tokens=10, world_size=2, chunk_size=4, lengths=lengths)

@@ -41,14 +41,14 @@ def standing_in(
     thread = threading.Thread(target=calls, name="rank 7 compute", daemon=True)
     thread.start()
 
-    def said() -> ThreadStack | None:
-        found = stacks(7, alone=False).threads
-        return next((t for t in found if t.frames[0][2] == function), None)
+    found: list[ThreadStack] = []
 
-    wait_for(said, f"it is in {function}")
-    found = said()
-    assert found
-    yield found
+    def is_there() -> bool:
+        found.extend(one for one in stacks(7, alone=False).threads if one.frames[0][2] == function)
+        return bool(found)
+
+    wait_for(is_there, f"it is in {function}")
+    yield found[0]
     left.set()
     end()
     thread.join()

@@ -53,7 +53,7 @@ def begin(call: Callable[[], object]) -> tuple[threading.Thread, list[Any]]:
     def go() -> None:
         try:
             came.append(call())
-        except BaseException as error:
+        except BaseException as error:  # which the test looks at
             came.append(error)
 
     thread = threading.Thread(target=go, daemon=True)

@@ -234,11 +234,11 @@ def tried(trial: Trial, sessions: Sessions, seeds: range) -> Counter[str]:
 
 
 def test_faults_are_found_and_named_exactly(sessions: Sessions) -> None:
-    assert len(tried(injection, sessions, range(20))) > 8
+    assert len(tried(injection, sessions, range(10))) > 4
 
 
 def test_clean_runs_give_no_alarm(sessions: Sessions, caplog: pytest.LogCaptureFixture) -> None:
-    assert len(tried(clean, sessions, range(20))) > 8
+    assert len(tried(clean, sessions, range(10))) > 4
     assert caplog.messages == []
 
 

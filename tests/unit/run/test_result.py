@@ -43,7 +43,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def ranks() -> list[RankState]:
     """Rank 0 computes for a second and sends for two; rank 1 receives for two."""
     result = BatchResult(
-        host="h", device="cpu", threads=1, dtype="float32", kv_sha256="ab", tokens=(4,), plan_id=1,
+        host="h", device="cpu", threads=1, dtype="float32", kernels="exact", kv_sha256="ab", tokens=(4,), plan_id=1,
         decode_s=0.5, lost_events=0, log_trouble="", stopped="max_new_tokens",
     )  # fmt: skip
     layer = Event(0, "main", "layer", 0, 0, 0, 1 * S, chunk=0, layer=0)

@@ -12,6 +12,7 @@ from dinfer.transport import gloo
 from dinfer.transport.gloo import CommError, GlooComm
 from dinfer.transport.header import HEADER_BYTES
 from dinfer.transport.nccl import NcclComm
+from dinfer.transport.precedence import Precedence
 
 
 class Sent:
@@ -35,6 +36,7 @@ def test_a_header_does_not_wait_for_the_copy_of_its_payload(monkeypatch: pytest.
     monkeypatch.setattr(gloo, "_on_host", on_host)
     comm = object.__new__(GlooComm)
     monkeypatch.setattr(comm, "_group", lambda _: None)
+    comm._precedence = Precedence()
     comm.send(Channel("kv", 0, 1), bytes(HEADER_BYTES), torch.zeros(2))
     assert done == ["send 64 bytes", "copy", "send 8 bytes"]
 
@@ -49,4 +51,4 @@ def test_a_device_that_fails_while_nccl_connects_is_an_error_of_communication(
     comm = object.__new__(NcclComm)
     comm.rank, comm.world_size, comm._nccl = 1, 2, {}
     with pytest.raises(CommError, match="rank 1 could not connect by NCCL: CUDA error: out of memory"):
-        comm.open_streams(torch.device("cuda:0"))
+        comm.open_streams(torch.device("cuda:0"), 0)

@@ -49,6 +49,57 @@ def test_one_send_for_two_recvs() -> None:
     )
 
 
+def astray() -> MadeOps:
+    """A ring of 4, in which rank 2 sends to 1 what rank 3 waits for."""
+    ops = MadeOps(4)
+    ops.all("all_reduce", 0, 1, 2, 3)
+    for rank in (0, 1):
+        ops.message(rank, rank + 1)
+    ops.add(0, "barrier", open=True)
+    ops.add(1, "barrier", open=True)
+    ops.send(2, 1, open=True, shape=(8, 2))
+    ops.recv(3, 2, open=True, shape=(8, 2))
+    return ops
+
+
+def test_a_message_that_goes_to_another_rank_than_the_one_that_waits() -> None:
+    verdict = explained(astray())
+    assert_verdict(
+        verdict,
+        "wrong peer",
+        (2,),
+        "rank 2 is in `send -> 1` ([8, 2] float32) at rank2.py:3, and rank 1 never receives from it",
+        "rank 3 is in `recv <- 2` ([8, 2] float32) at rank3.py:2, which rank 2 never sends",
+        "rank 1 is in `barrier` ([4] float32) at rank1.py:4",
+    )
+    assert verdict.blocked == (0, 1, 3)
+
+
+def test_a_message_that_is_awaited_from_another_rank_than_the_one_that_sends() -> None:
+    ops = MadeOps(3)
+    ops.add(0, "barrier", open=True)
+    ops.recv(1, 0, open=True)
+    ops.send(2, 1, open=True)
+    assert_verdict(
+        explained(ops),
+        "wrong peer",
+        (1,),
+        "rank 1 is in `recv <- 0` ([4] float32) at rank1.py:1, and rank 0 never sends to it",
+        "rank 2 is in `send -> 1` ([4] float32) at rank2.py:1, which rank 1 never receives",
+    )
+
+
+def test_a_rank_that_has_left_a_link_that_it_used_is_to_blame_itself() -> None:
+    """The last micro-batch of a pipeline is one too many for it; that the first rank waits for gradients is right."""
+    ops = MadeOps(3)
+    ops.message(0, 1)
+    ops.message(1, 2)
+    ops.add(2, "all_reduce", open=True)
+    ops.send(1, 2, open=True)
+    ops.recv(0, 1, open=True)
+    assert_verdict(explained(ops), "cycle", (2, 1), "`all_reduce`", "`send -> 2`")
+
+
 def test_an_exception_then_a_barrier_in_the_handler() -> None:
     ops = MadeOps(2)
     ops.message(0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from dinfer.verdict.verdict import Verdict
 from dinfer.views import watched
 from dinfer.views.watched import WatchPanel, parts_of
 from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedProcess
+from dinfer.watch.probe.rows import RowsTaken
 from dinfer.watching.events import trace_of
 from dinfer.watching.evidence import Evidence
+from dinfer.watching.held_rows import layers_of
+from dinfer.watching.kv import WatchedKv
 from dinfer.watching.live import Watch, WatchMoment
 from dinfer.watching.signs import signs_of
 from tests.support.made_processes import SECOND, op, process
@@ -65,7 +69,7 @@ def shown(found: Evidence, verdict: Verdict | None = None) -> dict[str, str]:
 def test_a_hang_is_shown_with_its_ranks_lines_blocks_and_stacks(code: Path) -> None:
     found = hung(code)
     parts = shown(found, found.verdict)
-    assert list(parts) == ["banner", "table", "blocks", "timeline", "links", "stacks"]
+    assert list(parts) == ["banner", "table", "kv", "blocks", "timeline", "links", "stacks"]
     assert "torchrun runs" in parts["banner"]
     assert 'data-severity="error"' in parts["banner"]
     assert "`send c0 l1 -&gt; 1`" in parts["banner"]
@@ -112,6 +116,37 @@ def test_without_layers_there_is_no_map_and_without_ranks_there_is_a_line() -> N
 def test_numbers_of_layers_that_cannot_be_leave_the_map_out(layer: int) -> None:
     found = evidence(process(0, op(0, "barrier", 1, 2, layer=layer)))
     assert shown(found)["blocks"] == ""
+
+
+def rows(start: int, *digests: int, chunk: int = 0) -> RowsTaken:
+    taken = tuple((digest, -digest % 2**64) for digest in digests)
+    return RowsTaken("kv", 1, 3, chunk, start, (taken,), 0, 0, "float32", (1, 2, len(digests), 8))
+
+
+def test_what_is_wrong_with_kv_is_shown_also_while_a_run_hangs(code: Path) -> None:
+    found = hung(code)
+    assert shown(found)["kv"] == ""
+    once = [rows(0, 1, 2), rows(2, 3, 4, chunk=1)]
+    held = {0: once, 1: [*once[:1], rows(2, 1, 2, chunk=1)]}
+    with_kv = replace(found, kv=WatchedKv({rank: layers_of(some) for rank, some in held.items()}))
+    for verdict in (None, found.verdict):
+        part = shown(with_kv, verdict)["kv"]
+        assert "rank 1" in part
+        assert "layer 3" in part
+        assert part.count('data-severity="warning"') == len(with_kv.kv.diff()) == 1
+        assert "<td>4</td>" in part  # tokens of a rank
+
+
+def test_what_ended_and_is_wrong_is_shown_beside_the_verdict() -> None:
+    sizes = [
+        process(rank, op(0, kind, 1, 1.5, peer=1 - rank, nbytes=size, shape=(size,)), op(1, "send", 2, peer=1 - rank),
+                heartbeat_ns=4 * SECOND)
+        for rank, kind, size in ((0, "send", 8), (1, "recv", 16))
+    ]  # fmt: skip
+    found = evidence(*sizes)
+    assert found.verdict.is_hung
+    banner = shown(found, found.verdict)["banner"]
+    assert banner.index('data-severity="error"') < banner.index('data-severity="warning"')
 
 
 class MadeWatch(Watch):

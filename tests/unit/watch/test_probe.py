@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch.distributed import send as early_send
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dinfer.verdict.completed import findings_of_events
 from dinfer.watch.probe import callers, kernels, patched, recorder
@@ -28,39 +27,8 @@ from dinfer.watch.probe.records import WatchedOp, WatchedProcess
 from dinfer.watch.probe.start import HOOK_VARIABLE, Probe
 from dinfer.watch.probe.works import Works
 from dinfer.watching.events import ranks_of, trace_of
+from tests.support.probed import Watched
 from tests.support.runs import wait_for
-
-Watched = Callable[[], WatchedProcess]
-
-
-@pytest.fixture
-def fake() -> Iterator[None]:
-    """Rank 1 of 4, whose messages go nowhere."""
-    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def gloo() -> Iterator[None]:
-    """A group of one."""
-    dist.init_process_group("gloo", rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    """Watches this process; returns what calls `read`."""
-    probe = Probe(tmp_path)
-
-    def found() -> WatchedProcess:
-        (process,) = read(tmp_path)
-        return process
-
-    found.probe = probe  # type: ignore[attr-defined]
-    yield found
-    probe.stop()
 
 
 def line_of(function: Callable[..., Any], text: str) -> int:
@@ -288,7 +256,7 @@ def test_who_asks_an_op_that_is_not_over_goes_on_to_something_else(watched: Watc
         def is_completed(self) -> bool:
             return False
 
-    works, work = Works(watched.probe.recorder), Slow()  # type: ignore[attr-defined]
+    works, work = Works(watched.probe.recorder), Slow()
     works.patch()
     try:
         pending = works._recorder.issued("send", NO_GROUP, 1, 0, [torch.zeros(1)], True, None)
@@ -590,9 +558,9 @@ def test_where_operators_cannot_be_overridden_methods_are_replaced(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a torch that has no BackendSelect for them. What was placed before it failed is taken away."""
-    watched.probe.stop()  # type: ignore[attr-defined]
+    watched.probe.stop()
     monkeypatch.delattr(torch.library, "Library")
-    folder: Path = watched.probe.recorder.folder / "other"  # type: ignore[attr-defined]
+    folder: Path = watched.probe.recorder.folder / "other"
     probe = Probe(folder)
     dist.send(torch.zeros(1), 0)
     probe.stop()

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import DynamicCache, Qwen3Config, StaticCache
-from transformers.cache_utils import Cache
+from transformers import DynamicCache, PreTrainedModel, Qwen3Config, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 import dinfer
@@ -122,6 +123,67 @@ def test_a_subclass_made_while_watched(taken: Taken) -> None:
     assert [(row.layer, row.start, len(row.digests[0])) for row in taken()] == [(0, 0, 2)]
 
 
+class Registered:
+    """A base of which every class has to say its name."""
+
+    names: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, *, name: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Registered.names.append(name)
+
+
+def test_a_subclass_whose_other_base_looks_after_its_subclasses(taken: Taken) -> None:
+    class Both(DynamicCache, Registered, name="both"):
+        pass
+
+    class OfLayers(DynamicLayer, Registered, name="of layers"):  # type: ignore[no-untyped-call]
+        pass
+
+    assert Registered.names[-2:] == ["both", "of layers"]
+    Both().update(*kv(2), 0)
+    assert [(row.layer, row.start, len(row.digests[0])) for row in taken()] == [(0, 0, 2)]
+
+
+class Calling(torch.nn.Module):
+    """A module that does something of its own when it is called."""
+
+    calls = 0
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        Calling.calls += 1
+        return super().__call__(*args, **options)
+
+
+class CallingModel(Qwen3Model, Calling):  # type: ignore[no-untyped-call]
+    pass
+
+
+class CallingLayer(GradientCheckpointingLayer, Calling):  # type: ignore[no-untyped-call]
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+def test_a_model_and_a_layer_whose_other_base_is_called_its_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(tensors.COMPARE_VARIABLE, "1")
+    kinds: tuple[Any, ...] = (PreTrainedModel, GradientCheckpointingLayer)
+    before = [vars(kind).get("__call__") for kind in kinds]
+    probe = Probe(tmp_path)
+    try:
+        Calling.calls = 0
+        with torch.no_grad():
+            CallingModel(CONFIG)(torch.zeros(1, 3, dtype=torch.int64))
+        assert Calling.calls == 1
+        CallingLayer()(torch.zeros(1))
+        assert Calling.calls == 2
+        assert all("__call__" in vars(kind) for kind in kinds)
+    finally:
+        probe.stop()
+    assert [vars(kind).get("__call__") for kind in kinds] == before
+
+
 def test_a_layer_that_is_appended_twice_shows(taken: Taken) -> None:
     cache, both = dynamic(), kv(2)
     for _ in range(2):
@@ -134,7 +196,7 @@ def test_a_layer_that_is_appended_twice_shows(taken: Taken) -> None:
 def test_rows_after_a_crop_are_where_they_are(taken: Taken) -> None:
     cache = dynamic()
     cache.update(*kv(5), 0)
-    cache.crop(-2)
+    cache.layers[0].crop(-2)  # type: ignore[union-attr]  # of every layer that grows
     cache.update(*kv(1), 0)
     assert [row.start for row in taken()] == [0, 3]
 

@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import dinfer
 from dinfer.watch.probe import recorder
 from dinfer.watch.probe.imports import ImportWatch
-from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.records import WatchedProcess
-from dinfer.watch.probe.start import Probe
-
-Watched = Callable[[], WatchedProcess]
+from tests.support.probed import Watched
 
 
-@pytest.fixture
-def fake() -> Iterator[None]:
-    """Rank 1 of 4, whose messages go nowhere."""
-    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Watched]:
-    probe = Probe(tmp_path)
-
-    def found() -> WatchedProcess:
-        (process,) = read(tmp_path)
-        assert process.problems == []
-        return process
-
-    found.probe = probe  # type: ignore[attr-defined]
-    yield found
-    probe.stop()
+def well(watched: Watched) -> WatchedProcess:
+    """What has been recorded, by a probe that has met no problem."""
+    process = watched()
+    assert process.problems == []
+    return process
 
 
 @pytest.mark.usefixtures("fake")
@@ -49,7 +32,7 @@ def test_ranks_of_a_group_that_can_be_gone_through_once(watched: Watched) -> Non
     group = dist.new_group(map(int, ["1", "2"]), backend="fake")
     assert dist.get_process_group_ranks(group) == [1, 2]
     dist.all_reduce(torch.ones(2), group=group)
-    assert [op.kind for op in watched().ops] == ["new_group", "all_reduce"]
+    assert [op.kind for op in well(watched).ops] == ["new_group", "all_reduce"]
 
 
 @pytest.mark.usefixtures("fake")
@@ -57,7 +40,7 @@ def test_ranks_that_are_none_are_torchs_to_refuse(watched: Watched) -> None:
     with pytest.raises((TypeError, ValueError)):
         dist.new_group(["one", None])
     dist.all_reduce(torch.ones(2))
-    assert [op.kind for op in watched().ops][-1] == "all_reduce"
+    assert [op.kind for op in well(watched).ops][-1] == "all_reduce"
 
 
 @pytest.mark.usefixtures("fake")
@@ -66,7 +49,7 @@ def test_a_label_that_is_no_small_number(watched: Watched) -> None:
     with dinfer.label(chunk=2**40, layer=3):
         dist.all_reduce(torch.ones(2))
     dist.all_reduce(torch.ones(2))
-    assert [(op.layer, op.chunk) for op in watched().ops] == [(3, None), (None, None)]
+    assert [(op.layer, op.chunk) for op in well(watched).ops] == [(3, None), (None, None)]
 
 
 @pytest.mark.usefixtures("fake")
@@ -78,9 +61,9 @@ def test_an_exception_whose_text_cannot_be_made_is_handled_while_ops_go_on(watch
     for error in (Silent(), AssertionError(torch.ones(2))):
         try:
             raise error
-        except Exception:
+        except (Silent, AssertionError):
             dist.all_reduce(torch.ones(2))
-    process = watched()
+    process = well(watched)
     assert len(process.ops) == 2
     assert [one.message for one in process.handled] == ["", "(Tensor)"]
 
@@ -95,9 +78,8 @@ def test_after_many_handled_exceptions_the_last_is_told(
             raise error
         except ValueError:
             dist.all_reduce(torch.ones(2))
-    probe = watched.probe  # type: ignore[attr-defined]
-    probe.recorder.raised(RuntimeError("the end"), "exception")
-    process = watched()
+    watched.probe.recorder.raised(RuntimeError("the end"), "exception")
+    process = well(watched)
     assert len(process.handled) == 2
     assert process.exception is not None
     assert process.exception.message == "the end"
@@ -119,3 +101,53 @@ def test_all_who_ask_for_a_module_get_it(tmp_path: Path, monkeypatch: pytest.Mon
         imports.remove()
         sys.modules.pop("wanted_by_two", None)
     assert got == ["one 3", "two 3"]
+
+
+IN_C = """
+import ctypes, os, signal, sys
+from pathlib import Path
+from dinfer.watch.probe import stacks
+
+libc = ctypes.CDLL(None)
+calls = []
+handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(calls.append)  # as C code installs one: Python does not know
+libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+take = lambda: libc.signal(signal.SIGUSR2, ctypes.cast(handler, ctypes.c_void_p))
+path = Path(sys.argv[1])
+"""
+
+
+def in_c(tmp_path: Path, then: str) -> str:
+    """What a process prints whose C code takes the signal."""
+    return subprocess.run(
+        [sys.executable, "-c", IN_C + then, str(tmp_path / "dump")],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+
+
+def test_a_handler_of_c_code_stays_and_is_not_sent_the_signal(tmp_path: Path) -> None:
+    said = in_c(
+        tmp_path,
+        "take(); print(stacks.dump_on_signal(path), path.exists()); os.kill(os.getpid(), signal.SIGUSR2); print(calls)",
+    )
+    assert said.split() == ["None", "False", f"[{signal.SIGUSR2.value}]"]
+
+
+def test_a_handler_that_c_code_sets_later_is_seen_and_stays(tmp_path: Path) -> None:
+    said = in_c(
+        tmp_path,
+        "print(stacks.dump_on_signal(path), stacks.dumps_still()); take(); print(stacks.dumps_still())\n"
+        "stacks.dump_no_more(); os.kill(os.getpid(), signal.SIGUSR2); print(calls)",
+    )
+    number = signal.SIGUSR2.value
+    assert said.split() == [str(number), "True", "False", f"[{number}]"]
+
+
+def test_the_signal_is_taken_and_given_back_again_and_again(tmp_path: Path) -> None:
+    said = in_c(
+        tmp_path,
+        "for _ in range(2):\n"
+        "    print(stacks.dump_on_signal(path) is not None, stacks.dumps_still())\n"
+        "    stacks.dump_on_signal(path); print(stacks.dumps_still()); stacks.dump_no_more(); print(stacks._handler())",
+    )
+    assert said.split() == ["True", "True", "True", "0"] * 2

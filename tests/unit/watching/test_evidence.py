@@ -21,6 +21,7 @@ from dinfer.watching.failures import before_they_were_killed, only_first_failure
 from dinfer.watching.given import of_trace
 from dinfer.watching.signs import ProcessPulse, _Sample, dumped_frame, signs_of
 from tests.support.made_processes import SECOND, op, process, raised
+from tests.support.runs import wait_for
 
 
 def evidence(*processes: WatchedProcess, now: float, **pulses: ProcessPulse) -> Evidence:
@@ -274,13 +275,17 @@ def test_a_rank_computes_while_what_it_has_started_does() -> None:
     child = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
     try:
         pulse = ProcessPulse(psutil.Process(child.pid))
-        deadline = time.monotonic() + 60
-        while not pulse.cpu_moves and time.monotonic() < deadline:
+
+        def look() -> None:
             pulse.look(time.monotonic())
+
+        wait_for(lambda: pulse.cpu_moves, "something computes", look)
         pulse.samples.clear()  # its own start took CPU time, too
-        while pulse.cpu_moves is None or not pulse.samples[0].children:
-            pulse.look(time.monotonic())
-            assert time.monotonic() < deadline
+        wait_for(
+            lambda: pulse.cpu_moves is not None and pulse.samples[0].children,
+            "its child is seen from the first look on",
+            look,
+        )
         assert pulse.cpu_moves
         assert not pulse._computes
         assert pulse._children_compute

@@ -166,10 +166,49 @@ def test_two_hosts_of_one_run_whose_clocks_are_hours_apart(tmp_path: Path) -> No
     assert found.problem
     assert (found.problem.kind, found.problem.ranks) == ("cycle", (0, 1))
     assert found.notes == (
-        "the clock of near is 7200 s ahead of that of far: its times are told by the clock of far",
+        "the clock of near is 7200 s ahead of that of far: its times are told by the clock of far, right to 0.5 s",
     )
     waited = {event.waited for event in found.trace.events if event.end}
     assert max(waited) < SECOND
+
+
+def message(at: float, peer: int, kind: str) -> tuple[str, int, float, float]:
+    """A message on its way for 10 ms: sent at `at`, or received. It is sent, and awaited, 1 ms before."""
+    later = 0.01 if kind == "recv" else 0.0
+    return kind, peer, at - 0.001 + later, at + 0.001 + later
+
+
+@pytest.mark.parametrize("ahead_s", [0.3, -0.3, 0.004])
+def test_no_message_of_two_hosts_runs_backwards(ahead_s: float, tmp_path: Path) -> None:
+    """Also where their clocks are less than a second apart; and one that shows nothing wrong is left as it is."""
+    there = [message(float(at), 1, "send") for at in range(1, 6)]
+    back = [message(at + 0.5, 1, "recv") for at in range(1, 6)]
+    record(tmp_path / "a", 0, sorted([*there, *back], key=lambda op: op[2]), ended="exit")
+    there = [message(float(at), 0, "recv") for at in range(1, 6)]
+    back = [message(at + 0.5, 0, "send") for at in range(1, 6)]
+    ops = sorted([*there, *back], key=lambda op: op[2])
+    record(tmp_path / "b", 1, ops, host="near", ahead_s=ahead_s, ended="exit")
+    (found,) = read([tmp_path / "a", tmp_path / "b"])
+    for rank, peer in ((0, 1), (1, 0)):
+        sends = [event for event in found.trace.events if (event.rank, event.kind) == (rank, "send")]
+        recvs = [event for event in found.trace.events if (event.rank, event.kind) == (peer, "recv")]
+        assert len(sends) == len(recvs) == 5
+        for send, recv in zip(sends, recvs, strict=True):
+            assert recv.end > send.ready
+            assert abs(ahead_s) < 0.01 or abs(recv.end - send.ready - 0.012 * SECOND) < 0.001 * SECOND
+    assert bool(found.notes) == (abs(ahead_s) > 0.01)
+    assert all("right to 12 ms" in note for note in found.notes)
+
+
+def test_where_messages_go_one_way_only_nobody_knows_how_exact_it_is(tmp_path: Path) -> None:
+    record(tmp_path / "a", 0, [message(float(at), 1, "send") for at in range(1, 6)], ended="exit")
+    ops = [message(float(at), 0, "recv") for at in range(1, 6)]
+    record(tmp_path / "b", 1, ops, host="near", ahead_s=-0.3, ended="exit")
+    (found,) = read([tmp_path / "a", tmp_path / "b"])
+    assert "but how exactly is not known: no messages went both ways" in found.notes[0]
+    ends = {(event.rank, event.chunk): event for event in found.trace.events}
+    assert ends
+    assert all(event.end for event in found.trace.events)
 
 
 def test_of_dumps_those_that_can_be_read_are_judged(tmp_path: Path) -> None:

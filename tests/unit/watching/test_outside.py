@@ -49,6 +49,13 @@ def test_a_request_is_waited_for(threads: list[ThreadLook], words: str) -> None:
     assert said(*threads) == words
 
 
+def test_a_select_that_only_its_own_process_can_end_is_no_request() -> None:
+    alone = thread(mine("ready = select.select([sock], [], [])"), user=1)._replace(for_itself=True)
+    assert said(alone) == ""
+    assert said(alone, thread(SELECT, SERVES, name="http")) == "a connection"
+    assert said(alone, thread(SELECT, SERVES, name="http")._replace(for_itself=True)) == ""
+
+
 def test_an_engine_of_a_notebook_whose_cell_is_over_serves_nobody() -> None:
     kernel: Frame = ("/site-packages/ipykernel/kernelapp.py", 739, "start", "self.io_loop.start()")
     assert said(thread(SELECT, kernel)) == ""

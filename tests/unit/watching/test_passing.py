@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.support.runs import wait_for
+from tests.support.watched import own_session
 
 REPOSITORY = Path(__file__).parent.parent.parent.parent
 PATIENCE_S = 60.0
@@ -48,25 +49,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
-def came(path: Path, process: Callable[[], object] = lambda: None) -> bool:
-    """Whether the file comes within a while."""
-    until = time.monotonic() + PATIENCE_S
-    while not path.exists():
-        process()
-        if time.monotonic() > until:
-            return False
-    return True
-
-
-@contextmanager
-def started(command: list[str], **given: Any) -> Iterator["subprocess.Popen[bytes]"]:
-    process = subprocess.Popen(command, env=environment(), start_new_session=True, **given)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def wait_for_file(path: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
+    wait_for(path.exists, f"{path.name} is there", meanwhile)
 
 
 @pytest.mark.cluster
@@ -80,27 +64,25 @@ def test_ctrl_c_in_a_terminal_reaches_the_command_once_and_a_signal_to_watch_alo
     def read() -> None:
         with suppress(OSError):
             os.read(terminal, 1 << 16)
-        time.sleep(0.01)
 
     def take_terminal() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it, as nohup does
         fcntl.ioctl(1, termios.TIOCSCTTY, 0)
 
     ends = {"stdin": subprocess.DEVNULL, "stdout": side, "stderr": side, "preexec_fn": take_terminal}
-    with started(watching(tmp_path), **ends) as process:
+    with own_session(watching(tmp_path), env=environment(), **ends) as process:
         os.close(side)
-        assert came(tmp_path / "started-False", read)
+        wait_for_file(tmp_path / "started-False", read)
         os.write(terminal, b"\x03")
-        assert came(tmp_path / "SIGINT-1", read)
+        wait_for_file(tmp_path / "SIGINT-1", read)
         process.send_signal(signal.SIGUSR1)
-        assert came(tmp_path / "SIGUSR1-1", read)
+        wait_for_file(tmp_path / "SIGUSR1-1", read)
         process.send_signal(signal.SIGINT)
-        assert came(tmp_path / "SIGINT-2", read)
+        wait_for_file(tmp_path / "SIGINT-2", read)
         os.write(terminal, b"\x1c")  # Ctrl-\\
-        assert came(tmp_path / "SIGQUIT-1", read)
+        wait_for_file(tmp_path / "SIGQUIT-1", read)
         process.send_signal(signal.SIGTERM)
-        while process.poll() is None:
-            read()
+        wait_for(lambda: process.poll() is not None, "it ends", read)
         assert process.returncode == 3
     os.close(terminal)
     told = {path.name for path in tmp_path.glob("SIG*")}
@@ -118,11 +100,12 @@ def test_ctrl_c_reaches_a_command_that_has_left_the_terminals_group(tmp_path: Pa
 
     command = watching(tmp_path)
     (tmp_path / "counts.py").write_text(f"import os\nos.setpgid(0, 0)\n{COUNTS}")
-    with started(command, stdin=subprocess.DEVNULL, stdout=side, preexec_fn=take_terminal) as process:
+    ends = {"stdin": subprocess.DEVNULL, "stdout": side, "preexec_fn": take_terminal}
+    with own_session(command, env=environment(), **ends) as process:
         os.close(side)
-        assert came(tmp_path / "started-False")
+        wait_for_file(tmp_path / "started-False")
         os.write(terminal, b"\x03")
-        assert came(tmp_path / "SIGINT-1")
+        wait_for_file(tmp_path / "SIGINT-1")
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 3
     os.close(terminal)
@@ -139,9 +122,10 @@ def test_what_is_ignored_stays_ignored_and_closed_ends_do_not_disturb(tmp_path: 
     reader, writer = os.pipe()
     os.close(reader)
     told = tmp_path / "told.json"
-    with started(watching(tmp_path, "--json", str(told)), preexec_fn=before, stdout=writer) as process:
+    command = watching(tmp_path, "--json", str(told))
+    with own_session(command, env=environment(), preexec_fn=before, stdout=writer) as process:
         os.close(writer)
-        assert came(tmp_path / "started-True")
+        wait_for_file(tmp_path / "started-True")
         process.send_signal(signal.SIGHUP)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_S) == 3

@@ -18,6 +18,8 @@ from dinfer.watch.probe import tensors
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.rows import RowsTaken, read_rows
 from dinfer.watch.probe.start import Probe
+from dinfer.watching.held_rows import layers_of
+from dinfer.watching.kv import WatchedKv
 from dinfer.watching.reference import WatchedComparison, compare
 
 IDS = list(range(20, 44))
@@ -277,3 +279,16 @@ def test_a_mask_of_another_form_is_said_to_be_ignored(model: Any, tmp_path: Path
     assert process.problems == [
         'a mask that has not the form [batch, tokens]: compare("reference") ignores it'
     ]
+
+
+def test_replicas_with_prompts_that_begin_alike_have_no_finding(model: Any, watcher: Watcher) -> None:
+    """Data-parallel ranks with one system prompt; of the users' parts, one token is the same at the same place."""
+    system = IDS[:14]
+    users = ([50, 51, 52, 53, 54, 55], [60, 61, 52, 63, 64, 65])
+
+    def rows(user: list[int]) -> list[RowsTaken]:
+        return watcher.rows(in_chunks(model, [system[:10], [*system[10:], *user]]), compares=False)
+
+    found = WatchedKv({rank: layers_of(rows(user)) for rank, user in enumerate(users)})
+    assert found.diff() == []
+    assert "ranks 0 and 1 have other prompts from token 14 on" in str(found)

@@ -1,0 +1,141 @@
+"""What each rank of `dinfer bench links` and `dinfer bench planner` runs: measure, then several plans in turn, each
+with its trace."""
+
+import sys
+from collections.abc import Sequence
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+
+from dinfer.bench.rank import START_S, result_key
+from dinfer.config import Config
+from dinfer.engine.engine import Engine
+from dinfer.engine.measure import time_layers, time_links, token_bytes
+from dinfer.model.decoder import Decoder
+from dinfer.plan.ops import Op
+from dinfer.plan.plan import parse_plan
+from dinfer.planner.costs import LayerTime
+from dinfer.planner.machine import LinkSpeed
+from dinfer.trace.events import Event
+from dinfer.transport.gloo import Comm, GlooComm, join_store
+
+
+class LinksJob(NamedTuple):
+    """What a rank is started with beside its number. `plans`: texts of plans of that prompt; `lengths`: of chunks whose
+    layer times are measured, empty to measure nothing; `slow`: by rank, how often each layer is run, empty for once."""
+
+    config: dict[str, Any]
+    ids: Sequence[int]
+    plans: Sequence[str]
+    repeats: int
+    lengths: Sequence[int]
+    slow: Sequence[int] = ()
+
+
+class TimedPlan(NamedTuple):
+    """One plan on one rank. `seconds`: of each round, from when all ranks were ready until all were done; `computed`:
+    by op, the median of its seconds; `events`: those of the last round; `sha256`: of the KV that the rank held then."""
+
+    seconds: list[float]
+    computed: list[tuple[str, float]]
+    events: list[Event]
+    sha256: str
+
+
+class Round(NamedTuple):
+    """One prefill of one rank."""
+
+    seconds: float
+    events: list[Event]
+    sha256: str
+
+
+class RankLinks(NamedTuple):
+    """What one rank has measured; `links` are the same on every rank."""
+
+    layers: list[LayerTime]
+    links: list[LinkSpeed]
+    hidden_bytes: int
+    block_bytes: int
+    plans: list[TimedPlan]
+
+
+def main() -> None:
+    """Measure, then time all plans in turn, as the job in standard input says; all ranks make the same calls."""
+    rank, job = msgspec.json.decode(sys.stdin.buffer.read(), type=tuple[int, LinksJob])
+    config = Config.of(job.config)
+    torch.set_num_threads(config.threads)
+    store = join_store(config.master_addr, config.master_port, START_S)
+    decoder = Decoder.load(config.model_path, config.dtype)
+    comm = GlooComm(rank, config.world_size, store, START_S)
+    if job.slow:
+        make_slow(decoder, job.slow[rank])
+    found = measure(decoder, comm, config, job)
+    comm.all_gather(b"d")
+    comm.close()
+    store.set(result_key(rank), msgspec.json.encode(found).decode())
+
+
+def measure(decoder: Decoder, comm: Comm, config: Config, job: LinksJob) -> RankLinks:
+    """Everything of one rank."""
+    hidden, block = token_bytes(decoder)
+    comm.all_gather(b"m")
+    layers, links = list[LayerTime](), list[LinkSpeed]()
+    if job.lengths:
+        layers = time_layers(decoder, len(job.ids), job.lengths)
+        links = time_links(comm, block * config.chunk_size)
+    rounds: list[list[Round]] = [[] for _ in job.plans]
+    for repeat in range(job.repeats + 1):
+        for text, kept in zip(job.plans, rounds, strict=True):
+            took = _prefill(decoder, comm, config, job.ids, text)
+            if repeat:  # the first round warms up
+                kept.append(took)
+    return RankLinks(layers, links, hidden, block, [_timed(took) for took in rounds])
+
+
+def make_slow(decoder: Decoder, times: int) -> None:
+    """Have the decoder run each layer so many times, as a rank does that is so many times slower."""
+    once = decoder.layer
+
+    def layer(*given: Any) -> Any:
+        for _ in range(times - 1):
+            once(*given)
+        return once(*given)
+
+    vars(decoder)["layer"] = layer
+
+
+def _timed(rounds: Sequence[Round]) -> TimedPlan:
+    seconds: dict[str, list[float]] = {}
+    for one in rounds:
+        for event in one.events:
+            if event.kind in ("embed", "layer", "norm") and event.chunk is not None:
+                op = Op(event.kind, event.chunk, -1 if event.layer is None else event.layer)  # type: ignore[arg-type]
+                seconds.setdefault(str(op), []).append(event.busy / 1e9)
+    computed = [(op, median(some)) for op, some in seconds.items()]
+    return TimedPlan([one.seconds for one in rounds], computed, rounds[-1].events, rounds[-1].sha256)
+
+
+def _prefill(decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int], text: str) -> Round:
+    """Time prefill from when all ranks are ready until all are done."""
+    plan = parse_plan(text)
+    starts = plan.shape.starts[1:]
+    engine = Engine(decoder, comm, config.with_(layer_split=starts))
+    engine.prepare(ids, plan=plan)
+    comm.all_gather(b"s")
+    started = perf_counter()
+    engine.prefill_phase()
+    comm.all_gather(b"e")
+    took = perf_counter() - started
+    assert engine.recorder is not None
+    assert engine.cache is not None
+    found = Round(took, engine.recorder.events(), engine.cache.sha256(len(ids)))
+    engine.release()
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What `session.measure` returns, and which plan `session.prefill(…, schedule="auto", …)` takes by it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dinfer.config import Config, ConfigError
+from dinfer.display import Displayable, Table, Tidy
+from dinfer.job import Job
+from dinfer.messages import RankMeasured
+from dinfer.planner.choose import CHOICES, Candidate, Chosen, Planner, sized_lengths
+from dinfer.planner.costs import LayerTime, fit
+from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
+
+AUTO = "auto"
+
+TOKENS, LENGTHS, LINK_TOKENS = 2048, (32, 64, 128, 256, 512), 128
+"""what is measured: layers at positions up to so many tokens, for chunks of these lengths; links by blocks of so many
+tokens"""
+
+
+@dataclass(frozen=True, repr=False)
+class Measurement(Tidy, Displayable):
+    """What layers and links take on these ranks. `machine`: all of it, for `dinfer.planner`; `tokens`: the positions up
+    to which layers were timed."""
+
+    machine: MeasuredMachine
+    tokens: int
+
+    def __str__(self) -> str:
+        machine, last = self.machine, max(0, self.tokens - LINK_TOKENS)
+        layers = Table(
+            ("rank", f"a layer, {LINK_TOKENS} tokens at 0", f"at {last:,}"),
+            [
+                [rank, *(f"{cost.seconds(at, LINK_TOKENS) * 1e3:.2f} ms" for at in (0, last))]
+                for rank, cost in enumerate(machine.layers)
+            ],
+        )
+        links = Table(
+            ("link", "latency", "alone MB/s", "all busy MB/s"),
+            [
+                [
+                    f"{one.source}→{one.target}",
+                    f"{one.latency_s * 1e3:.2f} ms",
+                    f"{one.alone / 1e6:.1f}",
+                    f"{one.together / 1e6:.1f}",
+                ]
+                for one in machine.links.speeds
+            ],
+        )
+        return f"{layers}\n{links}" if machine.links.speeds else str(layers)
+
+
+def measured(answers: Mapping[int, RankMeasured], tokens: int) -> Measurement:
+    """The measurement of all ranks, from the answer of each."""
+    costs = tuple(fit([LayerTime(*time) for time in answers[rank].layers]) for rank in sorted(answers))
+    first = answers[0]
+    links = Links(tuple(LinkSpeed(*link) for link in first.links))
+    return Measurement(MeasuredMachine(costs, links, first.hidden_bytes, first.block_bytes), tokens)
+
+
+def without_auto(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A run's parameters without those that are to be chosen, and the names of these. Raises ConfigError for "auto"
+    with a plan of the user's own."""
+    auto = [name for name in CHOICES if isinstance(parameters.get(name), str) and parameters[name] == AUTO]
+    return {name: value for name, value in parameters.items() if name not in auto}, auto
+
+
+def choose(measurement: Measurement, job: Job, auto: Sequence[str]) -> Chosen:
+    """The fastest plan for this job's prompt that differs from its own only in what is `auto`. Raises ConfigError where
+    the transport is none that was measured."""
+    config, shape = job.config, job.plan.shape
+    if config.backend == "nccl":
+        raise ConfigError(
+            f"{auto[0]} is auto, which needs backend gloo: how NCCL shares links is not measured. Give a value."
+        )
+    default = Candidate(
+        shape.starts, sized_lengths(shape.tokens, config.chunk_size), config.schedule, config.sync_strategy
+    )
+    return Planner(measurement.machine, shape.layers).choose(default, auto)
+
+
+def with_choice(config: Config, chosen: Chosen, layers: int) -> tuple[Config, str]:
+    """The config of the chosen plan, and the plan's text if no config can say it: chunks of different lengths."""
+    found = chosen.candidate
+    shape = found.shape(layers)
+    config = config.with_(
+        schedule=found.schedule,
+        sync_strategy=found.sync_strategy,
+        layer_split=found.starts[1:],
+        chunk_size=shape.chunk_size,
+    )
+    return config, found.plan(layers).text() if shape.lengths else ""

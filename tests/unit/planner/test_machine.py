@@ -1,0 +1,84 @@
+"""What messages get of links that others use at the same time."""
+
+from __future__ import annotations
+
+import json
+from itertools import permutations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dinfer.plan.graph import Channel
+from dinfer.plan.ops import parse_op
+from dinfer.plan.partition import partition
+from dinfer.planner.costs import LayerCost
+from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
+
+PAIRS = list(permutations(range(3), 2))
+
+
+def links(alone: float = 100.0, together: float = 50.0) -> Links:
+    """Three hosts with one interface each, which two links fill."""
+    return Links(tuple(LinkSpeed(*pair, 1e-4, alone, together) for pair in PAIRS))
+
+
+def kv(source: int, target: int) -> Channel:
+    return Channel("kv", source, target)
+
+
+def test_two_messages_share_an_interface_and_a_third_goes_beside_them() -> None:
+    assert links().rates([kv(0, 1)]) == [100]
+    assert links().rates([kv(0, 1), kv(0, 2)]) == [50, 50]
+    assert links().rates([kv(0, 2), kv(1, 2)]) == [50, 50]
+    assert links().rates([kv(0, 1), kv(1, 2), kv(2, 0)]) == [100, 100, 100]
+    # 0 sends to 1 and 2, which gets from 1 as well: nobody is slowed by a bound that another has reached.
+    assert links().rates([kv(0, 1), kv(0, 2), kv(1, 2)]) == [50, 50, 50]
+
+
+def test_what_one_message_cannot_use_is_left_to_the_others() -> None:
+    slow = tuple(one._replace(alone=10, together=10) if one[:2] == (0, 1) else one for one in links().speeds)
+    assert Links(slow).rates([kv(0, 1), kv(0, 2)]) == [10, 90]
+
+
+def test_wires_of_their_own_are_not_shared() -> None:
+    assert links(100, 100).rates([kv(0, 1), kv(0, 2)]) == [100, 100]
+
+
+def test_a_hidden_state_goes_first() -> None:
+    hidden = Channel("hidden", 0, 1)
+    assert links().rates([hidden, kv(0, 2)]) == [100, 0]
+    assert links().rates([kv(0, 2), kv(2, 1), kv(2, 0), hidden]) == [0, 0, 100, 100]
+    assert links(100, 100).rates([hidden, kv(0, 2), kv(0, 1)]) == [100, 100, 0]
+
+
+def test_a_network_that_carries_less_than_its_links_is_shared_by_all() -> None:
+    assert links(100, 20).rates([kv(0, 1), kv(1, 2), kv(2, 0)]) == [40, 40, 40]
+
+
+@given(
+    st.lists(st.tuples(st.floats(1, 1e3), st.floats(1, 1e3)), min_size=6, max_size=6),
+    st.lists(st.sampled_from(PAIRS), min_size=1, max_size=12),
+)
+def test_no_bound_is_passed_and_nobody_waits(
+    speeds: list[tuple[float, float]], used: list[tuple[int, int]]
+) -> None:
+    made = Links(tuple(LinkSpeed(*pair, 0.0, *speed) for pair, speed in zip(PAIRS, speeds, strict=True)))
+    rates = made.rates([kv(*pair) for pair in used])
+    assert all(rate > 0 for rate in rates)
+    assert made.rates([*(kv(*pair) for pair in used), Channel("hidden", *used[0])])[-1] > 0
+    for pair in set(used):
+        both = sum(rate for one, rate in zip(used, rates, strict=True) if one == pair)
+        assert both <= made.by_link[pair].alone * (1 + 1e-9)
+
+
+def test_a_measured_op_counts_in_place_of_the_cost_and_json_keeps_the_machine() -> None:
+    shape = partition(layers=3, tokens=8, world_size=3, chunk_size=4)
+    layer = parse_op("layer c1 l0")
+    machine = MeasuredMachine((LayerCost(1.0),) * 3, links(), 4, 8, {(1, layer): 5.0})
+    assert (machine.compute(0, layer, shape), machine.compute(1, layer, shape)) == (1.0, 5.0)
+    assert machine.compute(0, parse_op("embed c0"), shape) == 0
+    assert machine.message(parse_op("send kv c0 l0 -> 1, 4 tokens")) == 32
+    again = MeasuredMachine.of(json.loads(json.dumps(machine.as_dict())))
+    assert (again.layers, again.links.speeds) == (machine.layers, machine.links.speeds)
+    assert again.latency(kv(2, 0)) == pytest.approx(1e-4)

@@ -1,0 +1,92 @@
+"""Plans that are chosen: measured on real ranks, run as chosen, with the same result as any other plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import permutations
+
+import pytest
+
+import dinfer
+from dinfer.config import ConfigError
+from dinfer.errors import NotPossible
+from dinfer.plan.partition import partition
+from dinfer.plan.schedule import build
+from dinfer.planner.costs import LayerCost
+from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
+from dinfer.session.measure import Measurement
+from dinfer.session.session import Session
+
+IDS = list(range(5, 101))
+
+
+def uneven() -> MeasuredMachine:
+    """Rank 0 takes twice as long, and attention grows so that chunks of different lengths are best."""
+    cost = LayerCost(2e-4, 0, 1e-4, 4e-6)
+    links = (LinkSpeed(*pair, 1e-5, 1e9, 1e9) for pair in permutations(range(3), 2))
+    return MeasuredMachine((cost.times(2), cost, cost), Links(tuple(links)), 512, 512)
+
+
+def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dinfer.session.session.TOKENS", 64)
+    with dinfer.connect("threads", n=3) as session:
+        with pytest.raises(NotPossible, match=r"session\.load"):
+            session.measure()
+        session.load("demo", threads=1)
+        wanted = session.prefill(IDS, max_new_tokens=3, chunk_size=32)
+        tokens = wanted.decode().tokens
+        found = session.measure()
+        assert session.measure() is found
+        assert min(cost.seconds(0, 32) for cost in found.machine.layers) > 0
+        assert all(one.latency_s > 0 and one.alone >= one.together > 0 for one in found.machine.links.speeds)
+        assert (found.machine.hidden_bytes, found.machine.block_bytes) == (512, 512)
+        assert [line.split()[0] for line in str(found).splitlines()] == [
+            "rank", "0", "1", "2", "link", "0→1", "0→2", "1→0", "1→2", "2→0", "2→1",
+        ]  # fmt: skip
+
+        session._measured = Measurement(uneven(), 64)
+        capsys.readouterr()
+        run = session.prefill(
+            IDS,
+            max_new_tokens=3,
+            schedule="auto",
+            chunk_size="auto",
+            layer_split="auto",
+            sync_strategy="auto",
+        )
+        told = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in told] == [
+            "schedule",
+            "chunk_size",
+            "layer_split",
+            "sync_strategy",
+        ]
+        shape = run.plan.shape
+        assert run.config.layer_split == shape.starts[1:]
+        assert len(shape.stages[0]) < len(shape.stages[1])
+        assert sum(map(len, shape.chunks)) == len(IDS)
+        run.wait(60)
+        assert run.kv(layer=5).diff().equal
+        assert run.compare("reference").equal
+        assert run.decode().tokens == tokens
+
+
+def test_chunks_of_different_lengths_run_and_are_compared_as_any(session_of_one: Session) -> None:
+    shape = partition(layers=6, tokens=96, world_size=1, chunk_size=1, lengths=(50, 30, 16))
+    run = session_of_one.prefill(IDS, plan=build(shape, "pipelined", "pairwise"), max_new_tokens=2)
+    run.wait(60)
+    assert run.compare("reference").equal
+    assert run.trace.about["chunks"] == [50, 30, 16]
+
+
+@pytest.fixture(scope="module")
+def session_of_one() -> Iterator[Session]:
+    with dinfer.connect("threads", n=1) as session:
+        yield session.load("demo", threads=1)
+
+
+def test_auto_and_a_plan_contradict_each_other(session_of_one: Session) -> None:
+    with pytest.raises(ConfigError, match="schedule is auto, but a plan is given"):
+        session_of_one.prefill(IDS, schedule="auto", plan="dinfer plan 1")
