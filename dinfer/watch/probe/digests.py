@@ -162,18 +162,26 @@ EXACT = 1024
 def together(values: Sequence[Tensor], dims: int = 1) -> Tensor:
     """The digests of rows of several tensors that are alike: int64 [..., tensors], of what the last `dims` dimensions
     hold. Nothing is read back from a device."""
-    first = values[0]
-    if first.device.type != "cpu":
-        return _weighted_sums(_integers(torch.stack(tuple(values), -dims - 1)).flatten(-dims))
-    if first.numel() < SMALL:  # the fewer calls, the better
-        words = _integers(torch.stack(tuple(values), -dims - 1))
-        rows = words.to(torch.float64)
-    else:  # one pass over the tensors as they lie
-        parts = [_integers(value) for value in values]
-        words, at = parts[0], parts[0].dim() - dims
-        rows = torch.empty((*words.shape[:at], len(parts), *words.shape[at:]), dtype=torch.float64)
-        for number, part in enumerate(parts):
-            rows.select(at, number).copy_(part)
+    if values[0].device.type != "cpu" or values[0].numel() < SMALL:  # the fewer calls, the better
+        return digests_of(torch.stack(tuple(values), -dims - 1), dims)
+    parts = [_integers(value) for value in values]  # one pass over the tensors as they lie
+    words, at = parts[0], parts[0].dim() - dims
+    rows = torch.empty((*words.shape[:at], len(parts), *words.shape[at:]), dtype=torch.float64)
+    for number, part in enumerate(parts):
+        rows.select(at, number).copy_(part)
+    return _exact_sums(rows, dims)
+
+
+def digests_of(rows: Tensor, dims: int) -> Tensor:
+    """The digests of what the last `dims` dimensions of a contiguous tensor hold: int64 [...]."""
+    words = _integers(rows)
+    if rows.device.type != "cpu":
+        return _weighted_sums(words.flatten(-dims))
+    return _exact_sums(words.to(torch.float64), dims)
+
+
+def _exact_sums(rows: Tensor, dims: int) -> Tensor:
+    """The same of integers as float64."""
     shape = rows.shape[:-dims]
     count = prod(rows.shape[-dims:])
     rows, digits = rows.view(-1, count), _digits(count)

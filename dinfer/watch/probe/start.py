@@ -76,10 +76,10 @@ class Probe:
         """Of an IPython shell, whose cells this process runs: when they begin, end and fail. A second call changes
         nothing."""
         if self._cells is None:
-            self._cells = Cells(self.recorder, shell)
+            self._cells = Cells(self.recorder, shell, self._tensors.look)
 
     def _on_open(self) -> None:
-        self._thread = ProbeThread(self.recorder, self._works, self._check_dump)
+        self._thread = ProbeThread(self.recorder, self._works, self._look)
         self._say_dump()
 
     def _say_dump(self) -> None:
@@ -91,6 +91,10 @@ class Probe:
                     records.lines.write("dump", signal=self._dump)
         except (OSError, ValueError, RuntimeError) as error:
             self.recorder.problem(f"no stacks while C code holds the GIL: {error}")
+
+    def _look(self) -> None:
+        self._tensors.look()
+        self._check_dump()
 
     def _check_dump(self) -> None:
         records = self.recorder.records

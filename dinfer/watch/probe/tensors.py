@@ -21,7 +21,7 @@ from .imports import ImportWatch
 from .labels import Label, labelled, module_layer
 from .recorder import OpRecorder
 from .records import NOTHING
-from .rows import RowsWriter
+from .rows import SMALL_BYTES, RowsWriter
 from .taps import label_of, watching
 from .writing import NumberedNames
 
@@ -88,6 +88,14 @@ class TensorWatch:
             missing = self._rows.flush(EXIT_S) if self._rows is not None else 0
             if missing:
                 self._recorder.problem(f"{missing} digests did not come from the device within {EXIT_S:g} s")
+        except Exception as error:
+            self.switch_off("writing digests", error)
+
+    def look(self) -> None:
+        """From time to time: write what waits for that. Never raises."""
+        try:
+            if self._rows is not None:
+                self._rows.digest_small()
         except Exception as error:
             self.switch_off("writing digests", error)
 
@@ -194,14 +202,21 @@ class TensorWatch:
         _, layer, chunk, *_ = seen_from(frame, False, said[0] is None, said[1] is None)
         layer = layer if said[0] is None else said[0]
         chunk = chunk if said[1] is None else said[1]
+        key = (cache, name, layer)
+        begin = self._lengths.get(key, 0) if start is None else start
         sketched = self.compares or not by_token
+        if not sketched and _are_small(values):
+            self._lengths[key] = begin + first.shape[-2]
+            with torch.no_grad():
+                copied = torch.stack([value.transpose(-3, -2) for value in values], -3)
+            if not rows.add_small(name, first, copied, cache, layer, chunk, begin, records.ops.issued):
+                self._full()
+            return
         if torch.is_grad_enabled():
             with torch.no_grad():
                 digests = _row_words(name, values, by_token, sketched=sketched)
         else:
             digests = _row_words(name, values, by_token, sketched=sketched)
-        key = (cache, name, layer)
-        begin = self._lengths.get(key, 0) if start is None else start
         self._lengths[key] = begin + digests.shape[1]
         if not rows.add(name, first, digests, cache, layer, chunk, begin, records.ops.issued):
             self._full()
@@ -468,6 +483,14 @@ def _row_words(name: str, values: list[Any], by_token: bool, *, sketched: bool) 
     return torch.cat(
         [words, *(one.contiguous().view(torch.int64).reshape(*shape, -1) for one in sketches)], -1
     )
+
+
+def _are_small(values: list[Any]) -> bool:
+    """Whether they are K and V of few tokens, [batch, heads, tokens, width], on a CPU."""
+    first = values[0]
+    if not first.is_cpu or first.dim() != 4 or first.nbytes > SMALL_BYTES:
+        return False
+    return all(one.shape == first.shape and one.dtype == first.dtype for one in values)
 
 
 def _plain(torch: Any) -> tuple[Any, ...]:

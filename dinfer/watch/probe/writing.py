@@ -5,7 +5,6 @@ import json
 import mmap
 import os
 import socket
-import struct
 import sys
 import threading
 import time
@@ -38,7 +37,6 @@ from .records import (
     VERSION,
     WAIT_PLACE,
     WAITED,
-    WORD,
 )
 
 _FIRST = HEADER_BYTES // 8 - RECORD_WORDS
@@ -171,7 +169,7 @@ class OpsWriter:
 
 
 def _pair(layer: int, chunk: int) -> int:
-    return int(WORD.unpack(struct.pack("<ii", layer, chunk))[0])
+    return (layer & 0xFFFFFFFF) | chunk << 32
 
 
 class LinesWriter:
