@@ -128,13 +128,15 @@ class PlanRefused(PlanError):
 
 @dataclass(frozen=True, repr=False)
 class Job:
-    """A run that may start. `config.threads` and `config.backend` are chosen; `ids` are the prompt's token ids."""
+    """A run that may start. `config.threads` and `config.backend` are chosen; `ids` are the prompt's token ids;
+    `predicted_s`: seconds of prefill by the planner, 0 where it has chosen nothing."""
 
     config: Config
     spec: Spec
     ids: tuple[int, ...]
     plan: Plan
     verdict: Proof | Counterexample
+    predicted_s: float = 0.0
 
     def __repr__(self) -> str:
         return f"<job: {self.config.model_path}, {len(self.ids)} prompt tokens, {self.plan!r}>"

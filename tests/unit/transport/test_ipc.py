@@ -37,10 +37,9 @@ def test_counts_and_boxes_do_not_overlap(world_size: int, largest: int) -> None:
                 for number in (1, 2, memory.boxes):
                     header, payload = memory.box(one, number)
                     assert (header.numel(), payload.numel()) == (HEADER_BYTES, largest)
-                    taken += [
-                        (part.storage_offset(), part.storage_offset() + part.numel())
-                        for part in (header, payload)
-                    ]
+                    for part in (header, payload):
+                        start = int(part.storage_offset())
+                        taken.append((start, start + part.numel()))
         taken.sort()
         assert all(a[1] <= b[0] for a, b in pairwise(taken))
         assert not taken or taken[-1][1] <= size
