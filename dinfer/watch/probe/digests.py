@@ -196,7 +196,7 @@ def _exact_sums(rows: Tensor, dims: int) -> Tensor:
 def _weighted_sums(rows: Tensor) -> Tensor:
     """The same of rows of integers, by integers."""
     count, kind = rows.shape[-1], rows.device.type
-    weights = _weights(count, rows.device)
+    weights = _constant(_make_weights, count, rows.device)
     if rows.dtype != torch.int32 or count % 2:
         return (rows.to(torch.int64) * weights).sum(-1)
     lower, upper = weights.view(-1, 2).unbind(-1)
@@ -229,13 +229,16 @@ def _weigh(words: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 @cache
 def _digits(count: int) -> Tensor:
-    """Of the fixed numbers the digits, from the lowest on, each between -4,096 and 4,095: float64 [count, DIGITS]."""
-    places = torch.arange(1, count + 1, dtype=torch.int64) * _STEP
+    return _make_digits(count, torch.device("cpu")).to(torch.float64)
+
+
+def _make_digits(count: int, device: torch.device) -> Tensor:
+    """Of the fixed numbers the digits, from the lowest on, each between -4,096 and 4,095: int64 [count, DIGITS]."""
+    places = _make_places(count, device)
     bits = _mix(torch.zeros_like(places), places) | 1  # odd numbers, so that each bit of a word counts
     size = 1 << DIGIT_BITS
     digits = [((bits >> DIGIT_BITS * place) & (size - 1)) - size // 2 for place in range(DIGITS - 1)]
-    digits.append(bits >> DIGIT_BITS * (DIGITS - 1))
-    return torch.stack(digits, -1).to(torch.float64)
+    return torch.stack([*digits, bits >> DIGIT_BITS * (DIGITS - 1)], -1)
 
 
 @cache
@@ -243,13 +246,10 @@ def _shifts() -> Tensor:
     return torch.tensor([1 << DIGIT_BITS * place for place in range(DIGITS)])
 
 
-@cache
-def _weights(count: int, device: torch.device) -> Tensor:
-    """The fixed numbers, ready for use on any stream: int64 [count]."""
-    found = torch.mv(_digits(count).to(torch.int64), _shifts()).to(device)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    return found
+def _make_weights(count: int, device: torch.device) -> Tensor:
+    """The fixed numbers: int64 [count]."""
+    places = torch.arange(DIGITS, device=device) * DIGIT_BITS
+    return (_make_digits(count, device) << places).sum(-1)
 
 
 def _words(rows: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def test_all_devices_agree(dtype: torch.dtype, width: int) -> None:
 
 def test_the_largest_sums_are_exact() -> None:
     rows = torch.full((1, EXACT), -(2**31), dtype=torch.int32)
-    weights = digests._weights(EXACT, rows.device).tolist()
+    weights = digests._make_weights(EXACT, rows.device).tolist()
     assert all(weight % 2 for weight in weights)
     assert int(last_dim_digests(rows)) & MASK == sum(-(2**31) * weight for weight in weights) & MASK
 
