@@ -30,6 +30,8 @@ def left_out(ops: MatchedOps) -> Iterator[LeftOut]:
         at = next((n for n in range(pairs) if sent[n] != received[n]), pairs)
         if at < LEAST_ALIKE or at == pairs or None in (*sent[: at + 1], *received[: at + 1]):
             continue
+        if sent[at : at + 2] == received[at : at + 2][::-1]:  # they have changed places
+            continue
         if _follow(sent[at:], received[at + 1 :]):
             yield LeftOut(sends[at].event.rank, recvs[at], sends[at])
         elif _follow(received[at:], sent[at + 1 :]):

@@ -74,13 +74,13 @@ class _Prompts:
             if found is not None
         ]
 
-    def _part_at(self, rank: int, other: int, sequence: int) -> _Parted | None:
+    def _part_at(self, rank: int, beside: int, sequence: int) -> _Parted | None:
         lowest = self._lowest(sequence)
         pairs = {
             layer: (mine, theirs)
             for (layer, one), mine in self._by_rank[rank].items()
             if one == sequence
-            and (theirs := self._by_rank[other].get((layer, one))) is not None
+            and (theirs := self._by_rank[beside].get((layer, one))) is not None
             and _are_comparable(mine, theirs)
         }
         deeper = [_parts_for_good(*pair) for layer, pair in pairs.items() if layer != lowest]
@@ -94,9 +94,12 @@ class _Prompts:
             at = found
         else:
             return None
-        if not self._is_other_token(at, lowest, sequence):
+        other = self._other_token(at, lowest, sequence)
+        if other is None:
             return None
-        return _Parted(at, all(one.pieces(at) == other.pieces(at) for one, other in pairs.values()))
+        return _Parted(
+            other, all(mine.pieces(other) == theirs.pieces(other) for mine, theirs in pairs.values())
+        )
 
     def _lowest(self, sequence: int) -> int:
         """The first layer that several ranks hold."""
@@ -105,16 +108,18 @@ class _Prompts:
         )
         return min(layer for layer, count in counts.items() if count > 1)
 
-    def _is_other_token(self, at: int, lowest: int, sequence: int) -> bool:
-        """Whether some ranks have other rows there in the first layer, of K and of V."""
+    def _other_token(self, start: int, lowest: int, sequence: int) -> int | None:
+        """The first place from `start` on at which some ranks have other rows in the first layer, of K and of V."""
         held = [layers[lowest, sequence] for layers in self._by_rank.values() if (lowest, sequence) in layers]
-        return any(
-            at in one.rows
-            and at in other.rows
-            and all(mine != theirs for mine, theirs in zip(one.rows[at], other.rows[at], strict=True))
+        places = (
+            at
             for one, other in combinations(held, 2)
             if _are_comparable(one, other)
+            for at in one.rows.keys() & other.rows.keys()
+            if at >= start
+            and all(mine != theirs for mine, theirs in zip(one.rows[at], other.rows[at], strict=True))
         )
+        return min(places, default=None)
 
 
 def _are_comparable(mine: LayerRows, theirs: LayerRows) -> bool:

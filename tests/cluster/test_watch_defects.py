@@ -54,8 +54,8 @@ def keep(launcher: str, name: str, told: Told, seconds: float | None, file: str 
 
 
 def timeless(text: str) -> str:
-    """Without how long something has been so, which is looked at again at the end."""
-    return re.sub(r"\([\d.]+ m?s\)", "", text)
+    """Without what is looked at again at the end: how long something has been so, and whom it has ended since."""
+    return re.sub(r"\([\d.]+ m?s\)|: this ended rank \d+", "", text)
 
 
 def check(launcher: str, name: str, folder: Path) -> None:

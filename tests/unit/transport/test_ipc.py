@@ -38,8 +38,8 @@ def test_counts_and_boxes_do_not_overlap(world_size: int, largest: int) -> None:
                     header, payload = memory.box(one, number)
                     assert (header.numel(), payload.numel()) == (HEADER_BYTES, largest)
                     for part in (header, payload):
-                        first = int(part.storage_offset())
-                        taken.append((first, first + part.numel()))
+                        start = int(part.storage_offset())
+                        taken.append((start, start + part.numel()))
         taken.sort()
         assert all(a[1] <= b[0] for a, b in pairwise(taken))
         assert not taken or taken[-1][1] <= size

@@ -61,3 +61,9 @@ def test_messages_without_chunks_say_nothing() -> None:
     for shape in (4, 4, 4, 5, 6):
         ops.message(0, 1, shape=(shape,))
     assert said(ops) == []
+
+
+def test_messages_that_have_changed_places_at_the_end_are_none_left_out() -> None:
+    ops = row([0, 1, 2, 3, 4], [0, 1, 2, 4, 3])
+    assert said(ops) == []
+    assert [one.kind for one in findings_of_events(ops.events, ops.groups)] == ["crossed"]

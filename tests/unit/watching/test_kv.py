@@ -204,6 +204,15 @@ def test_rows_that_differ_to_the_end_though_the_tokens_are_the_same_are_found() 
     assert "3 of 9 rows of layers 1–2, the first at token 6" in one.text
 
 
+def test_a_fault_because_of_which_other_tokens_are_decoded_is_found() -> None:
+    """It is the rows before these tokens that tell it."""
+    right = prompt(20, 21, 22)
+    wrong = [prompt(20, 21, 33)[0], *prompt(30, 31, 32)[1:]]
+    (one,) = kv({0: right, 1: wrong}).diff()
+    assert (one.kind, one.layer, one.ranks) == ("rows differ", 1, (1, 0))
+    assert "hold other KV in 2 of 8 rows of layers 1–2, the first at token 6" in one.text
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_rows_that_nobody_has_filled_are_no_other_prompt(layers: int) -> None:
     """As of a transfer that has not come: zeros to the end, in all layers."""
