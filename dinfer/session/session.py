@@ -200,6 +200,8 @@ class Session(Tidy, Announced, Closing):
             print(chosen)
             config, plan = with_choice(config, chosen, self.spec.layers)
             job = replace(prepare_loaded(config, self.spec, plan or None), predicted_s=chosen.predicted_s)
+        if self._measured:
+            job = replace(job, machine=self._measured.machine)
         text = "" if not plan else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)
