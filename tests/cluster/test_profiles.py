@@ -105,6 +105,10 @@ def test_engines_by_ssh(tmp_path: Path, model: Path, capsys: pytest.CaptureFixtu
             assert cluster.engine_ids == [0, 1, 2]
             assert cluster.known.connection()["curve_serverkey"]  # what goes over the network is encrypted
             assert [one.environment["RANK"] for one in cluster.facts] == ["0", "1", "2"]
+            for number in range(3):  # who else is on the host cannot read the key
+                files = ("find", ".dinfer", "-name", "ipcontroller-*.json")
+                assert found.run(number, *files)
+                assert not found.run(number, *files, "!", "-perm", "600")
             whole_story(session, model, tmp_path)
             trace = session.run.trace
             assert [one.clock for one in rank_clocks(trace.about)] == [0, 1, 2]
