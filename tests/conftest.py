@@ -37,6 +37,10 @@ SHORT_S = 500
 """a test that may take longer is drawn into no sample: it would be all that CI has time for"""
 
 
+SHARED = ("lab", "foreground", "daemonized", "browser")
+"""fixtures that last for the whole session and take long to start"""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--slow, --slow-sample N and --slow-seed S; without these (and without -m) slow tests are left out."""
     group = parser.getgroup("dinfer")
@@ -72,6 +76,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect slow tests, but for a sample of those that -k and the like have left."""
+    if getattr(config.option, "loadgroup", False):
+        _group(items)
     if _chosen_by_user(config):
         return
     slow = {item.nodeid: item for item in items if item.get_closest_marker("slow")}
@@ -86,6 +92,22 @@ def pytest_collection_finish() -> None:
     """A process that has imported torch by now computes with one thread, as ranks do."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+
+
+def _group(items: list[pytest.Item]) -> None:
+    """What `--dist loadgroup` keeps in one process: the tests that share one of SHARED, which are run before the
+    others, and those of a file."""
+    groups = {item: _group_of(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: [*SHARED, groups[item]].index(groups[item]))
+
+
+def _group_of(item: pytest.Item) -> str:
+    fixtures = set(getattr(item, "fixturenames", ()))
+    if "session" in fixtures and item.get_closest_marker("cluster"):
+        fixtures.add("daemonized")
+    return next((name for name in SHARED if name in fixtures), item.nodeid.partition("::")[0])
 
 
 def _longest_s(item: pytest.Item) -> float:

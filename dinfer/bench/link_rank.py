@@ -25,13 +25,14 @@ from dinfer.transport.gloo import Comm, GlooComm, join_store
 
 class LinksJob(NamedTuple):
     """What a rank is started with beside its number. `plans`: texts of plans of that prompt; `lengths`: of chunks whose
-    layer times are measured."""
+    layer times are measured, empty to measure nothing; `slow`: by rank, how often each layer is run, empty for once."""
 
     config: dict[str, Any]
     ids: Sequence[int]
     plans: Sequence[str]
     repeats: int
     lengths: Sequence[int]
+    slow: Sequence[int] = ()
 
 
 class TimedPlan(NamedTuple):
@@ -70,6 +71,8 @@ def main() -> None:
     store = join_store(config.master_addr, config.master_port, START_S)
     decoder = Decoder.load(config.model_path, config.dtype)
     comm = GlooComm(rank, config.world_size, store, START_S)
+    if job.slow:
+        make_slow(decoder, job.slow[rank])
     found = measure(decoder, comm, config, job)
     comm.all_gather(b"d")
     comm.close()
@@ -80,8 +83,10 @@ def measure(decoder: Decoder, comm: Comm, config: Config, job: LinksJob) -> Rank
     """Everything of one rank."""
     hidden, block = token_bytes(decoder)
     comm.all_gather(b"m")
-    layers = time_layers(decoder, len(job.ids), job.lengths)
-    links = time_links(comm, block * config.chunk_size)
+    layers, links = list[LayerTime](), list[LinkSpeed]()
+    if job.lengths:
+        layers = time_layers(decoder, len(job.ids), job.lengths)
+        links = time_links(comm, block * config.chunk_size)
     rounds: list[list[Round]] = [[] for _ in job.plans]
     for repeat in range(job.repeats + 1):
         for text, kept in zip(job.plans, rounds, strict=True):
@@ -89,6 +94,18 @@ def measure(decoder: Decoder, comm: Comm, config: Config, job: LinksJob) -> Rank
             if repeat:  # the first round warms up
                 kept.append(took)
     return RankLinks(layers, links, hidden, block, [_timed(took) for took in rounds])
+
+
+def make_slow(decoder: Decoder, times: int) -> None:
+    """Have the decoder run each layer so many times, as a rank does that is so many times slower."""
+    once = decoder.layer
+
+    def layer(*given: Any) -> Any:
+        for _ in range(times - 1):
+            once(*given)
+        return once(*given)
+
+    vars(decoder)["layer"] = layer
 
 
 def _timed(rounds: Sequence[Round]) -> TimedPlan:

@@ -15,8 +15,8 @@ def bench(
     what: Annotated[
         str,
         Argument(
-            help="prefill; links: over slow links; digests: with and without; gpu: kernels beside transformers; "
-            "session: steps, recording, a death; views: figures, report"
+            help="prefill; links: over slow links; planner: its choice beside a sweep; digests: with and without; gpu: "
+            "kernels beside transformers; session: steps, recording, a death; views: figures, report"
         ),
     ] = "prefill",
     model: Annotated[
@@ -67,6 +67,8 @@ def bench(
                 result, text = _bench_links(
                     model, tokens, {**sizes, "world_size": hosts, "chunk_size": chunk_size}, repeats, rate
                 )
+            case "planner":
+                result, text = _bench_planner(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
             case "digests":
                 result, text = _bench_digests(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
             case "gpu":
@@ -91,7 +93,7 @@ def bench(
                 text = views.table(result)
             case _:
                 raise ConfigError(
-                    f"bench {what!r} is unknown; use prefill, links, digests, gpu, session or views."
+                    f"bench {what!r} is unknown; use prefill, links, planner, digests, gpu, session or views."
                 )
     except (DinferError, RuntimeError) as error:
         stop(error, BAD_INPUT if isinstance(error, ValueError) else FAILED)
@@ -159,6 +161,24 @@ def _bench_links(
         config = config.with_(model_path=str(folder))
         result = links.bench_links(config, spec.vocab_size, spec.layers, length, named, repeats, log)
     return result, links.table(result)
+
+
+def _bench_planner(
+    model: str, tokens: str, values: dict[str, Any], repeats: int
+) -> tuple[dict[str, Any], str]:
+    """The result of `dinfer bench planner`, and its text."""
+    from dinfer.bench import planner
+    from dinfer.bench.prefill import BenchModel, random_checkpoint
+    from dinfer.model.checkpoint import check
+
+    length = _one_length("planner", tokens)
+    config = Config.of({**values, "model_path": "demo"})
+    planner.check_asked(config)
+    with nullcontext(model) if model else random_checkpoint(BenchModel()) as folder:
+        spec = check(str(folder))
+        config = config.with_(model_path=str(folder))
+        result = planner.bench_planner(config, spec.vocab_size, spec.layers, length, repeats, log)
+    return result, planner.table(result)
 
 
 def _one_length(what: str, tokens: str) -> int:

@@ -60,7 +60,10 @@ def stood_text(lanes: Sequence[Lane], stand: RankStand) -> str:
     if not told:
         n, op = min(ahead, key=lambda one: one[1].is_transfer)
         return f"{done} of {total} ops done; {lanes[n].name} before `{op}`"
-    return f"{done} of {total} ops done; {'; '.join(f'{lanes[n].name} in `{op}`' for n, op in told)}"
+    texts = [f"{lanes[n].name} in `{op}`" for n, op in told]
+    left_out = len(begun) - len(told) if told[0][1].is_transfer else 0
+    texts += [f"and in {left_out} other{'s' * (left_out > 1)}"] * bool(left_out)
+    return f"{done} of {total} ops done; {'; '.join(texts)}"
 
 
 def at_text(lanes: Sequence[Lane], positions: Sequence[int] | None) -> str:

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from dinfer.watch.probe.rows import RowsTaken
@@ -109,6 +109,11 @@ class LayerRows(NamedTuple):
         """Of its rows those before a position."""
         starts = {start: chunk for start, chunk in self.starts.items() if start < position}
         return self._replace(rows=self.rows.before(position), starts=starts)
+
+    def pieces(self, position: int) -> list[tuple[int, int]]:
+        """What was added at a time, as far as it begins before a position: first row and the end."""
+        starts = sorted({*self.starts, max(self.rows) + 1})
+        return [(start, stop) for start, stop in pairwise(starts) if start < position]
 
     def chunk_of(self, position: int) -> int | None:
         begun = [start for start in self.starts if start <= position]

@@ -17,7 +17,7 @@ from torch import Tensor
 from dinfer.kv.rows import Nearby, concerned, identify, numbers_text, repeats
 from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.where import ranks_text
-from dinfer.watching.held_rows import HeldRows, LayerRows, Layers
+from dinfer.watching.held_rows import HeldRows, LayerRows, Layers, RowDigests
 
 
 class RowDifferences(NamedTuple):
@@ -37,17 +37,25 @@ def differences(by_rank: Mapping[int, Layers]) -> RowDifferences:
     return RowDifferences([_together(some) for some in found.values()], prompts.texts())
 
 
+class _Parted(NamedTuple):
+    """Two ranks have other tokens from the place `at` on. `is_fed_alike`: what is before came to both in the same
+    pieces; else the same computation may round otherwise, and rows that differ say nothing."""
+
+    at: int
+    is_fed_alike: bool
+
+
 class _Prompts:
     """Which ranks have been fed other tokens, and from which on."""
 
     def __init__(self, by_rank: Mapping[int, Layers]) -> None:
         self._by_rank = by_rank
-        self._parted: dict[tuple[int, int, int], int | None] = {}
+        self._parted: dict[tuple[int, int, int], _Parted | None] = {}
         """by two ranks and the sequence"""
 
-    def part_at(self, rank: int, other: int, sequence: int) -> int | None:
-        """The first token of a sequence that is another for these ranks, as their rows of all layers say; None: they
-        have the same, or nothing in common."""
+    def parted(self, rank: int, other: int, sequence: int) -> _Parted | None:
+        """Where these ranks have other tokens in a sequence, as their rows of all layers say; None: they have the same,
+        or nothing in common."""
         key = (min(rank, other), max(rank, other), sequence)
         if key not in self._parted:
             self._parted[key] = self._part_at(*key)
@@ -55,13 +63,18 @@ class _Prompts:
 
     def texts(self) -> list[str]:
         """A sentence for each two ranks and sequence that were found to have other prompts."""
+        how = {
+            True: "compared before it",
+            False: "not compared, as they were fed in other pieces, which may round otherwise",
+        }
         return [
-            f"ranks {rank} and {other} have other prompts from token {at} on (sequence {sequence}): compared before it"
-            for (rank, other, sequence), at in sorted(self._parted.items())
-            if at is not None
+            f"ranks {rank} and {other} have other prompts from token {found.at} on (sequence {sequence}): "
+            f"{how[found.is_fed_alike]}"
+            for (rank, other, sequence), found in sorted(self._parted.items())
+            if found is not None
         ]
 
-    def _part_at(self, rank: int, other: int, sequence: int) -> int | None:
+    def _part_at(self, rank: int, other: int, sequence: int) -> _Parted | None:
         lowest = self._lowest(sequence)
         pairs = {
             layer: (mine, theirs)
@@ -81,7 +94,9 @@ class _Prompts:
             at = found
         else:
             return None
-        return at if self._is_other_token(at, lowest, sequence) else None
+        if not self._is_other_token(at, lowest, sequence):
+            return None
+        return _Parted(at, all(one.pieces(at) == other.pieces(at) for one, other in pairs.values()))
 
     def _lowest(self, sequence: int) -> int:
         """The first layer that several ranks hold."""
@@ -115,9 +130,9 @@ def _parts_for_good(mine: LayerRows, theirs: LayerRows) -> range | None:
     common = mine.rows.keys() & theirs.rows.keys()
     start = max((at for at in common if mine.rows[at] == theirs.rows[at]), default=-1) + 1
     for one, other in ((mine, theirs), (theirs, mine)):
-        known = set(other.rows.values())
-        if any(at >= start and row in known for at, row in one.rows.items()):
-            return None  # rows that lie elsewhere, or are lacking
+        known, behind = set(other.rows.values()), [row for at, row in one.rows.items() if at >= start]
+        if _are_one(behind) or any(row in known for row in behind):
+            return None  # no tokens, or rows that lie elsewhere, or are lacking
     return range(start, max(common) + 1)
 
 
@@ -130,9 +145,15 @@ def _parts_mostly(mine: LayerRows, theirs: LayerRows) -> int | None:
     behind = [at for at in common if at >= start]
     for one, other in ((mine, theirs), (theirs, mine)):
         known = set(other.rows.values())
-        if 2 * sum(one.rows[at] in known for at in behind) >= len(behind):
+        rows = [one.rows[at] for at in behind]
+        if _are_one(rows) or 2 * sum(row in known for row in rows) >= len(rows):
             return None
     return start
+
+
+def _are_one(rows: Sequence[RowDigests]) -> bool:
+    """Whether several rows are one and the same, as rows that nobody has filled are, and no tokens' at other places."""
+    return len(rows) > 1 and len(set(rows)) == 1
 
 
 class _RowFinding(NamedTuple):
@@ -159,9 +180,11 @@ def _of_layer(
         mine, theirs = holders[ranks[0]], holders[right[0]]
         if not _are_comparable(mine, theirs):
             continue
-        parted = prompts.part_at(ranks[0], right[0], key[1])
+        parted = prompts.parted(ranks[0], right[0], key[1])
+        if parted is not None and not parted.is_fed_alike:
+            continue
         if parted is not None:
-            mine, theirs = mine.before(parted), theirs.before(parted)
+            mine, theirs = mine.before(parted.at), theirs.before(parted.at)
         for one in _between(mine, theirs, ranks, right):
             named.update(ranks)
             yield one._replace(layer=key[0])

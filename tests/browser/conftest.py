@@ -1,4 +1,4 @@
-"""What the browser tests share: one Chromium, one JupyterLab, and notebooks opened in them.
+"""What the browser tests share: one Chromium, one JupyterLab, one kernel, and notebooks opened in them.
 
 `notebook([cell, …])` opens a notebook of these cells; `shot(name)` keeps a picture of the page in the folder that
 DINFER_SCREENSHOTS names, or in the test's own.
@@ -10,9 +10,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Error,
+    Page,
+    Playwright,
+    expect,
+    sync_playwright,
+)
 
 from tests.support.ipclusters import ipython
 from tests.support.jupyter import Lab, Notebook, open_notebook
@@ -27,7 +37,14 @@ ARGUMENTS = [
 ]
 STARTING = "Cannot read properties of undefined (reading 'schema')"
 """Notebook 7.6 says so of itself at each start: its shortcuts hear of others' settings before they have their own"""
-OpenNotebook = Callable[[list[str]], Notebook]
+
+
+class OpenNotebook(Protocol):
+    """Opens a notebook of these cells, with the kernel that notebooks share, or with a `fresh` one."""
+
+    def __call__(self, cells: list[str], *, fresh: bool = False) -> Notebook: ...
+
+
 Shot = Callable[[str], Path]
 
 
@@ -69,11 +86,18 @@ def ipcluster(lab: Lab) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """What pages have in common: the scripts of JupyterLab, which take seconds to fetch and compile."""
+    made = browser.new_context(viewport={"width": 1280, "height": 800})
+    made.set_default_timeout(DEADLINE_S * 1000)
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
+def page(context: BrowserContext) -> Iterator[Page]:
     """A page of 1280 × 800. An exception in its scripts fails the test."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    context.set_default_timeout(DEADLINE_S * 1000)
     page = context.new_page()
     errors: list[str] = []
 
@@ -83,7 +107,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
     page.on("pageerror", on_error)
     yield page
-    context.close()
+    page.close()
     assert not errors, errors
 
 
@@ -101,14 +125,22 @@ def console_errors(page: Page) -> list[str]:
 
 
 @pytest.fixture
-def notebook(page: Page, lab: Lab, request: pytest.FixtureRequest) -> OpenNotebook:
+def notebook(page: Page, lab: Lab, request: pytest.FixtureRequest) -> Iterator[OpenNotebook]:
     """Opens notebooks."""
+    sharing: list[Notebook] = []
 
-    def opened(cells: list[str]) -> Notebook:
+    def opened(cells: list[str], *, fresh: bool = False) -> Notebook:
         name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
-        return open_notebook(page, lab, name, cells)
+        book = open_notebook(page, lab, name, cells, fresh=fresh)
+        sharing.extend([] if fresh else [book])
+        return book
 
-    return opened
+    yield opened
+    try:
+        for book in sharing:
+            book.clean_up()
+    except Error:  # a test that fails may leave page and kernel in any state
+        lab.leave_kernel()
 
 
 @pytest.fixture

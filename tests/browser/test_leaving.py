@@ -47,7 +47,7 @@ print(left)
 
 
 def test_a_panel_that_is_closed_leaves_no_thread(notebook: OpenNotebook) -> None:
-    book = notebook(CLOSING)
+    book = notebook(CLOSING, fresh=True)
     book.run(CONNECT)
     book.run(BEFORE)
     book.run(SHOW)
@@ -86,7 +86,7 @@ def restart(book: Notebook) -> None:
 def test_a_kernel_is_restarted_with_a_panel_open_and_joins_its_engines_again(
     notebook: OpenNotebook, shot: Shot, console_errors: list[str]
 ) -> None:
-    book = notebook(RESTARTED)
+    book = notebook(RESTARTED, fresh=True)
     base: list[Held] = []
     for number in range(TIMES):
         book.run(CONNECT)

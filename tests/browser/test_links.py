@@ -38,7 +38,7 @@ def slow_recv(state, op, comm):
     return recv(state, op, SlowLink(comm) if slowed else comm)
 ops.HANDLERS["recv"] = slow_recv
 """,
-    "session.close()",
+    'session.close(); ops.HANDLERS["recv"] = recv',
 ]
 WATCH = """() => {
     const figure = document.querySelector(".dinfer-figure"), panel = document.querySelector(".dinfer-panel");

@@ -28,8 +28,11 @@ SAVE_STATE = "@jupyter-widgets/jupyterlab-manager:saveWidgetState"
 
 
 @pytest.fixture(scope="module", params=["jupyterlab", pytest.param("notebook", marks=pytest.mark.slow)])
-def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A JupyterLab, then a Notebook 7."""
+def lab(request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """The JupyterLab of all tests, then a Notebook 7."""
+    if request.param == lab.app:
+        yield lab
+        return
     made = Lab(tmp_path_factory.mktemp(request.param), request.param)
     yield made
     made.close()
@@ -45,9 +48,9 @@ SAVE = """async (kernel) => {
     await context.save();
 }"""
 CLOSE_TAB = """async () => {
-    const app = window.jupyterapp, { localPath } = app.shell.currentWidget.context;
-    app.shell.currentWidget.close();
-    await app.serviceManager.sessions.shutdownAll();
+    const widget = window.jupyterapp.shell.currentWidget, { localPath, sessionContext } = widget.context;
+    await sessionContext.shutdown();
+    widget.close();
     return localPath;
 }"""
 OPEN_TAB = """async (path) => {
@@ -57,10 +60,11 @@ OPEN_TAB = """async (path) => {
 }"""
 
 
-def end_kernels(page: Page, lab: Lab) -> None:
+def end_kernel(page: Page, lab: Lab, name: str) -> None:
     """Leave the notebook, and end its kernel."""
     page.goto("about:blank")
-    for session in page.request.get(f"{lab.url()}/api/sessions?token={lab.token}").json():
+    sessions = page.request.get(f"{lab.url()}/api/sessions?token={lab.token}").json()
+    for session in [one for one in sessions if one["path"] == f"{name}.ipynb"]:
         answer = page.request.delete(f"{lab.url()}/api/sessions/{session['id']}?token={lab.token}")
         assert answer.ok
 
@@ -100,7 +104,7 @@ def step(book: Notebook) -> None:
 def test_a_saved_notebook_shows_still_pictures_when_it_is_opened_again(
     notebook: OpenNotebook, page: Page, lab: Lab, shot: Shot
 ) -> None:
-    book = notebook(BOOK)
+    book = notebook(BOOK, fresh=True)
     for cell in (CONNECT, SHOW, AGAIN, DRAW):
         book.run(cell)
     step(book)
@@ -116,7 +120,7 @@ def test_a_saved_notebook_shows_still_pictures_when_it_is_opened_again(
     expect(book.output(SHOW).locator(".dinfer-panel")).to_have_attribute("data-done", "1")
     expect(book.output(AGAIN).locator(".dinfer-panel")).to_be_visible()
 
-    end_kernels(page, lab)
+    end_kernel(page, lab, name)
     book = open_file(page, lab, name)
     check_still(book)
     book.show(SHOW)
@@ -126,7 +130,7 @@ def test_a_saved_notebook_shows_still_pictures_when_it_is_opened_again(
     step(book)
 
     save(book, ELSEWHERE)
-    end_kernels(page, lab)
+    end_kernel(page, lab, name)
     page.goto(lab.address(name))
     page.locator(".jp-Dialog .jp-mod-reject").click()  # "No Kernel"
     expect(page.locator(".jp-Dialog")).to_have_count(0)
@@ -138,14 +142,14 @@ def test_a_saved_notebook_shows_still_pictures_when_it_is_opened_again(
 def test_models_that_were_saved_with_the_notebook_are_not_live(
     notebook: OpenNotebook, page: Page, lab: Lab
 ) -> None:
-    book = notebook([*BOOK, "import ipywidgets\nipywidgets.Label('a saved widget')"])
+    book = notebook([*BOOK, "import ipywidgets\nipywidgets.Label('a saved widget')"], fresh=True)
     for cell in range(len(BOOK) + 1):
         book.run(cell)
     page.evaluate("(command) => window.jupyterapp.commands.execute(command)", SAVE_STATE)
     save(book)
     page.evaluate("(command) => window.jupyterapp.commands.execute(command)", SAVE_STATE)
     name = name_of(book)
-    end_kernels(page, lab)
+    end_kernel(page, lab, name)
     book = open_file(page, lab, name)
     expect(book.output(len(BOOK)).get_by_text("a saved widget")).to_be_visible()  # so the models are there
     check_still(book)
@@ -156,7 +160,7 @@ def test_a_tab_that_is_closed_and_opened_again(notebook: OpenNotebook, page: Pag
     """The page is the same, and still has the models of the panels."""
     if lab.app == "notebook":
         pytest.skip("has a page for each notebook, and no tabs")
-    book = notebook(BOOK)
+    book = notebook(BOOK, fresh=True)
     for cell in range(len(BOOK)):
         book.run(cell)
     save(book)

@@ -94,7 +94,7 @@ def wait_for_more(figure: Locator) -> None:
 def test_page_and_kernel_do_not_grow_while_runs_come_and_go(
     notebook: OpenNotebook, page: Page, shot: Shot
 ) -> None:
-    book = notebook(CELLS)
+    book = notebook(CELLS, fresh=True)
     book.run(CONNECT)
     book.run(SHOW)
     panel = Debugger(book)

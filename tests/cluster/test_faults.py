@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -190,7 +191,8 @@ def test_files_of_the_working_folder_stand_in_for_no_module(model: Path, tmp_pat
     for name in ("types", "queue", "transformers"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('not this one')\n")
     program = (str(Path(sys.executable).with_name("dinfer")),)
-    run = Run(tmp_path, run_arguments(model, prompt_ids=IDS, chunk_size=4, max_new_tokens=1), {}, program)
+    flags: dict[str, Any] = {"world_size": 1, "prompt_ids": IDS, "chunk_size": 4, "max_new_tokens": 1}
+    run = Run(tmp_path, run_arguments(model, **flags), {}, program)
     try:
         assert run.finish() == 0, run.err
     finally:

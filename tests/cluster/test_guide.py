@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from _pytest.mark import ParameterSet
 
 from tests.support.guide import GUIDE, PAGES, ROOT, blocks, cells
-from tests.support.ipclusters import ipython
-from tests.support.notebook_pages import executed
+from tests.support.ipclusters import IPython, ipython
+from tests.support.kernels import Kernel, kernel
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -21,15 +23,17 @@ LEFT_OUT = ("bash env/test", "bash env/demo", "env/launch", "ipcluster start")
 """this very test run; what needs several machines, does not end by itself or has tests of its own"""
 
 
-def commands() -> list[str]:
-    """Every shell block that is to be run, once; a block's commands may build on one another."""
-    found: dict[str, None] = {}
+def commands() -> list[ParameterSet]:
+    """Every shell block that is to be run, once; a block's commands may build on one another. Those that start ranks
+    are slow, but for the README's."""
+    found: dict[str, ParameterSet] = {}
     for page in PAGES:
         for block in blocks(page, "sh"):
-            kept = [line for line in block.splitlines() if not line.startswith(LEFT_OUT)]
-            if kept:
-                found["\n".join(kept)] = None
-    return list(found)
+            kept = "\n".join(line for line in block.splitlines() if not line.startswith(LEFT_OUT))
+            is_slow = page != PAGES[0] and re.search(r"dinfer (run|doctor|bench)", kept)
+            if kept and kept not in found:
+                found[kept] = pytest.param(kept, marks=[pytest.mark.slow] if is_slow else [])
+    return list(found.values())
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ def test_the_program_runs_as_written(tmp_path: Path) -> None:
     program = next(block for block in blocks(GUIDE / "program.md", "python") if "open_engine" in block)
     (tmp_path / "app.py").write_text(program, encoding="utf-8")
     told = run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "app.py"],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "app.py"],
         tmp_path,
     )
     assert [line.strip() for line in told.splitlines()][-2:] == ["471", "759"]
@@ -71,15 +75,25 @@ def test_the_program_runs_as_written(tmp_path: Path) -> None:
     [("README.md", "471"), pytest.param("notebooks/zh/README.md", "759", marks=pytest.mark.slow)],
 )
 def test_the_notebook_cell_runs_as_written(
-    readme: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    readme: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: IPython
 ) -> None:
-    """No cluster runs, so it starts its own, and ends it."""
+    """Beside the cluster of `ipcluster start -n 3`, which it joins."""
     cell = next(block for block in blocks(ROOT / readme, "python") if "%load_ext" in block)
     (tmp_path / "cell.ipy").write_text(f"{cell}\nprint(run.text)\n", encoding="utf-8")
-    with ipython(tmp_path / "ipython"):
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))
-        told = run([sys.executable, "-m", "IPython", "--no-banner", "cell.ipy"], tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    told = run([sys.executable, "-m", "IPython", "--no-banner", "cell.ipy"], tmp_path)
+    assert "joined profile 'default'" in told
     assert told.strip().endswith(answer)
+    assert len(engines.members("ipyparallel.engine")) >= 3
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
+    """One kernel for the pages, where no cluster runs."""
+    with ipython(tmp_path_factory.mktemp("pages")), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        with kernel() as found:
+            yield found
 
 
 @pytest.mark.parametrize(
@@ -93,17 +107,9 @@ def test_the_notebook_cell_runs_as_written(
     ],
 )
 def test_the_cells_of_a_page_run_as_written(
-    page: str, answers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, answers: list[str], notebook: Kernel, tmp_path: Path
 ) -> None:
-    """As a notebook, which such a page is."""
-    notebook = new_notebook(  # type: ignore[no-untyped-call]
-        cells=[
-            new_code_cell(cell, metadata={"tags": [str(n)]})  # type: ignore[no-untyped-call]
-            for n, cell in enumerate(cells(GUIDE / f"{page}.md"))
-        ]
-    )
-    with ipython(tmp_path / "ipython"):
-        monkeypatch.setenv("PYTHONPATH", str(ROOT))
-        shown = executed(notebook, tmp_path)
-    text = "\n".join(map(shown.text, shown.outputs))
-    assert [answer for answer in answers if answer not in text] == []
+    """In a notebook, which such a page is."""
+    notebook.run(f"%reset -f\n%cd {tmp_path}")
+    shown = "\n".join(notebook.run(cell) for cell in cells(GUIDE / f"{page}.md"))
+    assert [answer for answer in answers if answer not in shown] == []

@@ -15,7 +15,7 @@ from dinfer.lab.lab import lab_session, run_cells, run_slowly
 from dinfer.lab.score import Score
 from dinfer.session.session import Session
 from tests.support.hosted import needs_hosts
-from tests.support.ipclusters import ipython
+from tests.support.ipclusters import IPython, ipython, within
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -26,8 +26,8 @@ ABOUT_MESSAGES = ("skip a send", "skip a recv", "reorder two", "wrong size", "du
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    with ipython(tmp_path_factory.mktemp("lab")), lab_session() as made:
+def session(daemonized: IPython) -> Iterator[Session]:
+    with within(daemonized), lab_session(join=True) as made:
         yield made
 
 

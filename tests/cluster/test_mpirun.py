@@ -35,31 +35,32 @@ Launch = Callable[..., Run]
 
 
 @cache
-def program() -> tuple[str, ...]:
-    """mpirun with three ranks. Open MPI refuses root, and more ranks than cores, unless told not to."""
+def program(ranks: int) -> tuple[str, ...]:
+    """mpirun with so many ranks. Open MPI refuses root, and more ranks than cores, unless told not to."""
     assert MPIRUN
     said = subprocess.run([MPIRUN, "--version"], capture_output=True, text=True, timeout=250, check=False)
     is_open = "Open MPI" in said.stdout or "OpenRTE" in said.stdout
     options = ["--allow-run-as-root", "--oversubscribe"] if is_open else []
-    return (MPIRUN, *options, "-n", "3", sys.executable, "-m", "dinfer")
+    return (MPIRUN, *options, "-n", str(ranks), sys.executable, "-m", "dinfer")
 
 
 @pytest.fixture
 def launch(tmp_path: Path, model: Path) -> Iterator[Launch]:
-    """launch(fault=None, environment={}, model=model, **flags): three ranks under mpirun, ended with the test."""
+    """launch(fault=None, environment={}, model=model, ranks=2, **flags): ranks under mpirun, ended with the test."""
     runs: list[Run] = []
 
     def launched(
         fault: Fault | None = None,
         environment: dict[str, str] | None = None,
         model: Path = model,
+        ranks: int = 2,
         **flags: object,
     ) -> Run:
         flags = (
             flags if "prompt" in flags else {"prompt_ids": IDS, "chunk_size": 4, "max_new_tokens": 6, **flags}
         )
         more = {**(environment or {}), **(fault.environment(tmp_path) if fault else {})}
-        runs.append(Run(tmp_path, run_arguments(model, **flags), more, program()))
+        runs.append(Run(tmp_path, run_arguments(model, **flags), more, program(ranks)))
         return runs[-1]
 
     yield launched
@@ -75,21 +76,25 @@ def said(run: Run) -> list[str]:
 def agrees(run: Run, model: Path) -> bool:
     """Whether the run got what transformers gets."""
     want, ranks = expected(model, IDS, 4, 6), run.result()["ranks"]
-    return [(rank["kv_sha256"], rank["tokens"]) for rank in ranks] == [(want.kv_sha256, want.tokens)] * 3
+    return [(rank["kv_sha256"], rank["tokens"]) for rank in ranks] == [(want.kv_sha256, want.tokens)] * len(
+        ranks
+    )
 
 
 def without_mpi4py(folder: Path) -> dict[str, str]:
     """An environment in which importing mpi4py fails, installed or not."""
     (folder / "hidden").mkdir()
     (folder / "hidden" / "mpi4py.py").write_text("raise ImportError('hidden by a test')\n")
-    return {"PYTHONPATH": str(folder / "hidden")}
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(folder / "hidden"), os.environ.get("PYTHONPATH"))))
+    }
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("mpi4py") is None, reason="needs mpi4py: pip install 'dinfer[mpi]'"
 )
 def test_ranks_find_one_another_by_mpi(launch: Launch, parrot: Path) -> None:
-    run = launch(environment=C_LOCALE, model=parrot, **FLAGS)
+    run = launch(environment=C_LOCALE, model=parrot, ranks=3, **FLAGS)
     check_parroted(run, parrot)
     wait_for(lambda: not run.members(), "no process is left")
 
@@ -113,7 +118,7 @@ def test_without_mpi4py_and_place_one_message_says_what_to_do(launch: Launch, tm
 
 
 def test_a_port_in_use_is_one_error(launch: Launch, tmp_path: Path) -> None:
-    if "--oversubscribe" not in program():
+    if "--oversubscribe" not in program(2):
         pytest.skip("MPICH does not end the others when rank 0 ends, and torch waits at the foreign port")
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = str(taken.getsockname()[1])
@@ -128,7 +133,7 @@ def test_a_rank_that_raises_is_named(launch: Launch) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as probe:
         port = str(probe.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    run = launch(Fault("raise ValueError('broken on purpose')"), place)
+    run = launch(Fault("raise ValueError('broken on purpose')"), place, ranks=3)
     assert run.finish() != 0
     assert said(run) == ["rank 1 failed at `layer c1 l3` (lane compute): ValueError: broken on purpose"]
     wait_for(lambda: not run.members(), "no process is left")

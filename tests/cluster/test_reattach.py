@@ -36,7 +36,7 @@ HELD = "(p := __import__('psutil').Process()).num_fds(), p.num_threads()"
 STANDS = "[stand.positions for stand in session.run.standing().stands]"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def notebook(engines: IPython) -> Iterator[Kernel]:  # noqa: ARG001 - it is beside them
     """A kernel beside a cluster that was started by hand."""
     with kernel() as notebook:

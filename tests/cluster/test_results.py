@@ -250,9 +250,17 @@ def test_a_full_disk_costs_the_files_but_not_the_run(model: Path, tmp_path: Path
     assert "chunk 0: layers" in (run.logs / "rank0.log").read_text(encoding="utf-8")
 
 
-def test_each_run_has_a_folder_of_its_own_for_logs_and_trace(model: Path, start: Start) -> None:
-    flags = {"world_size": 1, "prompt_ids": IDS, "chunk_size": CHUNK, "max_new_tokens": 1}
-    first = start(model, **flags)
+def test_one_rank_needs_no_other_and_each_run_has_a_folder_of_its_own(model: Path, start: Start) -> None:
+    """A port in use is replaced."""
+    flags = {"world_size": 1, "prompt_ids": IDS, "chunk_size": CHUNK, "max_new_tokens": NEW_TOKENS}
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        first = start(model, master_port=port, **flags)
+        (rank,) = first.result()["ranks"]
+    assert re.search(rf"^port {port} is in use; the ranks meet at \d+ instead\.$", first.out, re.MULTILINE)
+    assert (rank["kv_sha256"], rank["tokens"]) == expected(model, IDS, CHUNK, NEW_TOKENS)
+    assert rank["sent_bytes"] == rank["received_bytes"] == 0
+
     before = Path(first.result()["log_dir"])
     kept = {path.name: path.read_bytes() for path in (first.folder / before).iterdir()}
     assert kept.keys() == {"rank0.log", "rank0.err", "trace.jsonl"}
@@ -267,18 +275,6 @@ def test_each_run_has_a_folder_of_its_own_for_logs_and_trace(model: Path, start:
     assert sorted(path.name for path in (again.folder / "logs").iterdir()) == sorted(
         [before.name, after.name, "latest"]
     )
-
-
-def test_one_rank_needs_no_other_and_a_port_in_use_is_replaced(model: Path, start: Start) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        port = taken.getsockname()[1]
-        flags = {"prompt_ids": IDS, "chunk_size": CHUNK, "max_new_tokens": NEW_TOKENS, "master_port": port}
-        run = start(model, world_size=1, **flags)
-        (rank,) = run.result()["ranks"]
-    wanted = expected(model, IDS, CHUNK, NEW_TOKENS)
-    assert re.search(rf"^port {port} is in use; the ranks meet at \d+ instead\.$", run.out, re.MULTILINE)
-    assert (rank["kv_sha256"], rank["tokens"]) == wanted
-    assert rank["sent_bytes"] == rank["received_bytes"] == 0
 
 
 def _unknown_as_none(op: Op) -> tuple[int | None, int | None]:

@@ -90,7 +90,7 @@ def test_a_pause_releases_the_recvs_that_are_posted(
 
 
 def test_a_rank_that_dies_while_all_stand_is_told_at_the_next_step(model: Path, tmp_path: Path) -> None:
-    with stepped(model, IDS, tmp_path / "logs", chunk_size=CHUNK) as run:
+    with stepped(model, IDS, tmp_path / "logs", world_size=2, chunk_size=CHUNK) as run:
         run.stepper.run_to(1, 3)
         victim = run.ranks.processes[1]
         victim.kill()

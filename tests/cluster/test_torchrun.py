@@ -28,6 +28,7 @@ TORCHRUN = (
     "-m",
     "dinfer",
 )
+PAIR = tuple(word.replace("=3", "=2") for word in TORCHRUN)
 BLOCK = "while True: time.sleep(60)"
 AT = r"compute in `layer c1 l3`"
 Launch = Callable[..., Run]
@@ -132,7 +133,7 @@ def test_no_progress_names_each_position(model: Path, launch: Launch) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_torchrun_is_an_interruption(number: signal.Signals, model: Path, launch: Launch) -> None:
-    run = launch(model, Fault(BLOCK))
+    run = launch(model, Fault(BLOCK, layer=5), PAIR)
     wait_for((run.folder / "fault.at").exists, "rank 1 is blocked")
     run.process.send_signal(number)
     assert message(run) == "interrupted; all ranks were ended."
@@ -165,7 +166,9 @@ def test_ranks_of_other_versions_and_checkpoints_are_told_apart(
 
 
 def test_a_mistake_that_all_ranks_share_is_told_once(model: Path, launch: Launch) -> None:
-    assert message(launch(model, chunk_size=0)).startswith("chunk_size is 0; it must be at least 1.")
+    assert message(launch(model, program=PAIR, chunk_size=0)).startswith(
+        "chunk_size is 0; it must be at least 1."
+    )
 
 
 @pytest.mark.slow

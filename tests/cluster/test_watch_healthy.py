@@ -26,7 +26,7 @@ BY_ACCELERATE = ("accelerated", "tp_plan")
 
 PROGRAMS = (
     "one_f_one_b", "interleaved", "ring_attention", "tensor_parallel", "tp_plan", "accelerated", "long_computation",
-    "objects_beside_tensors", *ENGINES,
+    "objects_beside_tensors", "data_parallel", *ENGINES,
 )  # fmt: skip
 
 HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None and shutil.which("mpirun") is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.ipclusters import IPython
 from tests.support.notebook_pages import NOTEBOOKS, Page, executed, read
 
 pytestmark = [pytest.mark.cluster, pytest.mark.notebook, pytest.mark.timeout(300)]
@@ -58,11 +59,11 @@ def on_threads() -> Page:
 
 
 @pytest.fixture(scope="module", params=["cluster", pytest.param("threads", marks=pytest.mark.slow)])
-def deadlock(request: pytest.FixtureRequest) -> Page:
+def deadlock(request: pytest.FixtureRequest, engines: IPython) -> Page:
     """04-deadlock, executed on a cluster or, with its one variable changed, on threads."""
     if request.param == "threads":
         return on_threads()
-    return executed(read(DEADLOCK), request.getfixturevalue("engines").folder)
+    return executed(read(DEADLOCK), engines.folder)
 
 
 @pytest.mark.parametrize("tag", SHOWN)

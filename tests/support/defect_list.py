@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -12,8 +13,8 @@ from tests.support.watched import PROGRAMS
 TOLD_S, DEAD_S = 5.0, 1.0
 """seconds within which a hang is told, and a death"""
 
-RACES = 2.0
-"""by how many times these may be missed: tests run beside others, on two cores"""
+TABLE = os.environ.get("DINFER_DEFECTS_TABLE", "")
+"""the file in which a table of what was told is to be kept; whoever asks for one has the machine for themselves"""
 
 
 class Defect(NamedTuple):
@@ -112,6 +113,12 @@ def named_line(told: Told, name: str, file: str = "defects.py") -> str:
     """The line that it names, of those to be named; "" if it names none of them."""
     places = (f"{file}:{line}" for line in named_lines(name))
     return next((place for place in places if re.search(rf"{re.escape(place)}\b", told.text)), "")
+
+
+def assert_in_time(seconds: float | None, within_s: float) -> None:
+    """It was told before the program ended, and, where nothing else runs, as soon as promised."""
+    assert seconds is not None
+    assert not TABLE or seconds < within_s
 
 
 def assert_right(told: Told, name: str, file: str = "defects.py") -> None:

@@ -9,15 +9,17 @@ import secrets
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from nbformat import v4
 from playwright.sync_api import Locator, Page
 
-from tests.support.runs import wait_for
+from tests.support.runs import DEADLINE_S, wait_for
 
 ROOT = Path(__file__).parents[2]
 APPS = {
@@ -34,6 +36,8 @@ class Lab:
 
     def __init__(self, home: Path, app: str = "jupyterlab", disabled: Sequence[str] = ()) -> None:
         self.home, self.token = home, secrets.token_hex(16)
+        self._shared = ""
+        """the id of the kernel that notebooks share"""
         self.app, (settings_of, self._place) = app, APPS[app]
         settings = home / "settings" / "@jupyterlab" / "apputils-extension"
         settings.mkdir(parents=True)
@@ -85,6 +89,26 @@ class Lab:
         """Where a notebook of its folder is shown."""
         return f"{self.url()}/{self._place.format(name=name)}?token={self.token}"
 
+    def share_kernel(self, name: str) -> None:
+        """Have the notebook of that name, which nobody has opened yet, use one kernel with all for which this is
+        called: one that has imported what takes seconds to import."""
+        if not self._shared:
+            self._shared = self._posted("kernels", {"name": "python3"})["id"]
+        kernel = {"id": self._shared}
+        self._posted(
+            "sessions", {"path": f"{name}.ipynb", "name": name, "type": "notebook", "kernel": kernel}
+        )
+
+    def leave_kernel(self) -> None:
+        """Whatever state that kernel is in: the next notebooks share another."""
+        self._shared = ""
+
+    def _posted(self, what: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(f"{self.url()}/api/{what}", json.dumps(body).encode())
+        request.add_header("Authorization", f"token {self.token}")
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+            return json.loads(answer.read())
+
     def close(self) -> None:
         """End the server, its kernels and what those have started."""
         server = psutil.Process(self.process.pid)
@@ -134,6 +158,16 @@ class Notebook:
             cell,
         )
 
+    def clean_up(self) -> None:
+        """Leave nothing in the kernel, which other notebooks use after this one."""
+        self.page.evaluate(
+            """(code) => {
+                const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+                return kernel.requestExecute({ code }).done.then(() => {});
+            }""",
+            "import ipywidgets\nipywidgets.Widget.close_all()\n%reset -f",
+        )
+
     def use_theme(self, theme: str) -> None:
         """Switch JupyterLab to `light` or `dark`."""
         name = f"JupyterLab {theme.title()}"
@@ -160,9 +194,11 @@ def write_notebook(path: Path, cells: list[str]) -> None:
     path.write_text(json.dumps(made), encoding="utf-8")
 
 
-def open_notebook(page: Page, lab: Lab, name: str, cells: list[str]) -> Notebook:
-    """Open a new notebook of these cells."""
+def open_notebook(page: Page, lab: Lab, name: str, cells: list[str], *, fresh: bool = True) -> Notebook:
+    """Open a new notebook of these cells; `fresh`: with a kernel of its own."""
     write_notebook(lab.home / "notebooks" / f"{name}.ipynb", cells)
+    if not fresh:
+        lab.share_kernel(name)
     return open_file(page, lab, name)
 
 

@@ -200,7 +200,10 @@ class PagedCaches:
     def _layer_name(self, impl: Any, context: Any) -> str:
         if impl not in self._layer_names:
             layers = context.no_compile_layers.items()
-            self._layer_names[impl] = next(name for name, one in layers if getattr(one, "impl", None) is impl)
+            names = (name for name, one in layers if getattr(one, "impl", None) is impl)
+            if not (name := next(names, "")):
+                raise LookupError(f"of which layer {type(impl).__name__} is, is not known")
+            self._layer_names[impl] = name
         return self._layer_names[impl]
 
     def _vllm(self, layer: str, given: dict[str, Any], slots: Any, about: Any) -> None:

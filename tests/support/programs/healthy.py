@@ -157,6 +157,25 @@ def tp_plan() -> None:
     assert split.generate(ids, **wanted).tolist() == whole.generate(ids, **wanted).tolist()
 
 
+def data_parallel() -> None:
+    """Each rank generates for a prompt of its own; all begin alike, and the prompts are of several lengths."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=3, num_attention_heads=4,
+        eos_token_id=None,
+    )  # fmt: skip
+    model: Any = LlamaForCausalLM(config)
+    system, user = list(range(20)), [(7 * RANK + n) % 64 for n in range(8 + RANK)]
+    found = model.generate(
+        torch.tensor([[*system, *user]]), max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    lengths = torch.tensor([found.shape[1]])
+    dist.all_reduce(lengths)
+    assert int(lengths) == sum(20 + 8 + rank + 6 for rank in range(SIZE))
+
+
 def accelerated() -> None:
     """Data-parallel steps by accelerate, and its collectives of objects and tensors."""
     from accelerate import Accelerator  # type: ignore[import-not-found]

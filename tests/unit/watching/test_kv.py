@@ -1,5 +1,7 @@
 """KV of other people's code, by the digests of its rows."""
 
+import pytest
+
 from dinfer.watch.probe.rows import RowsTaken
 from dinfer.watching.held_rows import HeldRows, layers_of
 from dinfer.watching.kv import WatchedKv
@@ -172,6 +174,13 @@ def test_data_parallel_ranks_whose_prompts_begin_alike_have_no_finding() -> None
     assert "ranks 0 and 1 have other prompts from token 6 on (sequence 0): compared before it" in str(found)
 
 
+def test_prompts_of_several_lengths_may_round_otherwise() -> None:
+    """Their matrices are of other shapes."""
+    rounded = kv({0: prompt(20, 21, 22), 1: prompt(30, 31, 32, 33, spoiled=(1, 2))})
+    assert rounded.diff() == []
+    assert "from token 6 on (sequence 0): not compared, as they were fed in other pieces" in str(rounded)
+
+
 def test_of_one_layer_alone_it_holds_too() -> None:
     assert kv({0: prompt(20, 21, 22, 23, layers=1), 1: prompt(30, 31, 22, 33, layers=1)}).diff() == []
 
@@ -193,6 +202,19 @@ def test_rows_that_differ_to_the_end_though_the_tokens_are_the_same_are_found() 
     (one,) = kv({0: right, 1: wrong}).diff()
     assert (one.kind, one.layer, one.ranks) == ("rows differ", 1, (1, 0))
     assert "3 of 9 rows of layers 1–2, the first at token 6" in one.text
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_rows_that_nobody_has_filled_are_no_other_prompt(layers: int) -> None:
+    """As of a transfer that has not come: zeros to the end, in all layers."""
+    right = prompt(20, 21, 22, layers=layers)
+    empty = [
+        one._replace(digests=((*one.digests[0][: len(PREFIX)], *[(7, 7)] * 3),))
+        for one in prompt(20, 21, 22, layers=layers)
+    ]
+    (one,) = kv({0: right, 1: empty}).diff()
+    assert (one.kind, one.ranks) == ("rows differ", (1, 0))
+    assert "the first at token 6" in one.text
 
 
 def test_k_alone_that_differs_to_the_end_is_found() -> None:
