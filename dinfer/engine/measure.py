@@ -152,9 +152,16 @@ def _alone(comm: Comm, source: int, target: int, size: int) -> tuple[float, floa
 
     latency = median([there_and_back(small)[1] / 2 for _ in range(PINGS)][1:])
     both = [there_and_back(payload) for _ in range(MESSAGES + 1)][1:]
-    arrived = median(back for _, back in both) - latency
-    speed = size / max(arrived - latency, arrived / 10)
-    return latency, speed, min(max(0.0, (arrived - median(sent for sent, _ in both)) * speed), size)
+    return quiet_link(latency, median(sent for sent, _ in both), median(back for _, back in both), size)
+
+
+def quiet_link(latency: float, sent: float, back: float, size: int) -> tuple[float, float, float]:
+    """Latency, bytes per second and bytes ahead, from seconds: of a small message, until the send of one of `size`
+    bytes had ended, and until its answer was there. Where all cores are busy, a small message may have taken as long
+    as a large one."""
+    moving = max(back - 2 * latency, back / 10)
+    speed = size / moving
+    return latency, speed, min(max(0.0, (back - latency - sent) * speed), size)
 
 
 def _together(comm: Comm, pairs: Sequence[tuple[int, int]], size: int) -> dict[tuple[int, int], float]:
