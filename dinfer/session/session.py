@@ -200,6 +200,8 @@ class Session(Tidy, Announced, Closing):
             print(chosen)
             config, plan = with_choice(config, chosen, self.spec.layers)
             job = replace(prepare_loaded(config, self.spec, plan or None), predicted_s=chosen.predicted_s)
+        if self._measured:
+            job = replace(job, machine=self._measured.machine)
         text = "" if not plan else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)
@@ -298,8 +300,13 @@ class Session(Tidy, Announced, Closing):
             self._run.recovering(ended=False)
         if self._watch:
             stuck = tuple(sorted({*stuck, *self._watch.stuck_ranks()}))
+            self._watch.recovering(ended=False)
         self._half_prepared = True
-        anew = recover(self.ranks, plan, self._config.backend, say, stuck, kill=kill)
+        try:
+            anew = recover(self.ranks, plan, self._config.backend, say, stuck, kill=kill)
+        finally:
+            if self._watch:
+                self._watch.recovering(ended=True)
         if self._watch and anew:
             self.ranks.watch(str(self._watched), compare=self._compares)
         self._half_prepared = False

@@ -317,6 +317,7 @@ class EnginesSource:
         path = folder.path if isinstance(folder, TemporaryFolder) else folder
         self.watched, self._alarm, self._tell = Watched([path], one_job=True), HangAlarm(), tell
         self._evidence: Evidence | None = None
+        self._is_recovering, self._recovered_ns = False, 0
         self._looking, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="dinfer watch", daemon=True)
         self._thread.start()
@@ -330,7 +331,7 @@ class EnginesSource:
     @property
     def whole(self) -> Evidence:
         with self._looking:
-            return of_cells(self.watched.look()[0])
+            return self._of_cells(self.watched.look()[0])
 
     @property
     def verdict(self) -> Verdict | None:
@@ -340,12 +341,24 @@ class EnginesSource:
         if self._over.is_set() and self._evidence:  # the engines end, which is no news
             return
         with self._looking:
-            self._evidence = of_cells(self.watched.look(recent=True)[0])
-            new = self._alarm.consider(self._evidence, time.monotonic())
+            self._evidence = self._of_cells(self.watched.look(recent=True)[0])
+            new = None
+            if not self._is_recovering:
+                new = self._alarm.consider(self._evidence, time.monotonic())
             if self._alarm.is_suspicious:
                 self.watched.ask(self._evidence.processes.values())
         if new:
             self._tell(new)
+
+    def recovering(self, *, ended: bool) -> None:
+        """The session ends engines, which is no news, or has done so: what cells ran into before is over then."""
+        with self._looking:
+            self._is_recovering = not ended
+            if ended:
+                self._alarm, self._recovered_ns = HangAlarm(), time.time_ns()
+
+    def _of_cells(self, evidence: Evidence) -> Evidence:
+        return of_cells(evidence, self._recovered_ns)
 
     def waiting(self) -> list[int]:
         """The ranks that are in an op that does not end, by the verdict of now."""
@@ -375,18 +388,23 @@ class EnginesSource:
             pause = max(LOOK_S, 10 * (time.monotonic() - began))
 
 
-def of_cells(evidence: Evidence) -> Evidence:
-    """What cells have done: in an engine's main thread. dinfer's own transfers are looked after by their run."""
+def of_cells(evidence: Evidence, since_ns: int = 0) -> Evidence:
+    """What cells have done: in an engine's main thread. dinfer's own transfers are looked after by their run. What had
+    ended a cell before `since_ns` counts no more."""
     events = tuple(
         event for event in evidence.trace.events if event.lane == MAIN and event.call and event.call.line
     )
-    return replace(evidence, trace=Trace(events, evidence.trace.about))
+    signs = dict(evidence.signs)
+    for rank, process in evidence.processes.items():
+        if process.cell_raised and process.cell_raised.at_ns < since_ns and signs[rank].between_cells:
+            signs[rank] = replace(signs[rank], raised=None)
+    return replace(evidence, trace=Trace(events, evidence.trace.about), signs=signs)
 
 
 class EnginesWatch(Watch):
     """What `session.watch()` returns: every call of torch.distributed in `%%px` cells is seen."""
 
-    INTERNAL = Watch.INTERNAL | {"stuck_ranks"}
+    INTERNAL = Watch.INTERNAL | {"recovering", "stuck_ranks"}
 
     def __init__(
         self, source: EnginesSource, write: "WriteReport | None" = None, show: "ShowWatch | None" = None
@@ -404,6 +422,10 @@ class EnginesWatch(Watch):
     def stuck_ranks(self) -> list[int]:
         """The ranks that wait in an op that does not end."""
         return self._engines.waiting()
+
+    def recovering(self, *, ended: bool) -> None:
+        """The session recovers, or has recovered."""
+        self._engines.recovering(ended=ended)
 
     def close(self) -> None:
         """Look no more; the engines go on recording."""

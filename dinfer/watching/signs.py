@@ -222,14 +222,21 @@ def _ended(watched: WatchedProcess, pulse: ProcessPulse | None) -> tuple[str, st
 def _raised(watched: WatchedProcess) -> Raised | None:
     """The exception that ended it or one of its threads, or that it handles while it waits in an op."""
     error, is_handled = watched.exception, False
+    is_of_cell = False
     if error is None or error.thread != MAIN or _goes_on(watched, error):
-        error, is_handled = _handled(watched) or _of_cell(watched) or error, True
+        of_cell = _of_cell(watched)
+        error, is_handled = _handled(watched) or of_cell or error, True
+        is_of_cell = error is not None and error is of_cell
     if error is None:
         return None
     lines = error.message.strip().splitlines() or [""]
     place = place_of(error.file, error.line) if error.line else ""
     is_lost = error.type.rpartition(".")[2] in _LOST_TYPES and bool(_LOST.search(error.message))
     said = f"{error.type}: {lines[0]}" if lines[0] else error.type
+    if is_of_cell and is_lost:
+        is_handled = (
+            False  # a cell that has lost another rank says that this one has ended, whoever waits for it now
+        )
     return Raised(said, op=place, lane=error.thread, secondary=is_lost, handled=is_handled)
 
 

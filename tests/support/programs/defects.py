@@ -213,13 +213,13 @@ def appended_twice() -> None:
 
 
 def appended_twice_to_a_cache() -> None:
-    """The same with a cache of transformers, of which nobody speaks to dinfer."""
+    """The same with a cache of transformers, of which nobody speaks to dinfer, and the first chunk."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
     for chunk in range(3):
         k = torch.arange(4 * 2 * 8, dtype=torch.float32).reshape(1, 2, 4, 8) + chunk
-        for _ in range(1 + (RANK == 1 and chunk == 1)):
+        for _ in range(1 + (RANK == 1 and chunk == 0)):
             cache.update(k, -k, 0)
         dist.barrier()
 

@@ -39,6 +39,8 @@ def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
         session.load("demo", threads=1)
         wanted = session.prefill(IDS, max_new_tokens=3, chunk_size=32)
         tokens = wanted.decode().tokens
+        with pytest.raises(NotPossible, match=r"session\.measure\(\), then"):
+            wanted.prediction()
         found = session.measure()
         assert session.measure() is found
         assert min(cost.seconds(0, 32) for cost in found.machine.layers) > 0
@@ -73,6 +75,10 @@ def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
         assert run.kv(layer=5).diff().equal
         assert run.compare("reference").equal
         assert run.decode().tokens == tokens
+        told_of = [(row[0], float(row[1]) > 0, float(row[2]) > 0) for row in run.prediction().rows]
+        names = ["prefill", *(f"rank {rank} computes" for rank in range(3))]
+        names += [f"link {source}→{target}" for source, target in permutations(range(3), 2)]
+        assert told_of == [(name, True, True) for name in names]
         page = run.report(tmp_path / "report.html")
         assert (
             f"{run.trace.about['predicted_s']:.3g} s of prefill, by the planner; it took"

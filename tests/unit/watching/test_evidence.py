@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from dinfer.watching.events import trace_of
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.failures import before_they_were_killed, only_first_failures
 from dinfer.watching.given import of_trace
+from dinfer.watching.live import of_cells
 from dinfer.watching.signs import ProcessPulse, _Sample, dumped_frame, signs_of
 from tests.support.made_processes import SECOND, op, process, raised
 from tests.support.runs import wait_for
@@ -256,6 +258,39 @@ def test_a_rank_whose_cell_has_ended_is_no_rank_that_is_stuck() -> None:
     assert evidence(process(0, op(0, "barrier", 1, 2), cell="ended"), failed, now=20).problem is None
 
 
+LOST = "Connection closed by peer [127.0.0.1]:4242"
+
+
+def after_a_lost_cell(**other: Any) -> Evidence:
+    """Rank 0's cell has ended by a lost connection, in an op for which rank 1 was not there."""
+    lost = raised(LOST, 4, kind="RuntimeError")
+    cell = process(
+        0, op(0, "barrier", 1, 2), op(1, "all_reduce", 3, 4, error=LOST), heartbeat_ns=20 * SECOND, cell="ended",
+        cell_raised=lost,
+    )  # fmt: skip
+    return evidence(cell, process(1, op(0, "barrier", 1, 2), heartbeat_ns=3 * SECOND, **other), now=20)
+
+
+@pytest.mark.parametrize(
+    ("ended", "kind", "words"),
+    [("os._exit(0)", "never joined", "has ended"), ("os._exit(3)", "dead", "ended by os._exit(3)")],
+)
+def test_who_ended_is_told_though_the_others_cells_have_ended_too(ended: str, kind: str, words: str) -> None:
+    found = after_a_lost_cell(ended=ended)
+    assert found.problem
+    assert (found.problem.kind, found.problem.ranks) == (kind, (1,))
+    assert words in found.problem.sentence
+    alarm = HangAlarm()
+    told = [alarm.consider(found, at) for at in (1.0, 1.1 + CONFIRM_S)]
+    assert [one for one in told if one] == [found.problem]
+
+
+def test_what_a_cell_ran_into_before_a_recovery_is_over() -> None:
+    found = of_cells(after_a_lost_cell(cell="ended"), 5 * SECOND)
+    assert found.problem is None
+    assert of_cells(after_a_lost_cell(ended="os._exit(0)"), 3 * SECOND).problem
+
+
 def test_a_rank_that_polls_for_a_request_hangs_nobody() -> None:
     """As a server does that shares its requests out by a broadcast."""
     polling = ProcessPulse(None, deque([_Sample(18, 1.0, False, wakes=0), _Sample(20, 1.0, False, wakes=40)]))
@@ -338,7 +373,22 @@ def test_a_rank_that_lost_one_that_had_ended_did_not_die() -> None:
     ).problem
     assert found
     assert (found.kind, found.ranks) == ("never joined", (1,))
-    assert found.sentence.startswith("missing collective: rank 1 has ended, after `barrier`")
+    assert found.sentence.startswith("missing collective: rank 1 has ended after `barrier`")
     assert "takes no part in `all_reduce`" in found.sentence
     assert "of rank 0" in found.sentence
     assert "Connection closed by peer" in str(found)
+
+
+def test_who_left_is_told_in_the_same_words_before_and_after_its_connection_is_seen_to_be_lost() -> None:
+    """The verdict that stands is not another one because the rank that waits has been ended by it."""
+    left = process(1, op(0, "barrier", 0.5, 1), ended="exit")
+    waits = evidence(process(0, op(0, "barrier", 0.5, 1), op(1, "all_reduce", 1, 0)), left, now=7).problem
+    lost = raised("[...] Connection closed by peer [127.0.0.1]:1", 4, kind="RuntimeError")
+    has_lost = evidence(
+        process(0, op(0, "barrier", 0.5, 1), op(1, "all_reduce", 1, 4), ended="exception", exception=lost),
+        left,
+        now=7,
+    ).problem
+    assert waits
+    assert has_lost
+    assert waits.sentence == has_lost.sentence
