@@ -174,10 +174,14 @@ def together(values: Sequence[Tensor], dims: int = 1) -> Tensor:
 
 def digests_of(rows: Tensor, dims: int) -> Tensor:
     """The digests of what the last `dims` dimensions of a contiguous tensor hold: int64 [...]."""
-    words = _integers(rows)
     if rows.device.type != "cpu":
-        return _weighted_sums(words.flatten(-dims))
-    return _exact_sums(words.to(torch.float64), dims)
+        return digests_by_integers(rows, dims)
+    return _exact_sums(_integers(rows).to(torch.float64), dims)
+
+
+def digests_by_integers(rows: Tensor, dims: int) -> Tensor:
+    """The same by integers, as on other devices than CPUs."""
+    return _weighted_sums(_integers(rows).flatten(-dims))
 
 
 def _exact_sums(rows: Tensor, dims: int) -> Tensor:
