@@ -11,11 +11,12 @@ the contract for import-linter; imports in functions and for types count too):
   session and rank; standard library only.
 - `files`, `arguments`; `config`, `display`: files that are read within bounds and written beside others; what a call
   takes; a run's parameters, validated; how values are shown as text and HTML.
-- `plan`, `model`: what will be done: ops, lanes, schedules, proofs; and transformers' layers one by one, without ranks.
+- `plan`, `model`: what will be done: ops, lanes, schedules, proofs, simulated time; and transformers' layers one by
+  one, without ranks. `planner`: what layers and links cost, and which plan to run.
 - `results`, `trace`, `kv`, `history`: what happened: results of calls, events and figures; whose KV differs, where and
   since when; what can be undone.
 - `verdict`: why a run does not move: which rank waits for which, and for what.
-- `transport`: bytes from rank to rank: gloo, NCCL, or queues within one process.
+- `transport`: bytes from rank to rank: gloo, NCCL, shared GPU memory, or queues within one process.
 - `job`, `engine`: a run checked before it starts; one rank's part of a plan.
 - `rank`: an engine as a process: commands from the session, the watcher beside it, stacks, memory, faults.
 - `cluster`: the ranks as a session reaches them: engines of ipyparallel or threads; leases and recovery.
