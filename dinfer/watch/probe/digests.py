@@ -76,15 +76,17 @@ class _Constant:
 
     def ready(self) -> Tensor:
         """It, for use on the current stream."""
-        if self._made is not None:
+        made = self._made  # another thread may find it there meanwhile
+        if made is not None:
             stream: Any = torch.cuda.current_stream(self.tensor.device)
             if stream != self._made_on:
-                stream.wait_event(self._made)
+                stream.wait_event(made)
             captures.unless_capturing(self._ask)
         return self.tensor
 
     def _ask(self) -> None:
-        if self._made is not None and self._made.query():
+        made = self._made
+        if made is not None and made.query():
             self._made = None
 
 
