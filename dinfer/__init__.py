@@ -11,11 +11,12 @@ the contract for import-linter; imports in functions and for types count too):
   session and rank; standard library only.
 - `files`, `arguments`; `config`, `display`: files that are read within bounds and written beside others; what a call
   takes; a run's parameters, validated; how values are shown as text and HTML.
-- `plan`, `model`: what will be done: ops, lanes, schedules, proofs; and transformers' layers one by one, without ranks.
+- `plan`, `model`: what will be done: ops, lanes, schedules, proofs, simulated time; and transformers' layers one by
+  one, without ranks. `planner`: what layers and links cost, and which plan to run.
 - `results`, `trace`, `kv`, `history`: what happened: results of calls, events and figures; whose KV differs, where and
   since when; what can be undone.
 - `verdict`: why a run does not move: which rank waits for which, and for what.
-- `transport`: bytes from rank to rank: gloo, NCCL, or queues within one process.
+- `transport`: bytes from rank to rank: gloo, NCCL, shared GPU memory, or queues within one process.
 - `job`, `engine`: a run checked before it starts; one rank's part of a plan.
 - `rank`: an engine as a process: commands from the session, the watcher beside it, stacks, memory, faults.
 - `cluster`: the ranks as a session reaches them: engines of ipyparallel or threads; leases and recovery.
@@ -24,7 +25,7 @@ the contract for import-linter; imports in functions and for types count too):
 - `run`: what a user holds: step, break, decode, inspect, inject, report; `watching`: the same of other people's code,
   judged from what `watch` has recorded.
 - `session`, `launch`, `views`: notebooks; ranks of the command line; panels, figures and reports.
-- `doctor`, `lab`, `bench`: checks of an installation, the fault lab, measurements.
+- `lab`: the fault lab, and hosts on one machine; `doctor`, `bench`: checks of an installation, measurements.
 - `magics`, `cli`: `%dinfer` and the command `dinfer`.
 
 To read the code, start with `plan.ops` and `plan.plan`, then `engine.engine` and `engine.lanes`, then `run.run`. Each

@@ -22,6 +22,7 @@ from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof, verify
+from dinfer.planner.machine import MeasuredMachine
 from dinfer.verdict.drawing import counterexample_svg, cycle_text
 
 
@@ -128,13 +129,17 @@ class PlanRefused(PlanError):
 
 @dataclass(frozen=True, repr=False)
 class Job:
-    """A run that may start. `config.threads` and `config.backend` are chosen; `ids` are the prompt's token ids."""
+    """A run that may start. `config.threads` and `config.backend` are chosen; `ids` are the prompt's token ids;
+    `predicted_s`: seconds of prefill by the planner, 0 where it has chosen nothing; `machine`: as measured before, None
+    where nothing was."""
 
     config: Config
     spec: Spec
     ids: tuple[int, ...]
     plan: Plan
     verdict: Proof | Counterexample
+    predicted_s: float = 0.0
+    machine: MeasuredMachine | None = None
 
     def __repr__(self) -> str:
         return f"<job: {self.config.model_path}, {len(self.ids)} prompt tokens, {self.plan!r}>"

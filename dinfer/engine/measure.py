@@ -16,7 +16,6 @@ from dinfer.engine.corruption import Alarm
 from dinfer.engine.finite import FiniteCheck
 from dinfer.engine.prefill import Prefill
 from dinfer.model.decoder import Decoder
-from dinfer.model.kernels.graphs import LayerGraphs
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op, Value
 from dinfer.plan.partition import partition
@@ -44,10 +43,10 @@ def time_layers(
     lengths: Sequence[int],
     *,
     digests: bool = True,
-    graphs: LayerGraphs | None = None,
 ) -> list[LayerTime]:
-    """Medians of the time of a layer, with `digests` or without, for chunks of these lengths at the start, in the
-    middle and at the end of `tokens` tokens. Nothing is sent. What the KV holds does not matter for the time."""
+    """Medians of the time of a layer by transformers' own kernels, with `digests` or without, for chunks of these
+    lengths at the start, in the middle and at the end of `tokens` tokens. Nothing is sent. What the KV holds does not
+    matter for the time."""
     found = list[LayerTime]()
     for length in sorted({min(length, tokens) for length in lengths}):
         shape = partition(layers=decoder.num_layers, tokens=tokens, world_size=1, chunk_size=length)
@@ -56,7 +55,7 @@ def time_layers(
         with closing(FiniteCheck(0, shape, cache.device, lambda _: None, lambda _: None)) as finite:
             state = Prefill(
                 decoder, cache, plan, 0, [0] * tokens,
-                digests=digests, alarm=Alarm("record", None), finite=finite, graphs=graphs,
+                digests=digests, alarm=Alarm("record", None), finite=finite,
             )  # fmt: skip
             whole = tokens // length - 1
             for chunk in sorted({0, whole // 2, whole}):

@@ -18,6 +18,7 @@ from dinfer.run.nonfinite import nonfinite_of
 from dinfer.run.report import findings_of_result
 from dinfer.run.result import merge, result_of, table
 from dinfer.severity import Severity
+from dinfer.trace.clocks import moved
 from dinfer.trace.findings import with_findings
 from dinfer.verdict.verdict import Verdict
 
@@ -100,9 +101,8 @@ class ProgressLines:
 
     def nonfinite(self, ranks: Sequence[RankState]) -> None:
         """Say where the first NaN or Inf is, if any rank has found one."""
-        known = nonfinite_of(
-            [state.notes for state in ranks], (one for state in ranks for one in state.events)
-        )
+        events = (one for state in ranks for one in moved(state.events, state.clock))
+        known = nonfinite_of([state.notes for state in ranks], events)
         if known.first:
             text = f"not finite: {known.text}"
             self._interject(Severity.WARNING.marked(text, colour=takes_colour(self.out)))

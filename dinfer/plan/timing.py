@@ -71,6 +71,8 @@ class _Simulated:
         self.met: dict[int, float] = {}
         self.ended: dict[int, float] = {}
         self.moving: dict[int, float] = {}
+        self._channels: dict[int, Channel] = {}
+        """those of `moving`, in the same order"""
         self._ahead: dict[int, float] = {}
         """by send that has not ended: the bytes that may be left when it does"""
         self._due: list[tuple[float, int, Callable[[int], None]]] = []
@@ -132,7 +134,8 @@ class _Simulated:
 
     def _leave(self, sent: int) -> None:
         self.moving[sent] = float(self.machine.message(self.graph.ops[sent]))
-        self._ahead[sent] = self.machine.ahead(channel_of(self.graph.ranks[sent], self.graph.ops[sent]))
+        channel = channel_of(self.graph.ranks[sent], self.graph.ops[sent])
+        self._channels[sent], self._ahead[sent] = channel, self.machine.ahead(channel)
         self._share()
 
     def _arrived(self, sent: int) -> None:
@@ -142,7 +145,7 @@ class _Simulated:
             self._end(sent)
             if self.moving[sent]:
                 return
-        del self.moving[sent]
+        del self.moving[sent], self._channels[sent]
         self._share()
         self._end(self.graph.partner[sent])
 
@@ -150,9 +153,8 @@ class _Simulated:
         """Give each message its part of the links."""
         if not self.moving:
             return
-        moving = list(self.moving)
-        channels = [channel_of(self.graph.ranks[n], self.graph.ops[n]) for n in moving]
-        self._rates = dict(zip(moving, self.machine.rates(channels), strict=True))
+        rates = self.machine.rates(tuple(self._channels.values()))
+        self._rates = dict(zip(self.moving, rates, strict=True))
 
     def _end(self, number: int) -> None:
         self.ended[number] = self.now

@@ -5,7 +5,6 @@ Whatever is chosen, the plan that would run without a choice is a candidate too,
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate, pairwise
 from math import ceil, inf
 from typing import Any, get_args
@@ -40,7 +39,8 @@ SLACK = 0.002
 """a plan counts as faster only if it is so by this part, so that a simpler one is kept"""
 
 OPS = 400_000
-"""ops that one choice simulates, about: some seconds; then the best so far is taken"""
+"""ops that one choice simulates, of three ranks, of more ranks fewer, since more messages travel at once: some seconds;
+then the best so far is taken"""
 
 
 @dataclass(frozen=True)
@@ -80,27 +80,20 @@ class Chosen:
         return "\n".join(self.because)
 
 
-@dataclass(frozen=True)
 class Planner:
     """Chooses for `layers` layers on this machine."""
 
-    machine: MeasuredMachine
-    layers: int
-
-    @cached_property
-    def _known(self) -> dict[Candidate, float]:
-        return {}
-
-    @cached_property
-    def _used(self) -> list[int]:
-        """Ops simulated so far, one number."""
-        return [0]
+    def __init__(self, machine: MeasuredMachine, layers: int) -> None:
+        self.machine, self.layers = machine, layers
+        self._known: dict[Candidate, float] = {}
+        self._used = 0
+        """ops simulated so far, as OPS counts them"""
 
     def seconds(self, candidate: Candidate) -> float:
         """How long the candidate's plan takes by simulation."""
         if candidate not in self._known:
             graph = Graph(candidate.plan(self.layers))
-            self._used[0] += len(graph.ops)
+            self._used += len(graph.ops) * len(candidate.starts) // 3
             self._known[candidate] = timed(graph, self.machine).makespan
         return self._known[candidate]
 
@@ -143,7 +136,7 @@ class Planner:
         """The fastest; of equals, the first. Looks at no more of them once OPS are used up."""
         best = one
         for other in others:
-            if other not in self._known and self._used[0] > OPS:
+            if other not in self._known and self._used > OPS:
                 continue
             if self.seconds(other) < self.seconds(best) * (1 - SLACK):
                 best = other

@@ -28,6 +28,7 @@ def merge(job: Job, by_rank: Sequence[Sequence[Event]], ranks: Sequence[RankStat
         tokens=shape.tokens,
         chunk_size=shape.chunk_size,
         **({"chunks": list(shape.lengths)} if shape.lengths else {}),
+        **({"predicted_s": job.predicted_s} if job.predicted_s else {}),
         stages=list(shape.starts),
         schedule=job.plan.schedule,
         sync_strategy=job.plan.sync_strategy,

@@ -20,7 +20,7 @@ from dinfer.arguments import CHECKED, argument_check
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
-from dinfer.display import Displayable, DisplayableText, Tidy
+from dinfer.display import Displayable, DisplayableText, Table, Tidy
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.finite import NonFinite
 from dinfer.errors import NotPossible, ipython
@@ -55,6 +55,7 @@ from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.left import LeftRun
 from dinfer.run.moves import Moves
 from dinfer.run.play import Player, period_of
+from dinfer.run.prediction import prediction
 from dinfer.run.recorder import RunRecorder
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.state import (
@@ -453,6 +454,11 @@ class Run(Tidy, Displayable):
     def trace(self) -> Trace:
         """The events of all ranks so far; of a run that stands still, all of them."""
         return self._events.trace()
+
+    def prediction(self) -> Table:
+        """Seconds of prefill as they are predicted beside those measured so far: in all, by rank and by link. Raises
+        NotPossible unless `session.measure()`, or a run with "auto", came before the run."""
+        return prediction(self.job, self.trace)
 
     def events_since(self, read: Sequence[int]) -> tuple[list[Event], list[int]]:
         """The events after those that have been `read`, [] at first, and the `read` of the next call. All events of a

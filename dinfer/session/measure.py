@@ -68,11 +68,17 @@ def without_auto(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
 
 def choose(measurement: Measurement, job: Job, auto: Sequence[str]) -> Chosen:
     """The fastest plan for this job's prompt that differs from its own only in what is `auto`. Raises ConfigError where
-    the transport is none that was measured."""
+    transport or kernels are not those that are measured."""
     config, shape = job.config, job.plan.shape
-    if config.backend == "nccl":
+    if config.backend != "gloo":
         raise ConfigError(
-            f"{auto[0]} is auto, which needs backend gloo: how NCCL shares links is not measured. Give a value."
+            f"{auto[0]} is auto, which needs backend gloo: how {config.backend} shares links is not measured. Give a "
+            "value."
+        )
+    if config.wants_graphs:
+        raise ConfigError(
+            f"{auto[0]} is auto, which needs kernels exact: graphs are not measured. Give a value, or "
+            'session.load(…, kernels="exact").'
         )
     default = Candidate(
         shape.starts, sized_lengths(shape.tokens, config.chunk_size), config.schedule, config.sync_strategy

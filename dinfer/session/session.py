@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -199,7 +199,9 @@ class Session(Tidy, Announced, Closing):
             chosen = choose(self.measure(), job, auto)
             print(chosen)
             config, plan = with_choice(config, chosen, self.spec.layers)
-            job = prepare_loaded(config, self.spec, plan or None)
+            job = replace(prepare_loaded(config, self.spec, plan or None), predicted_s=chosen.predicted_s)
+        if self._measured:
+            job = replace(job, machine=self._measured.machine)
         text = "" if not plan else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)

@@ -294,14 +294,10 @@ class RecordedEvents:
             if other in (None, rank) or self._signs.get(other, NOBODY).phase != "done":
                 continue
             if self._ops.is_missing(op, other, receives=event.kind == "send"):
-                last = self._last(other)
-                after = f", after {full_text(last)}" if last else ""
-                text = (
-                    f"{self._signs[other].left}{after} and takes no part in {full_text(event)} of rank {rank}"
-                )
                 kind: HangKind = "never joined"
                 if event.kind in MESSAGES:
                     kind = "never received" if event.kind == "send" else "never sent"
+                text = self._absent(op, other, f"is in {full_text(event)}")
                 return Root(kind, other, text, rank)
         return None
 
@@ -387,16 +383,24 @@ class RecordedEvents:
         has_left = signs.phase == "done" if signs else bool(self._ops.by_rank[peer])
         if not event.call or not has_left:
             return wait._replace(on=(Node(peer),))
-        last = self._last(peer)
-        done = self._ops.ended(op, peer, receives=event.kind == "send")
-        verb, such = ("sent", "send") if event.kind == "recv" else ("received", "recv")
-        after = f" after {full_text(last)}" if last else ""
-        some = f", with {done} such {such}{'s' * (done != 1)}," if done else ""
-        left = signs.left if signs else "has done nothing more"
-        text = f"{left}{after}{some} and not {verb} the {nth(op.number)}, for which rank {event.rank} {wait.text}"
+        text = self._absent(op, peer, wait.text)
         root = Root(kind, peer, text, event.rank)
         is_over = signs is not None and not signs.between_cells  # what has ended does no more
         return wait._replace(root=root if is_over else self._ripe(wait, root))
+
+    def _absent(self, op: RecordedOp, other: int, waits: str) -> str:
+        """What a rank that has left has not done for an op of another one, which `waits`."""
+        event, last = op.event, self._last(other)
+        signs = self._signs.get(other)
+        left = (
+            f"{signs.left if signs else 'has done nothing more'}{f' after {full_text(last)}' if last else ''}"
+        )
+        if event.kind not in MESSAGES:
+            return f"{left} and takes no part in {full_text(event)} of rank {event.rank}"
+        done = self._ops.ended(op, other, receives=event.kind == "send")
+        verb, such = ("sent", "send") if event.kind == "recv" else ("received", "recv")
+        some = f", with {done} such {such}{'s' * (done != 1)}," if done else ""
+        return f"{left}{some} and not {verb} the {nth(op.number)}, for which rank {event.rank} {waits}"
 
     def _other_tag(self, op: RecordedOp, peer: int) -> Event | None:
         """What the other rank is in that would be the other end but for its tag."""
@@ -522,10 +526,8 @@ class RecordedEvents:
         text = f"{wait.text}{which} and waits for {ranks_text(behind)}"
         gone = [rank for rank in behind if self._has_left(rank)]
         if gone and event.call:
-            last = self._last(gone[0])
-            after = f" after {full_text(last)}" if last else ""
             signs = self._signs.get(gone[0], NOBODY)
-            said = f"{signs.left}{after} and takes no part in {full_text(event)} of rank {event.rank}"
+            said = self._absent(op, gone[0], wait.text)
             root = Root("never joined", gone[0], said, event.rank)
             return wait._replace(text=text, root=self._ripe(wait, root) if signs.between_cells else root)
         on = dict.fromkeys(node for rank in behind for node in self._nodes(rank, op))

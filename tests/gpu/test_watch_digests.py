@@ -67,3 +67,11 @@ def test_a_graph_that_is_captured_has_what_it_needs_of_its_own() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(found.cpu(), token_digests(values))
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 2050])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+def test_equal_bytes_have_equal_digests_on_cpu_and_gpu(dtype: torch.dtype, width: int) -> None:
+    data = torch.randint(0, 256, (2, 4, 16, width * dtype.itemsize), dtype=torch.uint8).view(dtype)
+    assert torch.equal(token_digests(data.cuda()).cpu(), token_digests(data))
+    assert torch.equal(digests.last_dim_digests(data.cuda()).cpu(), digests.last_dim_digests(data))

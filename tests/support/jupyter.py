@@ -19,7 +19,7 @@ import psutil
 from nbformat import v4
 from playwright.sync_api import Locator, Page
 
-from tests.support.runs import DEADLINE_S, wait_for
+from tests.support.runs import DEADLINE_S, is_alive, wait_for
 
 ROOT = Path(__file__).parents[2]
 APPS = {
@@ -114,9 +114,11 @@ class Lab:
         server = psutil.Process(self.process.pid)
         processes = [server, *server.children(recursive=True)]
         self.process.terminate()
-        _, left = psutil.wait_procs(processes, timeout=60)
-        for process in left:
-            process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(60)  # it ends its kernels before itself
+        for process in filter(is_alive, processes):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait(60)
 
 

@@ -115,7 +115,7 @@ OPEN: Any = dinfer.open
     ("given", "says"),
     [
         (lambda: CONNECT(tmeout=3), "connect takes no 'tmeout'. Did you mean timeout?"),
-        (lambda: CONNECT("threads", "3"), "n is '3'; it must be a whole number."),
+        (lambda: CONNECT("threads", "3"), "n is '3'; it must be a whole number or None."),
         (lambda: CONNECT("threads", 2, "other"), "connect takes at most 2 values without a name"),
         (lambda: OPEN(), "open needs path. The call is open(path)."),
         (lambda: OPEN(5), "path is 5; it must be text or a path."),

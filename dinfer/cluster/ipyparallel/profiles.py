@@ -32,8 +32,8 @@ MARK = "# Written by `dinfer profile"
 ASK_S = 20.0
 """how long ssh and Slurm's commands may take to answer"""
 
-BATCH = ("-o", "BatchMode=yes")
-"""ssh asks for no password: nobody could type it"""
+BATCH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
+"""ssh asks for no password, which nobody could type, and does not wait minutes for a host that is down"""
 
 
 class ProfileHost(NamedTuple):

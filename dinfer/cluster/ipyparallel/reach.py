@@ -42,7 +42,8 @@ def check_hosts(profile: Profile, n: int) -> None:
     program = _PROBE.replace("{folder!r}", repr(profile.folder))
     try:
         asked = [
-            Asked([*ssh_words(host.name, profile.ssh_args), host.python, "-"], program) for host in hosts
+            Asked([*ssh_words(host.name, profile.ssh_args), shlex.quote(host.python), "-"], program)
+            for host in hosts
         ]
     except OSError:
         raise ClusterError(

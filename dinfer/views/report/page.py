@@ -188,6 +188,14 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
     }
 
 
+def _predicted(trace: Trace) -> str:
+    """The planner's prediction beside the prefill that was measured; "" without one, or where prefill has not ended."""
+    predicted_s, prefill_s = trace.about.get("predicted_s"), summary(trace)["prefill_s"]
+    if not isinstance(predicted_s, int | float) or not predicted_s > 0 or not prefill_s:
+        return ""
+    return f"{predicted_s:.3g} s of prefill, by the planner; it took {prefill_s:.3g} s"
+
+
 def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
     """What was run, where it is known, by name."""
     about = trace.about
@@ -200,6 +208,7 @@ def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
         "layers": f"{about['layers']} on {ranks} rank{'s' * (ranks != 1)}" if about.get("layers") else "",
         "schedule": str(about.get("schedule") or ""),
         "sync strategy": str(about.get("sync_strategy") or ""),
+        "predicted": _predicted(trace),
         "made": made,
         "clocks": trace.clocks,
         "dinfer": str(about.get("dinfer", "")),

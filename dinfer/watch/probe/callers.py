@@ -70,12 +70,12 @@ class _Code:
         "blocking",
         "chunks",
         "code",
+        "copied",
         "flag",
         "internal",
         "issues",
         "layers",
         "library",
-        "optimized",
         "owner",
         "places",
         "standard",
@@ -87,10 +87,9 @@ class _Code:
         whose_code = whose(code.co_filename)
         self.internal, self.standard = whose_code == INTERNAL, whose_code == STANDARD
         self.library = whose_code == LIBRARY
-        self.optimized = bool(code.co_flags & _OPTIMIZED)
-        names = (
-            {*code.co_varnames, *code.co_cellvars, *code.co_freevars} if self.optimized else {*code.co_names}
-        )
+        optimized = bool(code.co_flags & _OPTIMIZED)
+        self.copied = optimized and not _LIVE_LOCALS
+        names = {*code.co_varnames, *code.co_cellvars, *code.co_freevars} if optimized else {*code.co_names}
         self.layers = tuple(name for name in LAYER_NAMES if name in names)
         self.chunks = tuple(name for name in CHUNK_NAMES if name in names)
         self.owner = "self" in names
@@ -136,30 +135,34 @@ def caller(
     frame: FrameType | None, want_async: bool = False, want_layer: bool = True, want_chunk: bool = True
 ) -> Caller:
     """Look from `frame` outwards, no further than it takes to find what is wanted."""
-    blocking, in_cpp, async_op, known = False, False, None, _codes.get
+    return Caller(*seen_from(frame, want_async, want_layer, want_chunk))
+
+
+def seen_from(
+    frame: FrameType | None, want_async: bool, want_layer: bool, want_chunk: bool
+) -> tuple[Place, int, int, bool, bool, Any]:
+    """The same as a plain tuple, which takes a tenth of the time to make: this is called for each op."""
+    blocking, async_op, known = False, None, _codes.get
     code = None if frame is None else known(id(frame.f_code)) or _known(frame.f_code)
-    if code is not None:
-        in_cpp = not code.issues
-    while code is not None and code.internal:
+    in_cpp = code is not None and not code.issues
+    while frame is not None and code is not None and code.internal:
         if code.blocking:
             blocking = True
-        elif code.flag and want_async and async_op is None:
-            async_op = _local(frame, code, ("async_op",))
-        frame = frame.f_back  # type: ignore[union-attr]
+        elif want_async and code.flag and async_op is None:
+            async_op = _locals(frame, code, ("async_op",), (), False)[0]
+        frame = frame.f_back
         code = None if frame is None else known(id(frame.f_code)) or _known(frame.f_code)
     layer = chunk = NOTHING
     place: Place | None = None
     is_package = False
     outermost = ("", 0, "")
     mine = libraries = deep = 0
-    while frame is not None and deep < DEEPEST:
-        deep += 1
-        code = known(id(frame.f_code)) or _known(frame.f_code)
+    while frame is not None and code is not None and deep < DEEPEST:
         if code.standard:
             outermost = _place(frame, code)
         elif not code.internal:
             if place is None:
-                place, is_package = _place(frame, code), code.library
+                place, is_package = code.places.get(frame.f_lasti) or _place(frame, code), code.library
             elif is_package and not code.library:
                 place, is_package = _through(place, _place(frame, code)), False
             if code.library:
@@ -167,17 +170,20 @@ def caller(
             else:
                 mine += 1
             if code.tells and (not code.library or libraries <= NEAR_FRAMES):
-                names = (code.layers if want_layer else (), code.chunks if want_chunk else ())
-                if names[0] or names[1] or (want_layer and code.owner):
-                    found_layer, found_chunk = _locals(frame, code, *names, want_layer and code.owner)
-                    if want_layer and found_layer is not None:
+                layers, owner = (code.layers, code.owner) if want_layer else ((), False)
+                chunks = code.chunks if want_chunk else ()
+                if layers or chunks or owner:
+                    found_layer, found_chunk = _locals(frame, code, layers, chunks, owner)
+                    if found_layer is not None:
                         layer, want_layer = found_layer, False
-                    if want_chunk and found_chunk is not None:
+                    if found_chunk is not None:
                         chunk, want_chunk = found_chunk, False
-            if not is_package and (mine == NEAR_FRAMES or not (want_layer or want_chunk)):
+            if not is_package and (not (want_layer or want_chunk) or mine == NEAR_FRAMES):
                 break
+        deep += 1
         frame = frame.f_back
-    return Caller(place or outermost, layer, chunk, blocking, in_cpp, async_op)
+        code = None if frame is None else known(id(frame.f_code)) or _known(frame.f_code)
+    return place or outermost, layer, chunk, blocking, in_cpp, async_op
 
 
 _throughs: dict[tuple[Place, Place], Place] = {}
@@ -232,13 +238,8 @@ def _locals(
             layer = _layer_of(found.get("self"))
         return layer, _first(found, chunks) if chunks else None
     finally:
-        if not _LIVE_LOCALS and code.optimized and sys.getrefcount(found) <= 3:
+        if code.copied and sys.getrefcount(found) <= 3:
             found.clear()
-
-
-def _local(frame: Any, code: _Code, names: tuple[str, ...]) -> Any:
-    """The first of these variables that is a number or a truth value."""
-    return _locals(frame, code, names, (), False)[0]
 
 
 def _first(found: Any, names: tuple[str, ...]) -> int | None:

@@ -1,5 +1,6 @@
 """When cells of a notebook begin, end and fail in this process, which itself goes on: as IPython's shell says."""
 
+from collections.abc import Callable
 from typing import Any
 
 from .recorder import OpRecorder
@@ -8,8 +9,11 @@ from .recorder import OpRecorder
 class Cells:
     """Tells the recorder of the cells that a shell runs, silent ones too, as ipyparallel's are. None runs now."""
 
-    def __init__(self, recorder: OpRecorder, shell: Any) -> None:
-        self._recorder, self._shell = recorder, shell
+    def __init__(
+        self, recorder: OpRecorder, shell: Any, before_end: Callable[[], None] = lambda: None
+    ) -> None:
+        """`before_end`: called before a cell's end is told; must not raise."""
+        self._recorder, self._shell, self._before_end = recorder, shell, before_end
         shell.events.register("pre_execute", self._begun)
         shell.events.register("post_execute", self._ended)
         self._say("ended")
@@ -23,6 +27,7 @@ class Cells:
         self._say("running")
 
     def _ended(self) -> None:
+        self._before_end()
         error = getattr(getattr(self._shell, "last_execution_result", None), "error_in_exec", None)
         self._say("ended", error if isinstance(error, BaseException) else None)
 

@@ -1,14 +1,22 @@
 """Digests of rows: 64 bits each, the same on every device, sensitive to order.
 
-Each 64-bit word of a row has a number added that depends on its place, and is then mixed by the finaliser of splitmix64
-(Steele, Lea and Flood 2014), which is a bijection; the digest is the sum modulo 2^64. On CUDA one kernel mixes a word,
-where torch's own operations would take thirteen: a prefill of small chunks is bound by kernel launches.
+Those of dinfer's own runs (`row_digests`): each 64-bit word of a row has a number added that depends on its place, and
+is then mixed by the finaliser of splitmix64 (Steele, Lea and Flood 2014), which is a bijection; the digest is the sum
+modulo 2^64. `dinfer.kv.digests` says what such digests can and cannot tell.
 
-`dinfer.kv.digests` says what such digests can and cannot tell, and what they are used for beside the probe.
+Those of a watched program, whose time is not ours (`together`, `token_digests`, `last_dim_digests`), take a quarter of
+that on a CPU: each 32 bits of a row are multiplied by a fixed random number of 64 bits, and the digest is the sum
+modulo 2^64 (Thorup, High speed hashing for integers and strings, 2015). Rows that differ agree with a probability of
+2^-33 at the most, where their top bits alone differ, and of about 2^-64 where their lowest do. A CPU is fastest at
+products of matrices of floating-point numbers: so each of the fixed numbers is taken as five digits of 13 bits, for
+which sums of 1,024 products are exact in float64, and these five sums are put together.
+
+On CUDA one kernel mixes a word, where torch's own operations would take up to thirteen: a prefill of small chunks is
+bound by kernel launches.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
 from typing import Any
@@ -31,6 +39,15 @@ template <typename T> T dinfer_mix(T word, T place) {
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9ULL;
     mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EBULL;
     return static_cast<T>(mixed ^ (mixed >> 31));
+}
+"""
+
+
+_WEIGHING = """
+template <typename T> T dinfer_weigh(T word, T lower, T upper) {
+    unsigned long long low = static_cast<unsigned long long>(static_cast<long long>(static_cast<int>(word)));
+    unsigned long long high = static_cast<unsigned long long>(word >> 32);
+    return static_cast<T>(low * static_cast<unsigned long long>(lower) + high * static_cast<unsigned long long>(upper));
 }
 """
 
@@ -59,15 +76,17 @@ class _Constant:
 
     def ready(self) -> Tensor:
         """It, for use on the current stream."""
-        if self._made is not None:
+        made = self._made  # another thread may find it there meanwhile
+        if made is not None:
             stream: Any = torch.cuda.current_stream(self.tensor.device)
             if stream != self._made_on:
-                stream.wait_event(self._made)
+                stream.wait_event(made)
             captures.unless_capturing(self._ask)
         return self.tensor
 
     def _ask(self) -> None:
-        if self._made is not None and self._made.query():
+        made = self._made
+        if made is not None and made.query():
             self._made = None
 
 
@@ -92,15 +111,17 @@ def _make_places(count: int, device: torch.device) -> Tensor:
 
 @cache
 def _mixer(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
-    if kind != "cuda":
-        return _mix
+    return _fused(_KERNEL, 2, _mix) if kind == "cuda" else _mix
+
+
+def _fused(kernel: str, inputs: int, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel for CUDA that does the same as `plain`; that one, where it cannot be had."""
     try:
-        fused: Callable[[Tensor, Tensor], Tensor] = torch.cuda.jiterator._create_jit_fn(_KERNEL)
-        one = torch.ones(1, dtype=torch.int64, device=kind)
-        fused(one, one)
+        fused: Callable[..., Tensor] = torch.cuda.jiterator._create_jit_fn(kernel)
+        fused(*[torch.ones(1, dtype=torch.int64, device="cuda")] * inputs)
     except (AttributeError, RuntimeError) as error:  # a beta feature of torch, which needs a compiler
         log.info("digests are computed by torch's own operations, which take longer: %s", error)
-        return _mix
+        return plain
     return fused
 
 
@@ -132,6 +153,111 @@ def row_digests(block: Tensor) -> Tensor:
     return mixed_sum(_words(block))
 
 
+DIGITS, DIGIT_BITS = 5, 13
+SMALL = 32768
+"""Tensors of fewer numbers are in the cache anyway: rather one pass more over them than calls of torch."""
+
+EXACT = 1024
+"""So many products of 32 bits and a digit add up to no more than 2^53, below which float64 is exact."""
+
+
+def together(values: Sequence[Tensor], dims: int = 1) -> Tensor:
+    """The digests of rows of several tensors that are alike: int64 [..., tensors], of what the last `dims` dimensions
+    hold. Nothing is read back from a device."""
+    if values[0].device.type != "cpu" or values[0].numel() < SMALL:  # the fewer calls, the better
+        return digests_of(torch.stack(tuple(values), -dims - 1), dims)
+    parts = [_integers(value) for value in values]  # one pass over the tensors as they lie
+    words, at = parts[0], parts[0].dim() - dims
+    rows = torch.empty((*words.shape[:at], len(parts), *words.shape[at:]), dtype=torch.float64)
+    for number, part in enumerate(parts):
+        rows.select(at, number).copy_(part)
+    return _exact_sums(rows, dims)
+
+
+def digests_of(rows: Tensor, dims: int) -> Tensor:
+    """The digests of what the last `dims` dimensions of a contiguous tensor hold: int64 [...]."""
+    if rows.device.type != "cpu":
+        return digests_by_integers(rows, dims)
+    return _exact_sums(_integers(rows).to(torch.float64), dims)
+
+
+def digests_by_integers(rows: Tensor, dims: int) -> Tensor:
+    """The same by integers, as on other devices than CPUs."""
+    return _weighted_sums(_integers(rows).flatten(-dims))
+
+
+def _exact_sums(rows: Tensor, dims: int) -> Tensor:
+    """The same of integers as float64."""
+    shape = rows.shape[:-dims]
+    count = prod(rows.shape[-dims:])
+    rows, digits = rows.view(-1, count), _digits(count)
+    if count <= EXACT:
+        sums = (rows @ digits).to(torch.int64)
+    else:
+        pieces = zip(rows.split(EXACT, 1), digits.split(EXACT), strict=True)  # type: ignore[no-untyped-call]
+        sums = torch.stack([piece @ part for piece, part in pieces]).to(torch.int64).sum(0)
+    return torch.mv(sums, _shifts()).view(shape)
+
+
+def _weighted_sums(rows: Tensor) -> Tensor:
+    """The same of rows of integers, by integers."""
+    count, kind = rows.shape[-1], rows.device.type
+    weights = _constant(_make_weights, count, rows.device)
+    if rows.dtype != torch.int32 or count % 2:
+        return (rows.to(torch.int64) * weights).sum(-1)
+    lower, upper = weights.view(-1, 2).unbind(-1)
+    return _weigher(kind)(rows.view(torch.int64), lower, upper).sum(-1)
+
+
+def _integers(values: Tensor) -> Tensor:
+    """Values of any dtype as integers of 32 bits or, where the last dimension is no multiple of that, of 16 or 8."""
+    if values.element_size() == 4 and not values.dtype.is_complex:
+        return values.view(torch.int32)
+    width = values.shape[-1] * values.element_size()
+    dtype = next(dtype for size, dtype in INTEGERS.items() if size <= 4 and width % size == 0)
+    try:
+        return values.view(dtype)
+    except RuntimeError:  # it lies so that no words can be seen in it
+        return values.contiguous().view(dtype)
+
+
+@cache
+def _weigher(kind: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return _fused(_WEIGHING, 3, _weigh) if kind == "cuda" else _weigh
+
+
+def _weigh(words: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    high = words >> 32
+    low = words - (high << 32)
+    low -= (low >> 31) << 32  # as signed
+    return low.mul_(lower).add_(high.mul_(upper))
+
+
+@cache
+def _digits(count: int) -> Tensor:
+    return _make_digits(count, torch.device("cpu")).to(torch.float64)
+
+
+def _make_digits(count: int, device: torch.device) -> Tensor:
+    """Of the fixed numbers the digits, from the lowest on, each between -4,096 and 4,095: int64 [count, DIGITS]."""
+    places = _make_places(count, device)
+    bits = _mix(torch.zeros_like(places), places) | 1  # odd numbers, so that each bit of a word counts
+    size = 1 << DIGIT_BITS
+    digits = [((bits >> DIGIT_BITS * place) & (size - 1)) - size // 2 for place in range(DIGITS - 1)]
+    return torch.stack([*digits, bits >> DIGIT_BITS * (DIGITS - 1)], -1)
+
+
+@cache
+def _shifts() -> Tensor:
+    return torch.tensor([1 << DIGIT_BITS * place for place in range(DIGITS)])
+
+
+def _make_weights(count: int, device: torch.device) -> Tensor:
+    """The fixed numbers: int64 [count]."""
+    places = torch.arange(DIGITS, device=device) * DIGIT_BITS
+    return (_make_digits(count, device) << places).sum(-1)
+
+
 def _words(rows: Tensor) -> Tensor:
     """Rows of any dtype as rows of integers."""
     width = rows.shape[-1] * rows.element_size()
@@ -141,13 +267,12 @@ def _words(rows: Tensor) -> Tensor:
 
 def token_digests(values: Tensor) -> Tensor:
     """The digest of each token's values in all heads: of [..., heads, tokens, width] int64 [..., tokens]."""
-    rows = values.detach().transpose(-3, -2).flatten(-2)
-    return mixed_sum(_words(rows))
+    return together([values.detach().transpose(-3, -2)], 2)[..., 0]
 
 
 def last_dim_digests(values: Tensor) -> Tensor:
     """The digest of each row of [..., width]: int64 [...]."""
-    return mixed_sum(_words(values.detach()))
+    return together([values.detach()])[..., 0]
 
 
 SKETCH = 16

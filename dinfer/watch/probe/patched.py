@@ -1,12 +1,15 @@
-"""Sees ops by methods of process groups that are replaced: for a torch whose c10d operators cannot be overridden.
+"""Sees ops by methods of process groups that are replaced: messages, and all ops of a torch whose c10d operators cannot
+be overridden.
 
 As `kernels` does, this sees names that were imported early, `batch_isend_irecv`, other threads and `group.send`, since
 all of `torch.distributed` goes by these methods. It does not see functional collectives, nor what C++ code calls, such
-as DDP's reducer.
+as DDP's reducer. But it costs half as much: the way through a Python kernel makes objects of all arguments.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from types import CodeType
 from typing import Any, NamedTuple
 
 from .recorder import OpRecorder, PendingOp
@@ -56,6 +59,8 @@ METHODS = {
     "monitored_barrier": MethodArguments("barrier", None),
 }
 
+MESSAGES = ("send", "recv", "recv_anysource")
+
 WAITING = "monitored_barrier"
 """the method that waits by itself"""
 
@@ -65,16 +70,20 @@ class PatchedMethods:
 
     name = "patched"
 
-    def __init__(self, recorder: OpRecorder, works: Works) -> None:
-        """Puts them in place. Raises as torch does."""
+    def __init__(self, recorder: OpRecorder, works: Works, names: Iterable[str] = METHODS) -> None:
+        """Puts those of these names in place. Raises as torch does."""
         import torch
 
         self._recorder, self._works = recorder, works
         self._kind: Any = torch._C._distributed_c10d.ProcessGroup
         self._restore: list[Callable[[], None]] = []
-        for name, where in METHODS.items():
+        self.passing: CodeType | None = None
+        """the code of the methods for messages, from which an op comes that is recorded already"""
+        for name in names:
             if name in vars(self._kind):
-                self._replace(name, self._method(getattr(self._kind, name), where, waits=name == WAITING))
+                original, where = getattr(self._kind, name), METHODS[name]
+                make = self._message if name in MESSAGES else partial(self._method, waits=name == WAITING)
+                self._replace(name, make(original, where))
 
     def remove(self) -> None:
         """As it was before."""
@@ -86,6 +95,44 @@ class PatchedMethods:
         by.__wrapped__ = before
         setattr(kind, name, by)
         self._restore.append(lambda: setattr(kind, name, before))
+
+    def _message(self, original: Any, where: MethodArguments) -> Callable[..., Any]:
+        """As `_method`, in fewer steps."""
+        recorder, works, kind, peer_at = self._recorder, self._works, where.kind, where.peer
+        count = 2 if peer_at is None else 3
+
+        def message(group: Any, *args: Any, **options: Any) -> Any:
+            pending = None
+            if not recorder.is_off:
+                try:
+                    tensors = args[0] if len(args) == count else None
+                    if type(tensors) is list and type(args[1]) is int:
+                        pending = recorder.issued(
+                            kind, recorder.group_of(group), NOTHING if peer_at is None else args[1], args[-1],
+                            tensors, None, sys._getframe(1),
+                        )  # fmt: skip
+                    else:
+                        pending = self._begin(group, where, args, options, False)
+                except Exception as error:
+                    recorder.switch_off("reading ops", error)
+            try:
+                work = original(group, *args, **options)
+            except BaseException as error:
+                if pending is not None:
+                    recorder.not_issued(pending, error)
+                raise
+            if pending is not None:
+                try:
+                    if work is None:
+                        works.without_work(pending, next(iter(_tensors(where, args, options)), None))
+                    else:
+                        works.follow(work, pending)
+                except Exception as error:
+                    recorder.switch_off("following ops", error)
+            return work
+
+        self.passing = message.__code__
+        return message
 
     def _method(self, original: Any, where: MethodArguments, *, waits: bool) -> Callable[..., Any]:
         recorder, works = self._recorder, self._works
@@ -123,8 +170,6 @@ class PatchedMethods:
         self, group: Any, where: MethodArguments, args: tuple[Any, ...], options: dict[str, Any], waits: bool
     ) -> PendingOp | None:
         tensors = _tensors(where, args, options)
-        if tensors and tensors[0].is_meta:
-            return None
         about = options.get("opts", args[-1] if args else None)
         parts = _argument(where.parts, args, options)
         sized = flat(parts) if parts is not None and tensors and not tensors[0].is_cpu else ()
@@ -134,8 +179,8 @@ class PatchedMethods:
         return self._recorder.issued(
             where.kind,
             self._recorder.group_of(group),
-            NOTHING if peer is None else peer,
-            NOTHING if tag is None else tag,
+            NOTHING if peer is None else int(peer),
+            NOTHING if tag is None else int(tag),
             tensors,
             False if waits else getattr(about, "asyncOp", None),  # None: the callers' frames tell
             sys._getframe(2),

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from .callers import caller, place_of, thread_name, whose
+from .callers import place_of, seen_from, thread_name, whose
 from .labels import changed, labelled, module_layer
 from .records import (
     KINDS,
@@ -266,7 +266,7 @@ class OpRecorder:
         """An op is about to be issued. `peer`: its rank in the group; NOTHING: none. `is_async`: None where only the
         frames of its callers tell. `placeholder`: a tensor that says no more than the device, where there is no other.
         `sized`: the tensors of which the bytes count, where these are others.
-        Returns None if it is not recorded. Never raises."""
+        Returns None if it is not recorded, as that of tensors without memory is not. Never raises."""
         if self.is_off:
             return None
         try:
@@ -277,42 +277,51 @@ class OpRecorder:
             if layer is None:
                 layer = module_layer()
             is_message = kind == "send" or kind == "recv"
-            called = caller(frame, is_async is None, layer is None, chunk is None)
+            place, found_layer, found_chunk, blocking, in_cpp, async_op = seen_from(
+                frame, is_async is None, layer is None, chunk is None
+            )
             if is_async is None:
-                is_async = not called.blocking if is_message else called.async_op is True
-            is_async = is_async and not called.in_cpp
-            nbytes, form, on_device = 0, 0, False
+                is_async = not blocking if is_message else async_op is True
+            is_async = is_async and not in_cpp
+            nbytes, form, on_device, backend = 0, 0, False, group.backend
             first = tensors[0] if tensors else placeholder
             if first is not None:
-                on_device = not first.is_cpu
-                device = first.device.type if on_device else "cpu"
-                form = records.forms.number(
-                    (first.shape, first.dtype, device) if tensors else ((), "", device)
-                )
+                if first.is_cpu:
+                    device, backend = "cpu", group.cpu_backend
+                elif first.is_meta:
+                    return None
+                else:
+                    device, on_device, backend = first.device.type, True, group.backend_for(first)
+                look = (first.shape, first.dtype, device) if tensors else ((), "", device)
+                form = records.forms.numbers.get(look) or records.forms.number(look)
                 for tensor in sized or tensors:
-                    nbytes += _bytes_of(tensor)
-            if peer != NOTHING and group.ranks:
-                peer = group.ranks[peer] if 0 <= peer < len(group.ranks) else peer
-            backend = group.backend_for(first)
+                    try:
+                        nbytes += tensor.nbytes
+                    except Exception:  # a sparse tensor does not say
+                        continue
+            number_of_group, ranks = group.number, group.ranks
+            if 0 <= peer < len(ranks):
+                peer = ranks[peer]
             any_source: AnySource | None = None
             if is_message:
-                channel: ChannelKey = (group.number, backend, kind, peer, tag if backend in TAGGED else 0)
+                channel: ChannelKey = (number_of_group, backend, kind, peer, tag if backend in TAGGED else 0)
             else:
-                channel = (kind,) if kind in MAKING else (group.number, backend)
+                channel = (kind,) if kind in MAKING else (number_of_group, backend)
             if kind == "recv" and (peer == NOTHING or self._open_any_source):
                 number, any_source = self._number_of_recv(group, channel)
             else:
-                number = self._next_number(channel)
-            place = records.places.number(called.place)
+                count = self._counts.get(channel)
+                number = self._next_number(channel) if count is None else next(count)
             try:
                 thread: int = self._threads.number
             except AttributeError:  # kept with the thread: its ident will be another's once it has ended
                 thread = self._threads.number = records.threads.number(thread_name())
                 self._threads.handled = None
             base, commit = records.ops.begin(
-                time.monotonic_ns(), KIND_NUMBERS[kind], is_async, group.number, peer, tag, place, form,
-                thread, nbytes, called.layer if layer is None else _kept_number(layer),
-                called.chunk if chunk is None else _kept_number(chunk), number,
+                time.monotonic_ns(), KIND_NUMBERS[kind], is_async, number_of_group, peer, tag,
+                records.places.numbers.get(place) or records.places.number(place), form, thread, nbytes,
+                found_layer if layer is None else _kept_number(layer),
+                found_chunk if chunk is None else _kept_number(chunk), number,
             )  # fmt: skip
             raised = sys.exc_info()[1]
             if raised is not None:
@@ -353,8 +362,8 @@ class OpRecorder:
                 self._errors += 1
                 text = f"{type(error).__name__}: {error}"
                 records.lines.write("error", seq=pending.seq, text=text[:1000])
-            found, pending.any_source = pending.any_source, None
-            if found is not None:
+            if pending.any_source is not None:
+                found, pending.any_source = pending.any_source, None
                 self._has_received(records, pending, found, None if error else work)
             records.ops.done(pending.base, pending.commit, time.monotonic_ns(), error is not None)
         except Exception as failure:
@@ -520,14 +529,6 @@ class OpRecorder:
 def _kept_number(number: int | None) -> int:
     """A layer or chunk as the record has room for it: NOTHING for none, and for one of more than 32 bits."""
     return number if number is not None and -(2**31) <= number < 2**31 else NOTHING
-
-
-def _bytes_of(tensor: Any) -> int:
-    """0 for a sparse tensor, which does not say."""
-    try:
-        return int(tensor.nbytes)
-    except Exception:
-        return 0
 
 
 def _message_of(error: BaseException, is_handled: bool) -> str:

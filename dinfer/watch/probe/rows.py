@@ -10,11 +10,14 @@ import itertools
 import os
 import stat
 import struct
+import threading
 import time
 import weakref
 from array import array
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -31,6 +34,17 @@ SKETCH_WORDS = 8
 MOST_BYTES = 512 * 2**20
 MOST_WAITING = 4096
 """Digests on a device that are on their way to the host; if there are more, the oldest are dropped."""
+
+
+SMALL_BYTES = 32 * 1024
+"""So small rows on a CPU are copied, and digested together a moment later: where a layer's weights have just gone
+through the cache, each call of torch takes ten microseconds, whatever it does."""
+
+SERIAL_BYTES = 64 * 1024
+"""So many of them are worked on at a time: for more torch uses threads, and would start some for the probe's thread."""
+
+MOST_SMALL, MOST_SMALL_BYTES = 32, 512 * 1024
+"""so many times that rows were added, or so many bytes, are digested at once at the latest"""
 
 
 PAGED = 4
@@ -75,6 +89,9 @@ class RowsWriter:
         self._caches: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._next_cache = itertools.count(1)
         self._waiting: deque[tuple[Any, Any, tuple[Any, ...]]] = deque(maxlen=MOST_WAITING)
+        self._small: deque[tuple[Any, tuple[Any, ...]]] = deque()
+        # Reentrant: a signal's handler may add rows while its thread is here.
+        self._digesting = threading.RLock()
 
     def number_of(self, cache: Any) -> int:
         """The number of a cache object, which is not kept alive."""
@@ -93,17 +110,61 @@ class RowsWriter:
         """Write the digests of rows, int64 [batch, rows, columns], with the words of their sketches behind. Returns
         False once the file has reached its limit. On CUDA they are written once they are there, without waiting for it.
         Raises OSError."""
-        about = (
-            self._names.number((name, tuple(tensor.shape), tensor.dtype)),
-            time.monotonic_ns(), seq, cache, layer, chunk, start,
-        )  # fmt: skip
-        self.flush()
+        about = self._about(name, tensor, cache, layer, chunk, start, seq)
+        if self._small and not self.digest_small():
+            return False
+        if self._waiting:
+            self.flush()
         if digests.device.type == "cpu":
             return self._write(digests, about)
         if digests.device.type != "cuda":
             return self._write(digests.cpu(), about)
         captures.unless_capturing(lambda: self._fetch(digests, about), wait_s=1)
         return True
+
+    def add_small(
+        self, name: str, tensor: Any, copied: Any, cache: int, layer: int, chunk: int, start: int, seq: int
+    ) -> bool:
+        """The same of rows on a CPU that are digested later. `copied`: a copy that is nobody else's, [batch, rows,
+        columns, heads, width]."""
+        self._small.append((copied, self._about(name, tensor, cache, layer, chunk, start, seq)))
+        count = len(self._small)
+        if count >= MOST_SMALL or count * copied.nbytes >= MOST_SMALL_BYTES:
+            return self.digest_small()
+        return True
+
+    def digest_small(self, *, by_integers: bool = False) -> bool:
+        """Digest and write what was added so. `by_integers`: without a library of others, whose locks a process would
+        inherit that is forked meanwhile. Returns False once the file has reached its limit. Raises OSError."""
+        import torch
+
+        from .digests import digests_by_integers, digests_of
+
+        if not self._digesting.acquire(timeout=1):
+            return True  # another thread is at it, and will find these, too
+        try:
+            found = []
+            with suppress(IndexError):
+                while True:
+                    found.append(self._small.popleft())
+            is_written, digest = True, digests_by_integers if by_integers else digests_of
+            for _, run in groupby(found, key=lambda one: (one[0].shape, one[0].dtype)):
+                alike = list(run)
+                most = max(1, SERIAL_BYTES // alike[0][0].nbytes)
+                for at in range(0, len(alike), most):
+                    copies, abouts = zip(*alike[at : at + most], strict=True)
+                    together = digest(torch.stack(copies), 2)
+                    parts = [self._bytes(one, about) for one, about in zip(together, abouts, strict=True)]
+                    is_written = self._append(b"".join(parts)) and is_written
+            return is_written
+        finally:
+            self._digesting.release()
+
+    def _about(
+        self, name: str, tensor: Any, cache: int, layer: int, chunk: int, start: int, seq: int
+    ) -> tuple[Any, ...]:
+        number = self._names.number((name, tuple(tensor.shape), tensor.dtype))
+        return (number, time.monotonic_ns(), seq, cache, layer, chunk, start)
 
     def _fetch(self, digests: Any, about: tuple[Any, ...]) -> None:
         import torch
@@ -117,6 +178,8 @@ class RowsWriter:
     def flush(self, wait_s: float = 0.0) -> int:
         """Write what has come from the device meanwhile, or comes within so many seconds. Returns how many are missing:
         a device that hangs delivers nothing."""
+        if self._small:
+            self.digest_small()
         deadline = time.monotonic() + wait_s
         while self._waiting:
             captures.unless_capturing(self._write_delivered)
@@ -136,11 +199,16 @@ class RowsWriter:
         os.close(descriptor)
 
     def _write(self, digests: Any, about: tuple[Any, ...]) -> bool:
+        return self._append(self._bytes(digests, about))
+
+    def _bytes(self, digests: Any, about: tuple[Any, ...]) -> bytes:
         rows = digests.contiguous()
         batch, count, columns = rows.shape
-        data = _HEAD.pack(MAGIC, *about, batch, count, columns) + ctypes.string_at(
+        return _HEAD.pack(MAGIC, *about, batch, count, columns) + ctypes.string_at(
             rows.data_ptr(), rows.nbytes
         )
+
+    def _append(self, data: bytes) -> bool:
         self._left -= len(data)
         if self._left < 0:
             return False

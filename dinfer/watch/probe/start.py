@@ -76,10 +76,10 @@ class Probe:
         """Of an IPython shell, whose cells this process runs: when they begin, end and fail. A second call changes
         nothing."""
         if self._cells is None:
-            self._cells = Cells(self.recorder, shell)
+            self._cells = Cells(self.recorder, shell, self._tensors.look)
 
     def _on_open(self) -> None:
-        self._thread = ProbeThread(self.recorder, self._works, self._check_dump)
+        self._thread = ProbeThread(self.recorder, self._works, self._look)
         self._say_dump()
 
     def _say_dump(self) -> None:
@@ -91,6 +91,10 @@ class Probe:
                     records.lines.write("dump", signal=self._dump)
         except (OSError, ValueError, RuntimeError) as error:
             self.recorder.problem(f"no stacks while C code holds the GIL: {error}")
+
+    def _look(self) -> None:
+        self._tensors.look()
+        self._check_dump()
 
     def _check_dump(self) -> None:
         records = self.recorder.records
@@ -260,7 +264,7 @@ def _layer_number(layer: Any) -> int | None:
     attributes = vars(layer)
     found = attributes.get("layer_idx")
     if found is None:
-        parts = [vars(part) for part in attributes.get("_modules", {}).values() if part is not None]
+        parts = (vars(part) for part in attributes.get("_modules", {}).values() if part is not None)
         found = next((part["layer_idx"] for part in parts if "layer_idx" in part), None)
     return found if type(found) is int else None
 

@@ -15,13 +15,13 @@ from functools import wraps
 from types import FrameType, ModuleType
 from typing import Any
 
-from .callers import caller
+from .callers import seen_from
 from .captures import captures
 from .imports import ImportWatch
 from .labels import Label, labelled, module_layer
 from .recorder import OpRecorder
 from .records import NOTHING
-from .rows import RowsWriter
+from .rows import SMALL_BYTES, RowsWriter
 from .taps import label_of, watching
 from .writing import NumberedNames
 
@@ -88,6 +88,14 @@ class TensorWatch:
             missing = self._rows.flush(EXIT_S) if self._rows is not None else 0
             if missing:
                 self._recorder.problem(f"{missing} digests did not come from the device within {EXIT_S:g} s")
+        except Exception as error:
+            self.switch_off("writing digests", error)
+
+    def look(self) -> None:
+        """From time to time: write what waits for that. Never raises."""
+        try:
+            if self._rows is not None:
+                self._rows.digest_small(by_integers=True)
         except Exception as error:
             self.switch_off("writing digests", error)
 
@@ -184,19 +192,31 @@ class TensorWatch:
         import torch
 
         rows, records = self._writer(), self._recorder.records
-        if rows is None or records is None or not all(type(value) in _plain(torch) for value in values):
+        plain = _plain(torch)
+        if rows is None or records is None or not all(type(value) in plain for value in values):
             return
         first = values[0]
         if first.device.type == "meta" or _is_captured(torch, first) or not first.numel():
             return
         said = label_of(label, label_of(labelled(), (module_layer(), None)))
-        found = caller(frame, False, said[0] is None, said[1] is None)
-        layer = found.layer if said[0] is None else said[0]
-        chunk = found.chunk if said[1] is None else said[1]
-        with torch.no_grad():
-            digests = _row_words(name, values, by_token, sketched=self.compares or not by_token)
+        _, layer, chunk, *_ = seen_from(frame, False, said[0] is None, said[1] is None)
+        layer = layer if said[0] is None else said[0]
+        chunk = chunk if said[1] is None else said[1]
         key = (cache, name, layer)
         begin = self._lengths.get(key, 0) if start is None else start
+        sketched = self.compares or not by_token
+        if not sketched and _are_small(values):
+            self._lengths[key] = begin + first.shape[-2]
+            with torch.no_grad():
+                copied = torch.stack([value.transpose(-3, -2) for value in values], -3)
+            if not rows.add_small(name, first, copied, cache, layer, chunk, begin, records.ops.issued):
+                self._full()
+            return
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                digests = _row_words(name, values, by_token, sketched=sketched)
+        else:
+            digests = _row_words(name, values, by_token, sketched=sketched)
         self._lengths[key] = begin + digests.shape[1]
         if not rows.add(name, first, digests, cache, layer, chunk, begin, records.ops.issued):
             self._full()
@@ -445,25 +465,32 @@ def _row_words(name: str, values: list[Any], by_token: bool, *, sketched: bool) 
     """What is kept of rows: int64 [batch, rows, words]. `by_token`: they are of KV, [..., heads, tokens, width]."""
     import torch
 
-    from .digests import last_dim_digests, row_sketches, token_digests, token_sketches
+    from .digests import row_sketches, together
 
     if name.startswith(IDS):
         ids = values[0].to(torch.int64)
         return ids if ids.dim() == 3 else ids[..., None]
+    rows, dims = ([one.transpose(-3, -2) for one in values], 2) if by_token else (values, 1)
+    alike = len({(one.shape, one.dtype) for one in values}) == 1
     # K and V as one: of a few tokens, the calls cost more than the work
-    alike = {(value.shape, value.dtype) for value in values}
-    together = [torch.stack(values)] if len(values) > 1 and len(alike) == 1 else [one[None] for one in values]
-    digests = [
-        one for part in together for one in (token_digests(part) if by_token else last_dim_digests(part))
-    ]
-    words = [one.reshape(-1, one.shape[-1] if one.dim() else 1, 1) for one in digests]
-    if sketched and all(value.is_floating_point() for value in values):
-        sketches = [
-            one for part in together for one in (token_sketches(part) if by_token else row_sketches(part))
-        ]
-        shape = words[0].shape[:2]
-        words += [one.contiguous().view(torch.int64).reshape(*shape, -1) for one in sketches]
-    return torch.cat(words, -1)
+    words = together(rows, dims) if alike else torch.cat([together([one], dims) for one in rows], -1)
+    if words.dim() != 3:
+        words = words.reshape(-1, words.shape[-2] if words.dim() > 1 else 1, len(values))
+    if not sketched or not all(value.is_floating_point() for value in values):
+        return words
+    sketches = [row_sketches(one.flatten(-dims)) for one in rows]
+    shape = words.shape[:2]
+    return torch.cat(
+        [words, *(one.contiguous().view(torch.int64).reshape(*shape, -1) for one in sketches)], -1
+    )
+
+
+def _are_small(values: list[Any]) -> bool:
+    """Whether they are K and V of few tokens, [batch, heads, tokens, width], on a CPU."""
+    first = values[0]
+    if not first.is_cpu or first.dim() != 4 or first.nbytes > SMALL_BYTES:
+        return False
+    return all(one.shape == first.shape and one.dtype == first.dtype for one in values)
 
 
 def _plain(torch: Any) -> tuple[Any, ...]:

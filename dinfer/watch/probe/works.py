@@ -72,13 +72,15 @@ class Works:
 
     def hand_over(self, work: Any, pending: PendingOp) -> None:
         """This Work stands for the op. The caller will get the same object, if it is held until then."""
-        ident = threading.get_ident()
-        before = self._handed.get(ident)
-        if before is not None:
-            self._let_go(before)
-        self._handed[ident] = work
-        batch = self._batches.get(ident) if self._batches else None
-        if batch is not None:
+        ident, handed = threading.get_ident(), self._handed
+        if ident in handed:
+            self._let_go(handed[ident])
+        handed[ident] = work
+        self.follow(work, pending)
+
+    def follow(self, work: Any, pending: PendingOp) -> None:
+        """This Work, which the caller has, stands for the op."""
+        if self._batches and (batch := self._batches.get(threading.get_ident())) is not None:
             batch.append(pending)
         elif pending.on_device:
             self._follow_on_device(work, (pending,), pending.queue)
@@ -257,10 +259,14 @@ class Works:
         for pending in pendings:
             if error is not None or not pending.on_device:
                 self._recorder.done(pending, error, work)
-        self._under_way.pop(id(work), None)
-        ident = threading.get_ident()
-        if self._handed.get(ident) is work:
-            self._handed.pop(ident, None)
+        if not pendings[-1].on_device:
+            self._by_work.pop(id(work), None)
+        if self._under_way:
+            self._under_way.pop(id(work), None)
+        if self._handed:
+            ident = threading.get_ident()
+            if self._handed.get(ident) is work:
+                self._handed.pop(ident, None)
 
     # -- batches
 
@@ -457,8 +463,8 @@ def _all_subclasses(kind: type[Any]) -> list[type[Any]]:
 
 def flat(value: Any) -> Any:
     """The tensors of an argument: a tensor, a list, or the first of a list of lists."""
-    if type(value) is list:
-        return value[0] if value and type(value[0]) is list else value
+    if type(value) is list or type(value) is tuple:
+        return value[0] if value and type(value[0]) in (list, tuple) else value
     return (value,)
 
 

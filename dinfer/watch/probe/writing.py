@@ -5,7 +5,6 @@ import json
 import mmap
 import os
 import socket
-import struct
 import sys
 import threading
 import time
@@ -38,7 +37,6 @@ from .records import (
     VERSION,
     WAIT_PLACE,
     WAITED,
-    WORD,
 )
 
 _FIRST = HEADER_BYTES // 8 - RECORD_WORDS
@@ -171,7 +169,7 @@ class OpsWriter:
 
 
 def _pair(layer: int, chunk: int) -> int:
-    return int(WORD.unpack(struct.pack("<ii", layer, chunk))[0])
+    return (layer & 0xFFFFFFFF) | chunk << 32
 
 
 class LinesWriter:
@@ -203,17 +201,18 @@ class NumberedNames:
 
     def __init__(self, lines: LinesWriter, what: str, fields: Callable[[Any], dict[str, Any]]) -> None:
         self._lines, self._what, self._fields = lines, what, fields
-        self._numbers: dict[Any, int] = {}
+        self.numbers: dict[Any, int] = {}
+        """those that are given; to look here first is a call less"""
         self._next = itertools.count(1)
 
     def number(self, value: Any) -> int:
         """Its number; 0, which stands for none, once there are too many."""
-        found = self._numbers.get(value)
+        found = self.numbers.get(value)
         if found is None:
             found = next(self._next)
             if found > MOST_NAMES or not self._lines.write(self._what, id=found, **self._fields(value)):
                 return 0
-            self._numbers[value] = found
+            self.numbers[value] = found
         return found
 
 

@@ -26,7 +26,14 @@ from dinfer.cluster.ipyparallel.launcher import (
     SSHRankSetLauncher,
     remote_profile_dir,
 )
-from dinfer.cluster.ipyparallel.profiles import Profile, ProfileHost, parse_hosts, write_slurm, write_ssh
+from dinfer.cluster.ipyparallel.profiles import (
+    BATCH,
+    Profile,
+    ProfileHost,
+    parse_hosts,
+    write_slurm,
+    write_ssh,
+)
 from dinfer.cluster.ipyparallel.remote import rank_names
 from dinfer.config import ConfigError
 from tests.unit.cluster.test_choice import versions
@@ -44,7 +51,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     place = tmp_path / "profile_lab"
     written = write_ssh(place, HOSTS, folder="/w x", ssh_args=["-o", "Port=7"], address="10.0.0.9")
     assert Profile.read(place) == written.profile
-    assert written.profile == Profile("lab", "ssh", 3, "/w x", HOSTS, ("-o", "BatchMode=yes", "-o", "Port=7"))
+    assert written.profile == Profile("lab", "ssh", 3, "/w x", HOSTS, (*BATCH, "-o", "Port=7"))
     assert [written.profile.host_of(rank).name for rank in range(3)] == [
         "alpha",
         "me@beta:2222",

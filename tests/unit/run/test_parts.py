@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dinfer.cluster.lease import RankLease, RunOver
-from dinfer.cluster.ranks import Ranks
+from dinfer.cluster.ranks import Ranks, RankState
 from dinfer.cluster.threads import LocalRanks
 from dinfer.config import Config
 from dinfer.engine.board import Stand
@@ -266,7 +266,7 @@ def test_events_are_merged_without_the_lock_that_lanes_take(
     run.step("chunk")
     moved = list[bool]()
 
-    def merged(job: Job, by_rank: Sequence[Sequence[Event]]) -> Trace:
+    def merged(job: Job, by_rank: Sequence[Sequence[Event]], ranks: Sequence[RankState]) -> Trace:
         def lane() -> None:
             moved.append(session.ranks.changed.acquire(timeout=DEADLINE_S))
             session.ranks.changed.release()
@@ -274,7 +274,7 @@ def test_events_are_merged_without_the_lock_that_lanes_take(
         thread = threading.Thread(target=lane)
         thread.start()
         thread.join(2 * DEADLINE_S)
-        return merge(job, by_rank)
+        return merge(job, by_rank, ranks)
 
     monkeypatch.setattr("dinfer.run.events.merge", merged)
     assert run.trace.events

@@ -214,8 +214,8 @@ def test_whoever_looks_while_another_run_begins_has_seen_the_old_one(
 def test_it_tells_where_its_own_ranks_stood(session: Session) -> None:
     old = begin(session, schedule="lockstep")
     old.step("chunk")
-    before = str(old.where()).splitlines()[1:3]
     stands, events = old.standing().stands, old.trace.events
+    before = str(old.where()).splitlines()[1:3]
     new = begin(session)
     new.resume()
     new.wait(DEADLINE_S)

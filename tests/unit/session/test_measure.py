@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
 import dinfer
-from dinfer.config import ConfigError
+from dinfer.config import Config, ConfigError
 from dinfer.errors import NotPossible
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.planner.costs import LayerCost
 from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
-from dinfer.session.measure import Measurement
+from dinfer.session.measure import Measurement, choose
 from dinfer.session.session import Session
 
 IDS = list(range(5, 101))
@@ -28,7 +30,7 @@ def uneven() -> MeasuredMachine:
 
 
 def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr("dinfer.session.session.TOKENS", 64)
     with dinfer.connect("threads", n=3) as session:
@@ -37,6 +39,8 @@ def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
         session.load("demo", threads=1)
         wanted = session.prefill(IDS, max_new_tokens=3, chunk_size=32)
         tokens = wanted.decode().tokens
+        with pytest.raises(NotPossible, match=r"session\.measure\(\), then"):
+            wanted.prediction()
         found = session.measure()
         assert session.measure() is found
         assert min(cost.seconds(0, 32) for cost in found.machine.layers) > 0
@@ -71,6 +75,15 @@ def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
         assert run.kv(layer=5).diff().equal
         assert run.compare("reference").equal
         assert run.decode().tokens == tokens
+        told_of = [(row[0], float(row[1]) > 0, float(row[2]) > 0) for row in run.prediction().rows]
+        names = ["prefill", *(f"rank {rank} computes" for rank in range(3))]
+        names += [f"link {source}→{target}" for source, target in permutations(range(3), 2)]
+        assert told_of == [(name, True, True) for name in names]
+        page = run.report(tmp_path / "report.html")
+        assert (
+            f"{run.trace.about['predicted_s']:.3g} s of prefill, by the planner; it took"
+            in page.read_text("utf-8")
+        )
 
 
 def test_chunks_of_different_lengths_run_and_are_compared_as_any(session_of_one: Session) -> None:
@@ -90,3 +103,19 @@ def session_of_one() -> Iterator[Session]:
 def test_auto_and_a_plan_contradict_each_other(session_of_one: Session) -> None:
     with pytest.raises(ConfigError, match="schedule is auto, but a plan is given"):
         session_of_one.prefill(IDS, schedule="auto", plan="dinfer plan 1")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"backend": "nccl"}, "schedule is auto, which needs backend gloo"),
+        ({"backend": "gloo", "kernels": "graph"}, "schedule is auto, which needs kernels exact"),
+    ],
+)
+def test_what_is_not_measured_is_not_chosen_for(
+    session_of_one: Session, given: dict[str, str], words: str
+) -> None:
+    job = session_of_one.prefill(IDS, paused=True).job
+    config = Config.of({"world_size": 1, "gpu_ids": (0,), **given})
+    with pytest.raises(ConfigError, match=words):
+        choose(Measurement(uneven(), 64), replace(job, config=config), ["schedule"])

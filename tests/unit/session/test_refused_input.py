@@ -157,8 +157,8 @@ def test_tab_offers_what_is_made_for_users(session: Session, run: Run) -> None:
         "trace", "undo", "verdict", "wait", "where", "world_size",
     ]  # fmt: skip
     assert offered(session) == [
-        "close", "debugger", "listen_for_debugger", "load", "log", "prefill", "recover", "run", "spec", "sweep",
-        "watch", "world_size",
+        "close", "debugger", "listen_for_debugger", "load", "log", "measure", "prefill", "recover", "run", "spec",
+        "sweep", "watch", "world_size",
     ]  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def test_a_cell_is_the_99th_percentile_of_a_link_and_layer() -> None:
     (heat,) = layers(on_paper()).data
     row = list(heat.y).index("0→1")
     mine = sorted(one.latency for one in transfers(on_paper()) if one.link == (0, 1) and one.layer == 5)
-    assert heat.z[row][5] == mine[-1] / 1e6
+    assert heat.z[row][5] == pytest.approx(mine[-1] / 1e6)
     assert f"{len(mine)} transfers" in heat.text[row][5]
     assert heat.z[row][30] is None
     assert heat.text[row][30] == "no transfers"

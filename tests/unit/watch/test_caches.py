@@ -118,6 +118,7 @@ def taken(tmp_path: Path) -> Iterator[Callable[[], list[RowsTaken]]]:
     def found() -> list[RowsTaken]:
         (process,) = read(tmp_path)
         assert process.problems == []
+        probe._tensors.flush()
         return [one for one in read_rows(tmp_path, process) if one.name == "kv"]
 
     yield found

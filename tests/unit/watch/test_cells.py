@@ -31,7 +31,8 @@ def test_the_last_cell_and_what_ended_it(tmp_path: Path) -> None:
     events = Events()
     recorder = OpRecorder(tmp_path)
     shell = SimpleNamespace(events=events, last_execution_result=None)
-    cells = Cells(recorder, shell)
+    at_ends: list[str] = []
+    cells = Cells(recorder, shell, lambda: at_ends.append(process().cell))
 
     def process() -> WatchedProcess:
         (found,) = read(tmp_path)
@@ -55,6 +56,7 @@ def test_the_last_cell_and_what_ended_it(tmp_path: Path) -> None:
     shell.last_execution_result = SimpleNamespace(error_in_exec=None)
     events.trigger("post_execute")
     assert (process().cell, process().cell_raised) == ("ended", None)
+    assert at_ends == ["running", "running"]  # what a cell did is written before its end is
     cells.remove()
     assert not any(events.called.values())
     recorder.close()

@@ -167,6 +167,34 @@ def test_collectives_are_seen(watched: Watched, kind: str) -> None:
     assert op.issued_ns <= op.waited_ns <= op.done_ns
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.ops._c10d_functional, "isend"), reason="this torch has no functional messages"
+)
+@pytest.mark.usefixtures("fake")
+def test_functional_messages_are_seen_and_others_then_only_once(watched: Watched) -> None:
+    group = dist.group.WORLD
+    assert group is not None
+    for _ in range(2):
+        torch.ops._c10d_functional.isend(torch.zeros(2), 3, 0, group.group_name)
+        dist.send(torch.zeros(3), 2)
+    ops = [(op.kind, op.peer, op.shape, op.number) for op in watched().ops]
+    assert ops == [("send", 3, (2,), 0), ("send", 2, (3,), 0), ("send", 3, (2,), 1), ("send", 2, (3,), 1)]
+
+
+@pytest.mark.usefixtures("fake", "hook")
+def test_messages_are_seen_however_their_arguments_are_given(watched: Watched) -> None:
+    group = dist.group.WORLD
+    assert group is not None
+    group.send(tensors=[torch.zeros(2)], dstRank=3, tag=7)
+    group.recv((torch.zeros(2),), srcRank=torch.tensor(2), tag=8)  # type: ignore[arg-type]
+    group.recv_anysource([torch.zeros(2)], 9)
+    with pytest.raises(TypeError):
+        group.send([torch.zeros(2)])  # type: ignore[call-arg]
+    ops = [(op.kind, op.peer, op.shape, op.tag) for op in watched().ops if op.state != "failed"]
+    assert ops == [("send", 3, (2,), 7), ("recv", 2, (2,), 8), ("recv", None, (2,), 9)]
+    assert watched().problems == []
+
+
 @pytest.mark.usefixtures("gloo", "hook")
 def test_an_async_collective_is_over_before_anybody_waits(watched: Watched) -> None:
     work = dist.all_reduce(torch.ones(2), async_op=True)
@@ -445,7 +473,7 @@ def test_a_bug_of_the_probe_switches_it_off(watched: Watched, monkeypatch: pytes
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(recorder, "caller", broken)
+    monkeypatch.setattr(recorder, "seen_from", broken)
     dist.send(torch.zeros(1), 0)
     dist.send(torch.zeros(1), 0)
     process = watched()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,10 +25,18 @@ from dinfer.watch.probe.captures import captures
 from dinfer.watch.probe.digests import last_dim_digests, row_sketches, token_digests
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.records import RecordsError
-from dinfer.watch.probe.rows import RowsReader, RowsTaken, RowsWriter, read_rows
+from dinfer.watch.probe.rows import (
+    MOST_SMALL,
+    SMALL_BYTES,
+    RowsReader,
+    RowsTaken,
+    RowsWriter,
+    read_rows,
+)
 from dinfer.watch.probe.start import Probe
 from dinfer.watch.probe.writing import NumberedNames, Records
 from dinfer.watching.folders import Watched
+from tests.support.runs import wait_for
 
 Taken = Callable[[], list[RowsTaken]]
 CONFIG = Qwen3Config(
@@ -44,6 +53,7 @@ def taken(tmp_path: Path) -> Iterator[Taken]:
     def found() -> list[RowsTaken]:
         (process,) = read(tmp_path)
         assert process.problems == []
+        probe._tensors.flush()
         return read_rows(tmp_path, process)
 
     yield found
@@ -191,6 +201,35 @@ def test_a_layer_that_is_appended_twice_shows(taken: Taken) -> None:
     first, second = taken()
     assert (first.start, second.start) == (0, 2)
     assert first.digests == second.digests
+
+
+def test_few_rows_are_written_soon_and_in_their_order(taken: Taken, tmp_path: Path) -> None:
+    cache = dynamic()
+    given = [kv(tokens) for tokens in (1, 2, SMALL_BYTES, 1, 1)]  # the third are many
+    for both in given:
+        cache.update(*both, 1)
+    (process,) = read(tmp_path)
+    wait_for(lambda: len(read_rows(tmp_path, process)) == 5, "the probe's thread has written them")
+    rows = taken()
+    assert [row.start for row in rows] == [0, 1, 3, 3 + SMALL_BYTES, 4 + SMALL_BYTES]
+    assert [len(row.digests[0]) for row in rows] == [1, 2, SMALL_BYTES, 1, 1]
+    for number in (0, 1, 3, 4):
+        assert rows[number].digests == expected(*given[number])
+    assert [row.at_ns for row in rows] == sorted(row.at_ns for row in rows)
+
+
+def test_so_many_few_rows_are_written_at_once(taken: Taken, tmp_path: Path) -> None:
+    cache = dynamic()
+    kept = []
+    for _ in range(MOST_SMALL):
+        k, v = kv(1)
+        kept += [weakref.ref(k), weakref.ref(v)]
+        cache.update(k, v, 0)
+    del k, v
+    (process,) = read(tmp_path)
+    assert len(read_rows(tmp_path, process)) == MOST_SMALL
+    assert [one() for one in kept[2:]] == [None] * (2 * MOST_SMALL - 2)
+    assert len(taken()) == MOST_SMALL
 
 
 def test_rows_after_a_crop_are_where_they_are(taken: Taken) -> None:
@@ -349,6 +388,7 @@ def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Taken]
     def found() -> list[RowsTaken]:
         (process,) = read(tmp_path)
         assert process.problems == []
+        probe._tensors.flush()
         return read_rows(tmp_path, process)
 
     yield found
@@ -448,6 +488,7 @@ def test_rows_are_read_on_from_where_reading_stopped(taken: Taken, tmp_path: Pat
     cache, found = dynamic(), list[RowsTaken]()
     for _ in range(3):
         cache.update(*kv(2), layer_idx=0)
+        taken()  # they are written by now
         (process,) = read(tmp_path)
         reader = reader or RowsReader(tmp_path, process.name)
         new = [*reader.more(process)]
@@ -465,6 +506,7 @@ def test_rows_are_read_on_from_where_reading_stopped(taken: Taken, tmp_path: Pat
 
 def test_rows_whose_name_is_not_known_yet_wait(tmp_path: Path, taken: Taken) -> None:
     dynamic().update(*kv(2), layer_idx=0)
+    taken()  # they are written by now
     (process,) = read(tmp_path)
     names, process.taps = process.taps, {}
     reader = RowsReader(tmp_path, process.name)
@@ -475,6 +517,7 @@ def test_rows_whose_name_is_not_known_yet_wait(tmp_path: Path, taken: Taken) -> 
 
 def test_a_row_that_is_being_written_is_read_once_it_is_there(tmp_path: Path, taken: Taken) -> None:
     dynamic().update(*kv(2), layer_idx=0)
+    taken()  # they are written by now
     (process,) = read(tmp_path)
     path = tmp_path / f"{process.name}.kv"
     whole = path.read_bytes()
@@ -492,6 +535,7 @@ def test_looks_read_rows_as_they_come(tmp_path: Path) -> None:
     try:
         cache, watched = dynamic(), Watched([tmp_path])
         cache.update(*kv(2), layer_idx=0)
+        probe._tensors.flush()
         watched.look(recent=True)
         (path,) = tmp_path.glob("*.kv")
         path.write_bytes(bytes(path.stat().st_size))  # as if it were damaged now
@@ -500,6 +544,7 @@ def test_looks_read_rows_as_they_come(tmp_path: Path) -> None:
         assert watched.unreadable == []
         assert [len(one.rows) for one in first.layers[0].values()] == [2]
         cache.update(*kv(3), layer_idx=0)
+        probe._tensors.flush()
         (found,) = watched.look(recent=True)
         assert [len(one.rows) for one in watched.kv(found).layers[0].values()] == [5]
         assert [len(one.rows) for one in first.layers[0].values()] == [2]

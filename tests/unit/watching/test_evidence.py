@@ -373,7 +373,22 @@ def test_a_rank_that_lost_one_that_had_ended_did_not_die() -> None:
     ).problem
     assert found
     assert (found.kind, found.ranks) == ("never joined", (1,))
-    assert found.sentence.startswith("missing collective: rank 1 has ended, after `barrier`")
+    assert found.sentence.startswith("missing collective: rank 1 has ended after `barrier`")
     assert "takes no part in `all_reduce`" in found.sentence
     assert "of rank 0" in found.sentence
     assert "Connection closed by peer" in str(found)
+
+
+def test_who_left_is_told_in_the_same_words_before_and_after_its_connection_is_seen_to_be_lost() -> None:
+    """The verdict that stands is not another one because the rank that waits has been ended by it."""
+    left = process(1, op(0, "barrier", 0.5, 1), ended="exit")
+    waits = evidence(process(0, op(0, "barrier", 0.5, 1), op(1, "all_reduce", 1, 0)), left, now=7).problem
+    lost = raised("[...] Connection closed by peer [127.0.0.1]:1", 4, kind="RuntimeError")
+    has_lost = evidence(
+        process(0, op(0, "barrier", 0.5, 1), op(1, "all_reduce", 1, 4), ended="exception", exception=lost),
+        left,
+        now=7,
+    ).problem
+    assert waits
+    assert has_lost
+    assert waits.sentence == has_lost.sentence

@@ -1,0 +1,37 @@
+"""A run's prefill as the planner predicts it beside what was measured: in all, by rank, and by link."""
+
+from dinfer.display import Table
+from dinfer.errors import NotPossible
+from dinfer.job import Job
+from dinfer.trace.intervals import seconds, union
+from dinfer.trace.shares import shares
+from dinfer.trace.simulated import paper_trace
+from dinfer.trace.trace import Trace
+from dinfer.trace.transfers import by_link, transfers
+
+
+def prediction(job: Job, trace: Trace) -> Table:
+    """Seconds predicted and measured, a row each for prefill, for what each rank computed, and for when data was on
+    each link. Raises NotPossible where nothing was measured before the run."""
+    if job.machine is None:
+        raise NotPossible(
+            "nothing is predicted of this run: layers and links were not measured before it. session.measure(), then "
+            "session.prefill(…) again."
+        )
+    predicted, measured = _figures(paper_trace(job.plan, job.machine)), _figures(trace)
+    rows = [
+        [name, f"{wanted:.4f}", f"{found:.4f}", f"{wanted / found - 1:+.0%}" if found else ""]
+        for name, wanted in predicted.items()
+        for found in (measured.get(name, 0.0),)
+    ]
+    return Table(("seconds", "predicted", "measured", "off"), rows)
+
+
+def _figures(trace: Trace) -> dict[str, float]:
+    """Seconds by name."""
+    found = shares(trace).ranks
+    figures = {"prefill": max((one.prefill_s for one in found), default=0.0)}
+    figures |= {f"rank {one.rank} computes": seconds(one.compute) for one in found}
+    for (source, target), moved in by_link(transfers(trace)).items():
+        figures[f"link {source}→{target}"] = seconds(union((one.met, one.end) for one in moved))
+    return figures
