@@ -25,7 +25,7 @@ the contract for import-linter; imports in functions and for types count too):
 - `run`: what a user holds: step, break, decode, inspect, inject, report; `watching`: the same of other people's code,
   judged from what `watch` has recorded.
 - `session`, `launch`, `views`: notebooks; ranks of the command line; panels, figures and reports.
-- `doctor`, `lab`, `bench`: checks of an installation, the fault lab, measurements.
+- `lab`: the fault lab, and hosts on one machine; `doctor`, `bench`: checks of an installation, measurements.
 - `magics`, `cli`: `%dinfer` and the command `dinfer`.
 
 To read the code, start with `plan.ops` and `plan.plan`, then `engine.engine` and `engine.lanes`, then `run.run`. Each

@@ -56,10 +56,21 @@ class JobFollowed:
             return None
         new = self.alarm.consider(evidence, now)
         if problem is None or not is_end(problem, evidence):
-            self._hung = evidence if problem else None
+            if not self._says_less(problem):
+                self._hung = evidence if problem else None
         elif new:
             self._hung = evidence
         return new
+
+    def _says_less(self, problem: Verdict | None) -> bool:
+        """Whether it is what is known already, of fewer ranks: the others have lost their connections since."""
+        known = self._hung.problem if self._hung else None
+        return (
+            problem is not None
+            and known is not None
+            and (problem.kind, problem.ranks) == (known.kind, known.ranks)
+            and set(problem.blocked) < set(known.blocked)
+        )
 
     def conclude(self, at_end: Evidence, status: int, before_end: Evidence | None = None) -> Evidence:
         """The evidence that tells most, once the command has ended: why it hung comes before how it was ended.

@@ -47,8 +47,12 @@ SHOWN: dict[str, list[str]] = {
 
 
 @pytest.fixture(scope="module", params=OWN_CODE)
-def own_code(request: pytest.FixtureRequest, engines: IPython) -> Page:
-    return executed(read(OWN_CODE[request.param]), engines.folder)
+def own_code(
+    request: pytest.FixtureRequest, engines: IPython, tmp_path_factory: pytest.TempPathFactory
+) -> Page:
+    """Each in a folder of its own, in which it writes files."""
+    assert engines
+    return executed(read(OWN_CODE[request.param]), tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("tag", SHOWN)

@@ -76,15 +76,17 @@ class _Constant:
 
     def ready(self) -> Tensor:
         """It, for use on the current stream."""
-        if self._made is not None:
+        made = self._made  # another thread may find it there meanwhile
+        if made is not None:
             stream: Any = torch.cuda.current_stream(self.tensor.device)
             if stream != self._made_on:
-                stream.wait_event(self._made)
+                stream.wait_event(made)
             captures.unless_capturing(self._ask)
         return self.tensor
 
     def _ask(self) -> None:
-        if self._made is not None and self._made.query():
+        made = self._made
+        if made is not None and made.query():
             self._made = None
 
 
@@ -174,10 +176,14 @@ def together(values: Sequence[Tensor], dims: int = 1) -> Tensor:
 
 def digests_of(rows: Tensor, dims: int) -> Tensor:
     """The digests of what the last `dims` dimensions of a contiguous tensor hold: int64 [...]."""
-    words = _integers(rows)
     if rows.device.type != "cpu":
-        return _weighted_sums(words.flatten(-dims))
-    return _exact_sums(words.to(torch.float64), dims)
+        return digests_by_integers(rows, dims)
+    return _exact_sums(_integers(rows).to(torch.float64), dims)
+
+
+def digests_by_integers(rows: Tensor, dims: int) -> Tensor:
+    """The same by integers, as on other devices than CPUs."""
+    return _weighted_sums(_integers(rows).flatten(-dims))
 
 
 def _exact_sums(rows: Tensor, dims: int) -> Tensor:

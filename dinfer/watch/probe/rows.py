@@ -40,6 +40,9 @@ SMALL_BYTES = 32 * 1024
 """So small rows on a CPU are copied, and digested together a moment later: where a layer's weights have just gone
 through the cache, each call of torch takes ten microseconds, whatever it does."""
 
+SERIAL_BYTES = 64 * 1024
+"""So many of them are worked on at a time: for more torch uses threads, and would start some for the probe's thread."""
+
 MOST_SMALL, MOST_SMALL_BYTES = 32, 512 * 1024
 """so many times that rows were added, or so many bytes, are digested at once at the latest"""
 
@@ -130,11 +133,12 @@ class RowsWriter:
             return self.digest_small()
         return True
 
-    def digest_small(self) -> bool:
-        """Digest and write what was added so. Returns False once the file has reached its limit. Raises OSError."""
+    def digest_small(self, *, by_integers: bool = False) -> bool:
+        """Digest and write what was added so. `by_integers`: without a library of others, whose locks a process would
+        inherit that is forked meanwhile. Returns False once the file has reached its limit. Raises OSError."""
         import torch
 
-        from .digests import digests_of
+        from .digests import digests_by_integers, digests_of
 
         if not self._digesting.acquire(timeout=1):
             return True  # another thread is at it, and will find these, too
@@ -143,12 +147,15 @@ class RowsWriter:
             with suppress(IndexError):
                 while True:
                     found.append(self._small.popleft())
-            is_written = True
+            is_written, digest = True, digests_by_integers if by_integers else digests_of
             for _, run in groupby(found, key=lambda one: (one[0].shape, one[0].dtype)):
-                copies, abouts = zip(*run, strict=True)
-                together = digests_of(torch.stack(copies), 2)
-                parts = [self._bytes(one, about) for one, about in zip(together, abouts, strict=True)]
-                is_written = self._append(b"".join(parts)) and is_written
+                alike = list(run)
+                most = max(1, SERIAL_BYTES // alike[0][0].nbytes)
+                for at in range(0, len(alike), most):
+                    copies, abouts = zip(*alike[at : at + most], strict=True)
+                    together = digest(torch.stack(copies), 2)
+                    parts = [self._bytes(one, about) for one, about in zip(together, abouts, strict=True)]
+                    is_written = self._append(b"".join(parts)) and is_written
             return is_written
         finally:
             self._digesting.release()

@@ -95,7 +95,7 @@ class TensorWatch:
         """From time to time: write what waits for that. Never raises."""
         try:
             if self._rows is not None:
-                self._rows.digest_small()
+                self._rows.digest_small(by_integers=True)
         except Exception as error:
             self.switch_off("writing digests", error)
 

@@ -1,5 +1,7 @@
 """What counts at the end of a command under watch, and when a verdict is told."""
 
+from typing import Any
+
 from dinfer.watch.probe.records import RaisedError, StacksTaken, ThreadLook
 from dinfer.watching.alarm import CONFIRM_MISSING_S, CONFIRM_S, CONFIRM_UNKNOWN_S, HangAlarm
 from dinfer.watching.command import JobFollowed
@@ -151,3 +153,25 @@ def test_an_op_that_has_been_open_for_long_is_looked_at_still() -> None:
     later = [op(at, "barrier", at, at + 0.5, number=at, thread="other") for at in range(1, 1000)]
     short = shortened(process(0, opened, *later))
     assert (short.ops[0], len(short.ops), short.dropped) == (opened, RECENT + 1, 1000 - RECENT - 1)
+
+
+def test_who_waited_is_told_though_they_have_lost_their_connections_since() -> None:
+    left = process(2, op(0, "barrier", 0.5, 1), ended="exit")
+    lost = raised("Connection closed by peer", 4, kind="RuntimeError")
+
+    def seen(*, has_lost: bool) -> Evidence:
+        end: dict[str, Any] = {"ended": "exception", "exception": lost} if has_lost else {}
+        done = 4.0 if has_lost else 0.0
+        sends = process(0, op(0, "barrier", 0.5, 1), op(1, "send", 1, done, peer=2), **end)
+        receives = process(1, op(0, "barrier", 0.5, 1), op(1, "recv", 1, done, peer=0), **end)
+        return evidence(sends, receives, left, now=7)
+
+    job = JobFollowed()
+    for at, has_lost in ((1.0, False), (1.1 + CONFIRM_S, False), (3.0, True)):
+        job.look(seen(has_lost=has_lost), at)
+    after = seen(has_lost=True)
+    assert after.problem
+    assert (after.problem.kind, after.problem.ranks, after.problem.blocked) == ("never received", (2,), (0,))
+    found = job.conclude(after, 1).problem
+    assert found
+    assert (found.kind, found.ranks, found.blocked) == ("never received", (2,), (0, 1))
