@@ -15,8 +15,11 @@ from dinfer.watching.alarm import HangAlarm, is_end
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.folders import Watched
 
-LOOK_S, SHARE = 0.25, 0.1
+LOOK_S, SHARE = 0.25, 0.02
 """seconds between looks, and the part of the time that looking may take: a long record is looked at less often"""
+
+SELDOM_S = 2.0
+"""seconds after which it is looked at all the same: a hang is to be told within five"""
 
 GLANCE_S, GLANCE_SHARE = 0.1, 0.5
 """as above, where a process has ended or said something new, or a verdict is about to be told"""
@@ -216,7 +219,7 @@ class WatchedCommand:
 
     def _is_due(self, since: float, spent: float) -> bool:
         """Whether to look again, `since` seconds after a look that took `spent`."""
-        if since >= max(LOOK_S, spent / SHARE):
+        if since >= min(SELDOM_S, max(LOOK_S, spent / SHARE)):
             return True
         return since >= spent / GLANCE_SHARE and (self.is_suspicious or self.watched.has_news())
 
