@@ -90,9 +90,12 @@ def token_bytes(decoder: Decoder) -> tuple[int, int]:
 
 
 def time_links(comm: Comm, nbytes: int) -> list[LinkSpeed]:
-    """What every link carries, in messages of `nbytes` bytes or 1 MiB if that is less; the same list on every rank."""
+    """What every link carries, in messages of `nbytes` bytes or 1 MiB if that is less; the same list on every rank,
+    empty for one rank."""
     size = min(nbytes, LARGEST)
     pairs = [(a, b) for a in range(comm.world_size) for b in range(comm.world_size) if a != b]
+    if not pairs:
+        return []
     alone = dict[tuple[int, int], tuple[float, float, float]]()
     for pair in pairs:
         comm.all_gather(b"l")  # the others are quiet
