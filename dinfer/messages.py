@@ -384,7 +384,8 @@ class PreparePrompt(Command[PreparedPrompt], frozen=True):
 class Holdings(Answer, frozen=True, kw_only=True):
     """What a rank holds of an earlier session: the commands by which it has loaded, met and prepared, None for what it
     does not have; the plan that it runs; what was armed last; the tokens that it has generated, and begun; how many of
-    its events are overwritten; whether it is still preparing a prompt, and may wait for a rank that was never asked."""
+    its events are overwritten; whether it is still preparing a prompt, or measures, and may wait for a rank that was
+    never asked."""
 
     load: LoadModel | None
     group: JoinGroup | None

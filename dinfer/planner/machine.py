@@ -6,10 +6,32 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
+from dinfer.config import Config
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op
 from dinfer.plan.partition import Shape
 from dinfer.planner.costs import LayerCost
+
+
+class Unmeasured(NamedTuple):
+    """Why no measurement tells the times of a run: a parameter that would need another `value`."""
+
+    name: str
+    value: str
+    why: str
+
+    @property
+    def remedy(self) -> str:
+        return f'session.load(…, {self.name}="{self.value}")'
+
+
+def unmeasured(config: Config) -> Unmeasured | None:
+    """Why a run of this config, whose backend is chosen, is not among those that are measured; None if it is."""
+    if config.backend != "gloo":
+        return Unmeasured("backend", "gloo", f"how {config.backend} shares links is not measured")
+    if config.wants_graphs:
+        return Unmeasured("kernels", "exact", "graphs are not measured")
+    return None
 
 
 class LinkSpeed(NamedTuple):

@@ -92,7 +92,7 @@ class RankService:
         self._reporting = threading.Lock()
         """held while a report goes out: who comes next hears each note once"""
         self._preparing = False
-        """a prompt is being prepared, for which all ranks have to be asked"""
+        """a prompt is being prepared, or this rank measures, for which all ranks have to be asked"""
         self._token_failed = False
         """this rank has failed in decode, where the others may wait for its token"""
         self._memory, self._gate = memory, gate
@@ -259,11 +259,15 @@ class RankService:
         decoder, comm = self.decoder, self.comm
         if decoder is None or comm is None:
             raise RuntimeError(f"rank {self.rank} has no checkpoint yet: session.load(…) first.")
-        self._give_up_prompt()
-        comm.all_gather(b"m")
-        layers = time_layers(decoder, command.tokens, command.lengths, digests=command.digests)
-        hidden, block = token_bytes(decoder)
-        links = time_links(comm, block * command.link_tokens)
+        self._preparing = True
+        try:
+            self._give_up_prompt()
+            comm.all_gather(b"m")
+            layers = time_layers(decoder, command.tokens, command.lengths, digests=command.digests)
+            hidden, block = token_bytes(decoder)
+            links = time_links(comm, block * command.link_tokens)
+        finally:
+            self._preparing = False
         return messages.RankMeasured(tuple(layers), tuple(links), hidden, block)
 
     # -- the prompt

@@ -3,6 +3,7 @@
 from dinfer.display import Table
 from dinfer.errors import NotPossible
 from dinfer.job import Job
+from dinfer.planner.machine import unmeasured
 from dinfer.trace.intervals import seconds, union
 from dinfer.trace.shares import shares
 from dinfer.trace.simulated import paper_trace
@@ -12,11 +13,15 @@ from dinfer.trace.transfers import by_link, transfers
 
 def prediction(job: Job, trace: Trace) -> Table:
     """Seconds predicted and measured, a row each for prefill, for what each rank computed, and for when data was on
-    each link. Raises NotPossible where nothing was measured before the run."""
+    each link. Raises NotPossible where nothing that tells of the run was measured before it."""
     if job.machine is None:
+        if found := unmeasured(job.config):
+            why, remedy = f"it needs {found.name} {found.value}, since {found.why}", found.remedy
+        else:
+            why = "layers and links were not measured before it"
+            remedy = f"session.measure({'' if job.config.digests else 'digests=False'})"
         raise NotPossible(
-            "nothing is predicted of this run: layers and links were not measured before it. session.measure(), then "
-            "session.prefill(…) again."
+            f"nothing is predicted of this run: {why}. {remedy}, then session.prefill(…) again."
         )
     predicted, measured = _figures(paper_trace(job.plan, job.machine)), _figures(trace)
     rows = [

@@ -10,7 +10,7 @@ from dinfer.job import Job
 from dinfer.messages import RankMeasured
 from dinfer.planner.choose import CHOICES, Candidate, Chosen, Planner, sized_lengths
 from dinfer.planner.costs import LayerTime, fit
-from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
+from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine, unmeasured
 
 AUTO = "auto"
 
@@ -60,26 +60,22 @@ def measured(answers: Mapping[int, RankMeasured], tokens: int) -> Measurement:
 
 
 def without_auto(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A run's parameters without those that are to be chosen, and the names of these. Raises ConfigError for "auto"
-    with a plan of the user's own."""
+    """A run's parameters without those that are to be chosen, and the names of these."""
     auto = [name for name in CHOICES if isinstance(parameters.get(name), str) and parameters[name] == AUTO]
     return {name: value for name, value in parameters.items() if name not in auto}, auto
 
 
+def check_auto(config: Config, auto: Sequence[str]) -> None:
+    """Raises ConfigError where what is `auto` cannot be chosen, since runs of this config are not measured."""
+    if auto and (found := unmeasured(config)):
+        raise ConfigError(
+            f"{auto[0]} is auto, which needs {found.name} {found.value}: {found.why}. Give a value, or {found.remedy}."
+        )
+
+
 def choose(measurement: Measurement, job: Job, auto: Sequence[str]) -> Chosen:
-    """The fastest plan for this job's prompt that differs from its own only in what is `auto`. Raises ConfigError where
-    transport or kernels are not those that are measured."""
+    """The fastest plan for this job's prompt that differs from its own only in what is `auto`; see `check_auto`."""
     config, shape = job.config, job.plan.shape
-    if config.backend != "gloo":
-        raise ConfigError(
-            f"{auto[0]} is auto, which needs backend gloo: how {config.backend} shares links is not measured. Give a "
-            "value."
-        )
-    if config.wants_graphs:
-        raise ConfigError(
-            f"{auto[0]} is auto, which needs kernels exact: graphs are not measured. Give a value, or "
-            'session.load(…, kernels="exact").'
-        )
     default = Candidate(
         shape.starts, sized_lengths(shape.tokens, config.chunk_size), config.schedule, config.sync_strategy
     )

@@ -21,6 +21,7 @@ from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
 from dinfer.planner.choose import CHOICES
+from dinfer.planner.machine import unmeasured
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import RankFailed
 from dinfer.run.hang import Hung
@@ -36,6 +37,7 @@ from dinfer.session.measure import (
     LINK_TOKENS,
     TOKENS,
     Measurement,
+    check_auto,
     choose,
     measured,
     with_choice,
@@ -98,11 +100,12 @@ class Session(Tidy, Announced, Closing):
         self._run: Run | None = None
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
-        self._half_prepared = False  # ranks may wait for others that have refused a prompt
+        self._half_prepared = False  # ranks may wait for others that have refused a prompt or to measure
         self._bare = set(range(self.world_size))  # ranks without weights, or with only some of them
         self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
         self._closing = threading.Event()
-        self._measured: Measurement | None = None
+        self._measured: dict[bool, Measurement] = {}
+        """of the checkpoint, of runs with digests and without"""
         self._watch: EnginesWatch | None = None
         self._watched, self._compares = Path(), False
         found = ranks.ask(dict.fromkeys(range(self.world_size), GetHeld()), PREPARE_S)
@@ -147,7 +150,7 @@ class Session(Tidy, Announced, Closing):
         self._free_lanes()
         if config.backend != self._config.backend:
             meet(self.ranks, config.backend)
-        self._config, self._measured = config, None
+        self._config, self._measured = config, {}
         self._load(range(self.world_size))
         if ignored := ignored_generation(self.spec.path):
             print(ignored)
@@ -194,14 +197,17 @@ class Session(Tidy, Announced, Closing):
             )
         given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
         config = self._config.with_(**{"prompt_ids": (), **given, **own})
+        check_auto(config, auto)
         job = prepare_loaded(config, self.spec, plan)
         if auto:
-            chosen = choose(self.measure(), job, auto)
+            if config.digests not in self._measured:
+                self._measure(self.spec, config.digests)
+            chosen = choose(self._measured[config.digests], job, auto)
             print(chosen)
             config, plan = with_choice(config, chosen, self.spec.layers)
             job = replace(prepare_loaded(config, self.spec, plan or None), predicted_s=chosen.predicted_s)
-        if self._measured:
-            job = replace(job, machine=self._measured.machine)
+        if (found := self._measured.get(config.digests)) and not unmeasured(config):
+            job = replace(job, machine=found.machine)
         text = "" if not plan else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)
@@ -210,30 +216,20 @@ class Session(Tidy, Announced, Closing):
             run.resume()
         return run
 
-    def measure(self, *, again: bool = False) -> Measurement:
+    def measure(self, *, digests: bool = True, again: bool = False) -> Measurement:
         """What a layer takes on each rank and what each link carries, as a table; some seconds, once for a checkpoint
-        unless `again`. The run before it is then over. Raises NotPossible where no checkpoint is loaded or a run is
-        under way."""
+        unless `again`. `digests`: of runs that compute them, or that have digests=False. The run before it is then
+        over. Raises NotPossible where no checkpoint is loaded or a run is under way."""
         self._check_open()
         if self.spec is None:
             raise NotPossible("no checkpoint is loaded, so no layer can be measured: session.load(…) first.")
-        if self._measured is None or again:
+        if again or digests not in self._measured:
             if self._run and self._run.standing().state in ("running", "decoding"):
                 raise NotPossible(
                     "a run is under way, which would be measured with: run.pause() or run.wait() first."
                 )
-            self._end_run("layers and links were measured; session.prefill(…) begins another run")
-            self._free_lanes()
-            self._ensure_whole()
-            tokens = min(TOKENS, self.spec.max_positions)
-            lengths = tuple(length for length in LENGTHS if length <= tokens) or (tokens,)
-            command = MeasureRank(tokens, lengths, min(LINK_TOKENS, tokens))
-            answers = self.ranks.ask(
-                dict.fromkeys(range(self.world_size), command), MEASURE_S, self._ensure_whole
-            )
-            self._measured = measured(answers, tokens)
-            self._note("layers and links are measured")
-        return self._measured
+            self._measure(self.spec, digests)
+        return self._measured[digests]
 
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
         """Run each prompt with every combination of these parameters, each a list or a single value; a table. Raises
@@ -445,6 +441,21 @@ class Session(Tidy, Announced, Closing):
         answers = self.ranks.ask(requests, PREPARE_S, self._ensure_whole)
         self._half_prepared = False
         return {rank: answer.plan_id for rank, answer in answers.items()}
+
+    def _measure(self, spec: Spec, digests: bool) -> None:
+        """Measure, whatever the run before is doing, which is then over."""
+        self._end_run("layers and links were measured; session.prefill(…) begins another run")
+        self._free_lanes()
+        self._ensure_whole()
+        tokens = min(TOKENS, spec.max_positions)
+        lengths = tuple(length for length in LENGTHS if length <= tokens) or (tokens,)
+        command = MeasureRank(tokens, lengths, min(LINK_TOKENS, tokens), digests)
+        requests = dict.fromkeys(range(self.world_size), command)
+        self._half_prepared = True  # where one rank refuses, the others wait for it
+        answers = self.ranks.ask(requests, MEASURE_S, self._ensure_whole)
+        self._half_prepared = False
+        self._measured[digests] = measured(answers, tokens)
+        self._note("layers and links are measured")
 
     def _free_lanes(self) -> None:
         """Free what the last run or prompt has left blocked in transfers, and say so. Ranks that are lost or do not

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import dinfer
+from dinfer.cluster.ranks import RankRefused
 from dinfer.config import Config, ConfigError
+from dinfer.engine.measure import time_layers
+from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.errors import NotPossible
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.planner.costs import LayerCost
 from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
-from dinfer.session.measure import Measurement, choose
+from dinfer.session.measure import Measurement, check_auto
 from dinfer.session.session import Session
 
 IDS = list(range(5, 101))
@@ -50,7 +54,7 @@ def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
             "rank", "0", "1", "2", "link", "0→1", "0→2", "1→0", "1→2", "2→0", "2→1",
         ]  # fmt: skip
 
-        session._measured = Measurement(uneven(), 64)
+        session._measured[True] = Measurement(uneven(), 64)
         capsys.readouterr()
         run = session.prefill(
             IDS,
@@ -112,10 +116,109 @@ def test_auto_and_a_plan_contradict_each_other(session_of_one: Session) -> None:
         ({"backend": "gloo", "kernels": "graph"}, "schedule is auto, which needs kernels exact"),
     ],
 )
-def test_what_is_not_measured_is_not_chosen_for(
-    session_of_one: Session, given: dict[str, str], words: str
-) -> None:
-    job = session_of_one.prefill(IDS, paused=True).job
+def test_what_is_not_measured_is_not_chosen_for(given: dict[str, str], words: str) -> None:
     config = Config.of({"world_size": 1, "gpu_ids": (0,), **given})
+    check_auto(config, [])
     with pytest.raises(ConfigError, match=words):
-        choose(Measurement(uneven(), 64), replace(job, config=config), ["schedule"])
+        check_auto(config, ["schedule"])
+
+
+def test_one_rank_measures_and_chooses(
+    session_of_one: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is no link."""
+    monkeypatch.setattr("dinfer.session.session.TOKENS", 64)
+    found = session_of_one.measure(again=True)
+    assert found.machine.links.speeds == ()
+    assert len(str(found).splitlines()) == 2
+    run = session_of_one.prefill(IDS, chunk_size="auto", sync_strategy="auto")
+    assert "sync_strategy pairwise: with one rank nothing is sent." in capsys.readouterr().out
+    run.wait(60)
+    assert [row[0] for row in run.prediction().rows] == ["prefill", "rank 0 computes"]
+
+
+def test_what_cannot_be_chosen_leaves_the_run_before_alone(
+    session_of_one: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was measured, and that run ended, before it was refused."""
+    monkeypatch.setattr(session_of_one, "_measured", {})
+    before = session_of_one.prefill(IDS, paused=True)
+    with_gpu = session_of_one._config.with_(gpu_ids=(0,), kernels="auto")
+    monkeypatch.setattr(session_of_one, "_config", with_gpu)
+    with pytest.raises(ConfigError, match="which needs kernels exact"):
+        session_of_one.prefill(IDS, schedule="auto")
+    assert not before.closed
+    assert not session_of_one._measured
+
+
+def test_auto_ends_a_run_that_is_under_way(session_of_one: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinfer.session.session.TOKENS", 64)
+    monkeypatch.setattr(session_of_one, "_measured", {})
+    door, unbroken, end_run = threading.Event(), HANDLERS["layer"], session_of_one._end_run
+
+    def layer(*given: Any) -> Outcome:
+        assert door.wait(60)
+        return unbroken(*given)
+
+    def ends(why: str) -> None:
+        door.set()
+        end_run(why)
+
+    monkeypatch.setitem(HANDLERS, "layer", layer)
+    before = session_of_one.prefill(IDS)
+    monkeypatch.setattr(session_of_one, "_end_run", ends)
+    with pytest.raises(NotPossible, match="a run is under way"):
+        session_of_one.measure()
+    run = session_of_one.prefill(IDS, schedule="auto")
+    assert before.closed
+    run.wait(60)
+
+
+def test_a_prediction_is_of_what_was_measured(
+    session_of_one: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinfer.session.session.TOKENS", 64)
+    monkeypatch.setattr(session_of_one, "_measured", {True: Measurement(uneven(), 64)})
+    assert session_of_one.prefill(IDS, paused=True).job.machine
+    run = session_of_one.prefill(IDS, digests=False, paused=True)
+    with pytest.raises(NotPossible, match=r"session\.measure\(digests=False\), then"):
+        run.prediction()
+    asked = list[bool]()
+
+    def timed(*given: Any, digests: bool) -> Any:
+        asked.append(digests)
+        return time_layers(*given, digests=digests)
+
+    monkeypatch.setattr("dinfer.rank.service.time_layers", timed)
+    session_of_one.measure(digests=False)
+    assert asked == [False]
+    assert session_of_one.prefill(IDS, digests=False, paused=True).job.machine
+    monkeypatch.setattr(session_of_one, "_config", session_of_one._config.with_(gpu_ids=(0,), kernels="auto"))
+    assert session_of_one.prefill(IDS, paused=True, kernels="exact").job.machine
+    run = session_of_one.prefill(IDS, paused=True)
+    with pytest.raises(NotPossible, match="needs kernels exact, since graphs are not measured"):
+        run.prediction()
+
+
+def test_where_a_rank_refuses_to_measure_the_next_run_just_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others wait for it in a gather."""
+    monkeypatch.setattr("dinfer.session.session.TOKENS", 64)
+    first = threading.Lock()
+
+    def timed(*given: Any, **named: Any) -> Any:
+        if first.acquire(blocking=False):
+            raise MemoryError("on one rank only")
+        return time_layers(*given, **named)
+
+    with dinfer.connect("threads", n=3) as session:
+        session.load("demo", threads=1)
+        with monkeypatch.context() as patch:
+            patch.setattr("dinfer.rank.service.time_layers", timed)
+            with pytest.raises(RankRefused, match="on one rank only"):
+                session.measure()
+        capsys.readouterr()
+        assert session.prefill(IDS, max_new_tokens=2).decode(2).tokens
+        assert "all ranks have met again" in capsys.readouterr().out
+        assert session.measure().machine.layers
