@@ -57,6 +57,17 @@ def html_text(text: str, severity: Severity = Severity.NOTE) -> str:
 SHOWN = 3
 
 
+def numbers_text(numbers: Sequence[int]) -> str:
+    """For example `3 × 512, 256`; `none` for none."""
+    runs = list[list[int]]()
+    for number in numbers:
+        if runs and runs[-1][0] == number:
+            runs[-1][1] += 1
+        else:
+            runs.append([number, 1])
+    return ", ".join(f"{count} × {n}" if count > 1 else str(n) for n, count in runs) or "none"
+
+
 def listed(sentences: Sequence[str]) -> str:
     """The first SHOWN sentences, and how many more there are."""
     more = [f"and {len(sentences) - SHOWN} more"] * (len(sentences) > SHOWN)

@@ -141,7 +141,7 @@ def _check_characters(text: str) -> None:
 
 
 def _parse_shape(sizes: tuple[int, str], stages: tuple[int, str]) -> Shape:
-    form = "layers N, tokens N, chunk_size N"
+    form = "layers N, tokens N, chunk_size N[+N…]"
     words = _words(sizes, form)
     *intro, starts = stages[1].partition("stages start at ")
     try:

@@ -10,6 +10,7 @@ from math import ceil, inf
 from typing import Any, get_args
 
 from dinfer.config import Schedule, SyncStrategy
+from dinfer.display import numbers_text
 from dinfer.plan.graph import Graph
 from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape, partition
@@ -260,15 +261,15 @@ class Planner:
                 stages = ", ".join(str(b - a) for a, b in pairwise((*best.starts, self.layers)))
                 other = self.seconds(replace(best, starts=even_starts(self.layers, len(best.starts))))
                 return (
-                    f"layer_split {_numbers(best.starts[1:])}: stages of {stages} layers take {took:.4g} s, equal ones "
-                    f"{other:.4g} s{self._uneven()}."
+                    f"layer_split {numbers_text(best.starts[1:])}: stages of {stages} layers take {took:.4g} s, "
+                    f"equal ones {other:.4g} s{self._uneven()}."
                 )
             case _:
                 even = self.seconds(replace(best, lengths=default.lengths))
                 count, before = len(best.lengths), len(default.lengths)
                 return (
-                    f"chunk_size {_numbers(best.lengths)}: {count} chunk{'s' * (count > 1)} take{'s' * (count == 1)} "
-                    f"{took:.4g} s, {before} of up to {max(default.lengths)} tokens {even:.4g} s."
+                    f"chunk_size {numbers_text(best.lengths)}: {count} chunk{'s' * (count > 1)} "
+                    f"take{'s' * (count == 1)} {took:.4g} s, {before} of up to {max(default.lengths)} tokens {even:.4g} s."
                 )
 
     def _against(self, what: str, best: Candidate, others: Mapping[Any, Candidate]) -> str:
@@ -375,14 +376,3 @@ def _fits(starts: Sequence[int], layers: int) -> bool:
 def _passed(lengths: tuple[int, ...], n: int, tokens: int) -> tuple[int, ...]:
     """Tokens passed from a chunk to the next."""
     return (*lengths[:n], lengths[n] - tokens, lengths[n + 1] + tokens, *lengths[n + 2 :])
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    """For example `3 × 512, 256`; `none` for none."""
-    runs = list[list[int]]()
-    for number in numbers:
-        if runs and runs[-1][0] == number:
-            runs[-1][1] += 1
-        else:
-            runs.append([number, 1])
-    return ", ".join(f"{count} × {n}" if count > 1 else str(n) for n, count in runs) or "none"

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from types import GenericAlias
 from typing import Any, get_type_hints
@@ -125,10 +125,16 @@ def _check_sizes(about: Any, events: Sequence[Event]) -> None:
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if value is not None and not (is_number and 0 <= value < 1 << 40):
             raise ValueError(f"{name} is {excerpt(value)}; it must be a whole number, at least 0")
+    lengths = about.get("chunks", [])
+    if not isinstance(lengths, list) or not all(type(length) is int and length > 0 for length in lengths):
+        raise ValueError(f"chunks is {excerpt(lengths)}; it must be a list of whole numbers, each at least 1")
+    predicted_s = about.get("predicted_s", 1.0)
+    if type(predicted_s) not in (int, float) or not 0 < predicted_s < inf:
+        raise ValueError(f"predicted_s is {excerpt(predicted_s)}; it must be a number of seconds, above 0")
     for name in ("schedule", "sync_strategy", "plan_id"):
         if not isinstance(about.get(name, ""), str | None):
             raise ValueError(f"{name} is {excerpt(about[name])}; it must be text")
-    chunks = -(-(about.get("tokens") or 0) // (about.get("chunk_size") or 1))
+    chunks = len(lengths) or -(-(about.get("tokens") or 0) // (about.get("chunk_size") or 1))
     sizes = {
         "layers": max([about.get("layers") or 1, *(e.layer + 1 for e in events if e.layer is not None)]),
         "chunks": max([chunks, 1, *(e.chunk + 1 for e in events if e.chunk is not None)]),

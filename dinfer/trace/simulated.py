@@ -68,6 +68,7 @@ def paper_trace(plan: Plan, machine: Timings | None = None) -> Trace:
         layers=shape.layers,
         tokens=shape.tokens,
         chunk_size=shape.chunk_size,
+        **({"chunks": list(shape.lengths)} if shape.lengths else {}),
         stages=list(shape.starts),
         schedule=plan.schedule,
         sync_strategy=plan.sync_strategy,

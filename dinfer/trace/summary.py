@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dinfer.display import numbers_text
 from dinfer.trace.findings import findings_of
 from dinfer.trace.shares import shares
 from dinfer.trace.trace import Trace
@@ -12,13 +13,19 @@ SAME = ("model", "layers", "tokens", "world_size")
 """fields in which runs must agree for their times to be compared"""
 
 
+def chunks_text(about: Mapping[str, Any]) -> str:
+    """The tokens of a run's chunks: `128`, or `2 × 128, 64` where they differ; "" where they are not known."""
+    return numbers_text(about["chunks"]) if about.get("chunks") else str(about.get("chunk_size") or "")
+
+
 def summary(trace: Trace) -> dict[str, Any]:
     """Prefill of all ranks, in seconds, shares of 1 and bytes; None where nothing was sent. `ended`: whether prefill
     has ended, as far as is known; otherwise its times cannot be compared."""
     found, sent, known = shares(trace), transfers(trace), findings_of(trace)
     latency = spread(one.latency for one in sent) if sent else None
     return {
-        **{name: trace.about.get(name) for name in (*SAME, "sync_strategy", "schedule", "chunk_size")},
+        **{name: trace.about.get(name) for name in (*SAME, "sync_strategy", "schedule")},
+        "chunk_size": chunks_text(trace.about) or None,
         "ended": not known.failure and known.state in ("", "done", "decoding"),
         "prefill_s": max((rank.prefill_s for rank in found.ranks), default=0.0),
         "exposed": found.exposed,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dinfer.display import Composed, Displayable, Table, Tidy
+from dinfer.display import Composed, Displayable, Table, Tidy, numbers_text
 from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.judge import CauseKind, Deviation, ReferenceCase
 from dinfer.kv.reference.reports import FINAL, HIDDEN, TensorKey
@@ -214,7 +214,7 @@ class Comparison(Tidy, Composed):
     def _what(self) -> str:
         report, measure = self.case.first_examined.report, self.case.measure
         shape, layers = self.case.plan.shape, self.case.plan.shape.layers
-        size = f"up to {shape.chunk_size}" if shape.lengths else shape.chunk_size
+        size = numbers_text(shape.lengths) if shape.lengths else shape.chunk_size
         chunks = f"in the run's chunks of {size} tokens" if self.chunked else "all of the prompt at once"
         threads = f"{report.threads} thread{'s' * (report.threads != 1)}"
         ranks = ", ".join(str(found.rank) for found in self.case.examined)

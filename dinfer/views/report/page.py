@@ -26,7 +26,7 @@ from dinfer.trace.findings import findings_of
 from dinfer.trace.intervals import seconds
 from dinfer.trace.read import ELEMENT, as_columns, script_json
 from dinfer.trace.shares import pauses, shares
-from dinfer.trace.summary import summary, verdict
+from dinfer.trace.summary import chunks_text, summary, verdict
 from dinfer.trace.trace import Trace
 from dinfer.version import __version__
 from dinfer.views.cells import marked
@@ -190,21 +190,21 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
 
 def _predicted(trace: Trace) -> str:
     """The planner's prediction beside the prefill that was measured; "" without one, or where prefill has not ended."""
-    predicted_s, prefill_s = trace.about.get("predicted_s"), summary(trace)["prefill_s"]
-    if not isinstance(predicted_s, int | float) or not predicted_s > 0 or not prefill_s:
+    predicted_s, found = trace.about.get("predicted_s"), summary(trace)
+    if not predicted_s or not found["ended"] or not found["prefill_s"]:
         return ""
-    return f"{predicted_s:.3g} s of prefill, by the planner; it took {prefill_s:.3g} s"
+    return f"{predicted_s:.3g} s of prefill, by the planner; it took {found['prefill_s']:.3g} s"
 
 
 def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
     """What was run, where it is known, by name."""
     about = trace.about
     ranks = about.get("world_size") or len(trace.ranks)
-    has_chunks = about.get("tokens") and about.get("chunk_size")
+    chunks = chunks_text(about)
     found = {
         "command": shlex.join(map(str, about.get("command") or ())),
         "model": str(about.get("model") or ""),
-        "prompt": f"{about['tokens']:,} tokens by {about['chunk_size']}" if has_chunks else "",
+        "prompt": f"{about['tokens']:,} tokens by {chunks}" if about.get("tokens") and chunks else "",
         "layers": f"{about['layers']} on {ranks} rank{'s' * (ranks != 1)}" if about.get("layers") else "",
         "schedule": str(about.get("schedule") or ""),
         "sync strategy": str(about.get("sync_strategy") or ""),

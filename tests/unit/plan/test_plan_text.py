@@ -49,7 +49,7 @@ def test_lanes_may_be_empty_and_ranks_may_come_in_any_order() -> None:
     assert plan.op(OpPlace(0, 1, 0)) == Op("embed", 0)
 
 
-SIZES = "layers N, tokens N, chunk_size N"
+SIZES = "layers N, tokens N, chunk_size N[+N…]"
 ERRORS = {
     "an empty text": ("", f"this is not a plan: it is empty; the first line of a plan is {HEADER!r}."),
     "another file": ("import torch\n", f"not a plan … 'import torch' … {HEADER!r}"),

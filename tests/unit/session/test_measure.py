@@ -94,7 +94,9 @@ def test_chunks_of_different_lengths_run_and_are_compared_as_any(session_of_one:
     shape = partition(layers=6, tokens=96, world_size=1, chunk_size=1, lengths=(50, 30, 16))
     run = session_of_one.prefill(IDS, plan=build(shape, "pipelined", "pairwise"), max_new_tokens=2)
     run.wait(60)
-    assert run.compare("reference").equal
+    compared = run.compare("reference")
+    assert compared.equal
+    assert "chunks of 50, 30, 16 tokens" in str(compared)
     assert run.trace.about["chunks"] == [50, 30, 16]
 
 

@@ -40,6 +40,13 @@ def test_a_row_of_figures() -> None:
     assert found["p50_s"] <= found["p99_s"]
 
 
+def test_chunks_of_different_lengths_are_all_told() -> None:
+    assert summary(run())["chunk_size"] == "8"
+    shape = partition(layers=6, tokens=40, world_size=3, chunk_size=1, lengths=(8, 16, 16))
+    assert summary(paper_trace(build(shape, "lockstep", "ring")))["chunk_size"] == "8, 2 × 16"
+    assert summary(Trace(()))["chunk_size"] is None
+
+
 def test_a_run_without_transfers() -> None:
     found = summary(Trace(()))
     assert (found["prefill_s"], found["p50_s"], found["bytes"]) == (0.0, None, 0)

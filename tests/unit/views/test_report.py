@@ -154,6 +154,16 @@ def test_percent(part: float, text: str) -> None:
     assert percent(part) == text
 
 
+def test_all_chunks_are_told_and_a_prediction_beside_a_prefill_that_has_ended() -> None:
+    shape = partition(layers=4, tokens=40, world_size=2, chunk_size=1, lengths=(8, 16, 16))
+    trace = paper_trace(build(shape, "lockstep", "pairwise"))
+    trace = replace(trace, about={**trace.about, "predicted_s": 0.5})
+    for state, is_told in (("", True), ("decoding", True), ("paused", False), ("failed", False)):
+        page = report_html([with_findings(trace, Findings(state=state))], plotly=NO_PLOTLY)
+        assert "40 tokens by 8, 2 × 16" in page
+        assert ("0.5 s of prefill, by the planner; it took" in page) == is_told
+
+
 # -- the page
 
 
