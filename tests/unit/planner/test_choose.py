@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, permutations, product
 
 import pytest
@@ -12,6 +13,7 @@ from dinfer.plan.ops import PlanError
 from dinfer.planner.choose import (
     CHOICES,
     SAFE,
+    SLACK,
     SMALLEST,
     Candidate,
     Planner,
@@ -117,7 +119,7 @@ def test_a_slow_rank_gets_fewer_layers_and_the_sentence_says_why() -> None:
     chosen = Planner(machine(slow_rank=1), 6).choose(default(), ["layer_split"])
     starts = (*chosen.candidate.starts, 6)
     assert starts[2] - starts[1] == 1
-    assert "a layer takes rank 1 2 times as long as the fastest" in str(chosen)
+    assert "; for a layer rank 1 takes 2 times as long as the fastest rank." in str(chosen)
 
 
 def test_a_strategy_that_loses_is_told_with_its_time() -> None:
@@ -126,6 +128,22 @@ def test_a_strategy_that_loses_is_told_with_its_time() -> None:
     assert "ring cannot beat it here: " in chosen.because[1]
     alone = Planner(machine(1), 6).choose(default(ranks=1), ["sync_strategy"])
     assert str(alone) == "sync_strategy pairwise: with one rank nothing is sent."
+
+
+def test_what_a_sentence_compares_with_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search improved only one strategy, and with those stages and chunks the other one is faster."""
+    monkeypatch.setattr("dinfer.planner.choose.IMPROVED", 1)
+    uneven = machine(speed=100 * MB, slow_rank=0, slow_link=(0, 2), cost=LayerCost(5e-3, 0, 1e-5, 0))
+    planner, given = Planner(uneven, 4), replace(default(4, 300, 3, 32), sync_strategy="ring")
+    chosen = planner.choose(given, CHOICES)
+    best = chosen.candidate
+    others = [
+        *(replace(best, schedule=schedule) for schedule in SAFE),
+        *(replace(best, sync_strategy=strategy) for strategy in ("pairwise", "ring")),
+        replace(best, starts=given.starts),
+        replace(best, lengths=given.lengths),
+    ]
+    assert min(map(planner.seconds, others)) >= chosen.predicted_s * (1 - SLACK)
 
 
 def test_attention_that_grows_makes_later_chunks_shorter() -> None:
