@@ -57,41 +57,41 @@ def choose_backend(
         use_nccl = not obstacle and config.device_mode == "single_node"
         return config.with_(backend="nccl" if use_nccl else "gloo")
     if obstacle:
-        raise ConfigError(f"backend is {config.backend}, but {obstacle}, or use backend gloo.")
+        raise ConfigError(f"backend is {config.backend}, but {obstacle}.")
     return config
 
 
+GLOO = "or use backend gloo"
+
+
 def _obstacle_to_nccl(config: Config, nccl_is_here: Callable[[], bool]) -> str:
-    """Why NCCL cannot be used and what to do about it; empty if it can."""
+    """Why NCCL cannot be used, and a sentence, without its full stop, on what to do about it; empty if it can."""
     ids = config.gpu_ids
     if not ids:
         example = ",".join(map(str, range(config.world_size)))
-        return f"gpu_ids is empty: NCCL needs one GPU a rank. Give gpu_ids, such as {example}"
+        return f"gpu_ids is empty: NCCL needs one GPU a rank. Give gpu_ids, such as {example}, {GLOO}"
     shared = next((gpu for gpu in ids if ids.count(gpu) > 1), None)
     if shared is not None and config.device_mode == "single_node":
         ranks = " and ".join(str(rank) for rank, gpu in enumerate(ids) if gpu == shared)
-        return (
-            f"ranks {ranks} share GPU {shared}: NCCL needs one GPU a rank. Give each rank its own in gpu_ids"
-        )
+        return f"ranks {ranks} share GPU {shared}: NCCL needs one GPU a rank. Give each rank its own in gpu_ids, {GLOO}"
     if not nccl_is_here():
-        return "this torch has no NCCL or finds no GPU. Install a CUDA build of torch for Linux"
+        return f"this torch has no NCCL or finds no GPU. Install a CUDA build of torch for Linux, {GLOO}"
     return ""
 
 
 def _obstacle_to_ipc(config: Config, ipc_is_here: Callable[[], bool]) -> str:
-    """Why ranks cannot share GPU memory and what to do about it; empty if they can."""
+    """Why ranks cannot share GPU memory, and a sentence, without its full stop, on what to do about it; empty if they
+    can."""
     if config.device_mode != "single_node":
-        return "the ranks are on several machines: CUDA IPC shares the memory of one GPU. Use nccl"
+        return f"the ranks are on several machines: CUDA IPC shares the memory of one GPU. Use nccl, {GLOO}"
     if not config.gpu_ids:
         example = ",".join(["0"] * config.world_size)
-        return f"gpu_ids is empty: CUDA IPC needs a GPU that all ranks share. Give gpu_ids, such as {example}"
+        return f"gpu_ids is empty: CUDA IPC needs a GPU that all ranks share. Give gpu_ids, such as {example}, {GLOO}"
     if len(set(config.gpu_ids)) > 1:
         given = ",".join(map(str, config.gpu_ids))
-        return (
-            f"gpu_ids is {given}: CUDA IPC is for ranks that share one GPU. Use nccl where each has its own"
-        )
+        return f"gpu_ids is {given}: CUDA IPC is for ranks that share one GPU. Use nccl where each has its own, {GLOO}"
     if not ipc_is_here():
-        return "this machine's GPU memory cannot be shared, or torch finds no GPU"
+        return "this machine's GPU memory cannot be shared, or torch finds no GPU. Use backend gloo"
     return ""
 
 

@@ -59,7 +59,10 @@ def check_asked(config: Config, rates: Sequence[str]) -> None:
     if config.world_size < 2:
         raise ConfigError(f"hosts is {config.world_size}; links need at least 2.")
     if reason := why_not():
-        raise ConfigError(f"bench links {reason}.")
+        raise ConfigError(
+            f"bench links needs hosts of its own, which cannot be made here: {reason}. Run it as root where iproute2 "
+            "is, or dinfer bench prefill, which needs no hosts."
+        )
 
 
 CASES: tuple[tuple[SyncStrategy, Schedule], ...] = tuple(

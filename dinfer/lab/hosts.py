@@ -90,12 +90,12 @@ class HostsError(DinferError, RuntimeError):
 
 
 def why_not() -> str:
-    """Why hosts cannot be used here, "" if they can: makes two, uses and removes them."""
+    """Why hosts cannot be used here, as a clause, "" if they can: makes two, uses and removes them."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        return "needs root, to make network namespaces"
+        return "only root can make network namespaces"
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
-            return f"needs {tool} of iproute2 (apt-get install iproute2), to make network namespaces"
+            return f"network namespaces need {tool} of iproute2 (apt-get install iproute2)"
     cannot = "network namespaces cannot be used here"
     try:
         with hosts(2) as network:

@@ -56,7 +56,17 @@ def test_without_root_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(os, "geteuid", lambda: 1000, raising=False)
     with pytest.raises(ConfigError) as error:
         check_asked(Config(world_size=3), ["1gbit"])
-    assert str(error.value) == "bench links needs root, to make network namespaces."
+    assert str(error.value) == (
+        "bench links needs hosts of its own, which cannot be made here: only root can make network namespaces. Run it "
+        "as root where iproute2 is, or dinfer bench prefill, which needs no hosts."
+    )
+    monkeypatch.setattr(
+        "dinfer.bench.links.why_not", lambda: "network namespaces cannot be used here: no kernel"
+    )
+    with pytest.raises(
+        ConfigError, match="cannot be made here: network namespaces cannot be used here: no kernel"
+    ):
+        check_asked(Config(world_size=3), ["1gbit"])
 
 
 def test_a_cell_has_what_was_measured_and_both_simulations() -> None:

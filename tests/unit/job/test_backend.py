@@ -72,11 +72,15 @@ def test_what_cannot_be_is_told_with_what_to_do(values: dict[str, Any], nccl: bo
         ({}, True, "gpu_ids is empty: CUDA IPC needs a GPU that all ranks share. Give gpu_ids, such as 0,0"),
         ({"gpu_ids": "0,1"}, True, "gpu_ids is 0,1: CUDA IPC is for ranks that share one GPU. Use nccl"),
         ({"gpu_ids": "0,0", "device_mode": "multi_node"}, True, "the ranks are on several machines"),
-        ({"gpu_ids": "0,0"}, False, "this machine's GPU memory cannot be shared, or torch finds no GPU"),
+        (
+            {"gpu_ids": "0,0"},
+            False,
+            "backend is ipc, but this machine's GPU memory cannot be shared, or torch finds no GPU. Use backend gloo.",
+        ),
     ],
 )
 def test_what_memory_cannot_be_shared_is_told(values: dict[str, Any], ipc: bool, words: str) -> None:
-    with pytest.raises(ConfigError, match="or use backend gloo") as caught:
+    with pytest.raises(ConfigError, match=r"se backend gloo\.$") as caught:
         settled(ipc=ipc, backend="ipc", **values)
     assert words in str(caught.value)
 

@@ -23,10 +23,10 @@ def test_addresses_are_those_to_which_no_route_leads() -> None:
 
 def test_why_there_are_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000, raising=False)
-    assert why_not() == "needs root, to make network namespaces"
+    assert why_not() == "only root can make network namespaces"
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "tc" else name)
-    assert why_not().startswith("needs tc of iproute2")
+    assert why_not().startswith("network namespaces need tc of iproute2")
 
 
 def test_a_wire_is_the_same_from_both_ends_and_slow_in_one_direction() -> None:
