@@ -123,7 +123,6 @@ def case_figures(
     best = min(seconds, key=seconds.__getitem__)
     return {
         "case": name,
-        "chosen": "chosen",
         "chosen_s": seconds["chosen"],
         "predicted_s": predicted_s,
         "best": best,
