@@ -41,7 +41,10 @@ class Comm(Protocol):
     world_size: int
 
     def send(self, channel: Channel, header: bytes, payload: Tensor | None) -> int:
-        """Send a message. Returns when the peer was ready to receive (monotonic ns)."""
+        """Send a message. Returns when the peer was ready to receive (monotonic ns).
+
+        A message need not be queued whole: its payload, or pieces of it, may be posted only once the peer has received
+        what came before, so a second message on this channel before the return could come in between."""
 
     def recv_header(self, channel: Channel) -> bytes:
         """Receive the next header; blocks until it is sent."""
