@@ -11,9 +11,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -57,8 +59,8 @@ def set_faults(engine: Engine, faults: Sequence[Fault], on_strike: OnStrike) -> 
 
 FOREVER_S = 3600
 
-APART_S, POSTED_S = 10.0, 0.05
-"""how long to wait for another lane to come to its op, and for what it sends to be on its way"""
+APART_S = 10.0
+"""how long to wait for another lane to come to its op"""
 
 RunOp = Callable[[Prefill, Op, Comm], Outcome]
 
@@ -91,16 +93,22 @@ def arm(rank: int, order: Misbehave, struck: Callable[[Op], None]) -> None:
     if order.act not in ACTS:
         raise KeyError(order.act)
     kind = order.of or order.ops[0].split()[0]
-    run, begun = HANDLERS[kind], threading.Event()
+    run, begun, on_channel = HANDLERS[kind], threading.Event(), Lock()
 
     def handler(state: Prefill, op: Op, comm: Comm) -> Outcome:
         is_meant = order.peer in (None, op.peer) if order.of else str(op) in order.ops
         if state.rank != rank or not is_meant:
             return run(state, op, comm)
-        if not begun.is_set() and (order.of or str(op) == order.ops[0]):
-            begun.set()
-            struck(op)
-        return _misbehave(order, begun, run, state, op, comm)
+        is_first = bool(order.of) or str(op) == order.ops[0]
+        if order.act == "elsewhere" and not is_first:
+            # The second op is to send that rank the same, and comes after it: header and payload of two messages on
+            # one channel must not mix, which would end who receives them.
+            begun.wait(APART_S)
+        with on_channel if order.act == "elsewhere" else nullcontext():
+            if is_first and not begun.is_set():
+                begun.set()
+                struck(op)
+            return _misbehave(order, run, state, op, comm)
 
     HANDLERS[kind] = handler
 
@@ -110,10 +118,8 @@ def disarm() -> None:
     HANDLERS.update(_WHOLE)
 
 
-def _misbehave(
-    order: Misbehave, begun: threading.Event, run: RunOp, state: Prefill, op: Op, comm: Comm
-) -> Outcome:
-    """Misbehave at an op. `run` carries it out; `begun`: the order has struck at its first op."""
+def _misbehave(order: Misbehave, run: RunOp, state: Prefill, op: Op, comm: Comm) -> Outcome:
+    """Misbehave at an op. `run` carries it out."""
     match order.act:
         # messages
         case "skip":  # as if it were done
@@ -130,11 +136,6 @@ def _misbehave(
             comm = _broken(comm, send=partial(_send_twice, comm))
         case "elsewhere" if str(op) == order.ops[0]:
             comm = _broken(comm, send=partial(_send_to, comm, int(order.wire[0])))
-        case "elsewhere":
-            # The second op is to send that rank the same, and comes after it: header and payload of two messages on
-            # one channel must not mix, which would end who receives them.
-            begun.wait(APART_S)
-            time.sleep(POSTED_S)
         case (
             "another plan"
         ):  # this rank's messages say, and expect, from here on that they are of another plan

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from dinfer.engine.ops import HANDLERS
+from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.messages import Behave, Misbehave, Ok, RankReport, Refused, Reply
 from dinfer.model.decoder import Decoder
-from dinfer.plan.graph import channel_of
+from dinfer.plan.graph import Channel, channel_of
 from dinfer.plan.ops import Op, parse_op
 from dinfer.rank import faults
 from dinfer.rank.commands import answer, table_of
@@ -83,6 +86,52 @@ def test_a_recv_that_is_left_out_and_a_message_to_another_rank(small: Decoder) -
     order = Misbehave(act="elsewhere", ops=(SEND,), wire=(2,))
     with begun(small, 0, order, ranks=3) as (made, fleet, _):
         assert "rank 0 sent block c1 l0" in outcome(made, fleet)
+
+
+def test_two_messages_on_one_channel_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block in pieces is not queued whole: a second message would come between its pieces."""
+    second_came, sending, mixed = threading.Event(), list[Channel](), list[bool]()
+
+    class Turn:
+        def __init__(self) -> None:
+            self._lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            if not self._lock.acquire(blocking=False):
+                second_came.set()
+                assert self._lock.acquire(timeout=60)
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+
+    class Pieces:
+        rank = 0
+
+        def send(self, channel: Channel, *_: object) -> int:
+            assert channel == Channel("kv", 0, 2)
+            sending.append(channel)
+            mixed.append(len(sending) > 1)
+            if len(mixed) == 2:
+                second_came.set()
+            assert second_came.wait(60)
+            sending.pop()
+            return 0
+
+    def send(_: object, op: Op, comm: Any) -> Outcome:
+        return Outcome(comm.send(channel_of(0, op), b"", None))
+
+    monkeypatch.setattr(faults, "Lock", Turn, raising=False)
+    monkeypatch.setitem(HANDLERS, "send", send)
+    astray = SEND.replace("-> 1", "-> 2")
+    faults.arm(0, Misbehave(act="elsewhere", ops=(SEND, astray), wire=(2,)), lambda _: None)
+    state: Any = SimpleNamespace(rank=0)
+    calls = [(HANDLERS["send"], state, parse_op(op), Pieces()) for op in (SEND, astray)]
+    threads = [threading.Thread(target=call, args=given) for call, *given in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert mixed == [False, False]
 
 
 def test_a_command_is_run_before_the_op(small: Decoder, tmp_path: Path) -> None:
