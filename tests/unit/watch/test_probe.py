@@ -342,19 +342,23 @@ def test_an_exception_that_has_the_id_of_one_before_is_another(watched: Watched)
     assert [raised.message for raised in watched().handled] == [str(n) for n in range(len(ids))]
 
 
+@pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.usefixtures("gloo", "watched")
-def test_an_exception_that_was_handled_is_not_kept() -> None:
+def test_an_exception_that_was_handled_is_not_kept(is_first: bool) -> None:
+    """Nor what the user has given it, before its handler issues an op or after."""
+
     def handle() -> weakref.ref[Any]:
         held = torch.ones(2)
         try:
-            raise KeyError(held.shape)
+            raise KeyError(held.shape) if is_first else KeyError("a shape")
         except KeyError as error:
-            error.batch = held  # type: ignore[attr-defined]
+            if is_first:
+                error.batch = held  # type: ignore[attr-defined]
             dist.barrier()
+            error.batch = held  # type: ignore[attr-defined]
         return weakref.ref(held)
 
     tensor = handle()
-    dist.barrier()
     gc.collect()
     assert tensor() is None
 
