@@ -154,6 +154,8 @@ class OpRecorder:
     def _reset(self) -> None:
         self.is_off = False
         self._opening = threading.RLock()
+        self.placing = threading.RLock()
+        """for a hook that changes how ops are seen; what another thread had locked at a fork, the child has not"""
         self._threads = threading.local()
         self._groups: dict[int, tuple[weakref.ref[Any], GroupFacts]] = {}
         self._made_groups = itertools.count(1)
