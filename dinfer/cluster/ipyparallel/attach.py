@@ -77,17 +77,23 @@ def attach(
     known = [cluster for cluster in known if cluster_id in (None, cluster.cluster_id)]
     wait_until(lambda: not any(cluster.is_coming() for cluster in known), timeout)
     found = choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
-    was_left = found is not None and found.owner() == "nobody"
     if found:
+        left = Record.read(found.record_file) if found.owner() == "nobody" else None
         # It takes over a cluster that dinfer started and whose clients have ended.
         with contextlib.suppress(OSError, ValueError):  # a user's cluster has no record
             Record.read(found.record_file).with_client(me).write(found.record_file)
         try:
             return _join(found, n, timeout)
-        except TooFewEngines:
-            if not was_left:
+        except TooFewEngines as error:
+            # One that has any engine is kept: that may have weights and a paused run. Without, all have ended with
+            # their client, as those on other hosts do, and only a controller is left.
+            if error.engines or left is None or start is False or cluster_id is not None:
+                if left:
+                    left.write(
+                        found.record_file
+                    )  # this process has not joined: the next attempt is as the first
                 raise
-            end_cluster(found)  # its engines have ended with their client, as those on other hosts do
+            end_cluster(found)
     if start is False or cluster_id is not None:
         cluster = Known(profile_dir, cluster_id or "")
         stale = " (its files exist, but its controller has ended)" if cluster.client_file.exists() else ""

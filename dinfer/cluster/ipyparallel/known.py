@@ -250,7 +250,8 @@ def choose_engines(ids: Sequence[int], n: int, cluster: Known) -> list[int]:
     more = f"ipcluster engines -n {n - len(ids)} {cluster.flags}".rstrip()
     raise TooFewEngines(
         f"{cluster.name} has {have}, but {n} were requested. Add some with `{more}`{fewer}, or start a cluster of your "
-        "own with start=True."
+        "own with start=True.",
+        ids,
     )
 
 
