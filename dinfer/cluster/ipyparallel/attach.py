@@ -83,7 +83,7 @@ def attach(
         with contextlib.suppress(OSError, ValueError):  # a user's cluster has no record
             Record.read(found.record_file).with_client(me).write(found.record_file)
         try:
-            return _join(found, n, timeout)
+            return _join(found, n, timeout, was_left=left is not None)
         except TooFewEngines as error:
             # One that has any engine is kept: that may have weights and a paused run. Without, all have ended with
             # their client, as those on other hosts do, and only a controller is left.
@@ -94,6 +94,10 @@ def attach(
                     )  # this process has not joined: the next attempt is as the first
                 raise
             end_cluster(found)
+            print(
+                f"{found.name} was left, and its engines have ended: it is ended, and a new one is started",
+                flush=True,
+            )
     if start is False or cluster_id is not None:
         cluster = Known(profile_dir, cluster_id or "")
         stale = " (its files exist, but its controller has ended)" if cluster.client_file.exists() else ""
@@ -183,7 +187,8 @@ def _end_of_log(cluster: Known) -> str:
     return ""
 
 
-def _join(cluster: Known, n: int, timeout: float) -> Cluster:
+def _join(cluster: Known, n: int, timeout: float, *, was_left: bool = False) -> Cluster:
+    """`was_left`: its client has ended. Raises ClusterError."""
     import ipyparallel
 
     try:
@@ -199,7 +204,8 @@ def _join(cluster: Known, n: int, timeout: float) -> Cluster:
             return False
         if set(range(n)) <= set(client.ids):
             return True
-        return len(client.ids) >= engines_to_come(cluster.description(), exists, cluster.age_s())
+        to_come = engines_to_come(cluster.description(), exists, cluster.age_s(), was_left=was_left)
+        return len(client.ids) >= to_come
 
     try:
         wait_until(are_there, timeout)

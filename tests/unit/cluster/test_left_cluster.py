@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,11 +73,38 @@ def test_living_engines_are_kept_where_more_are_asked_for(
 
 
 def test_a_controller_without_engines_gives_way_to_a_new_cluster(
-    left: Known, ended: list[str], monkeypatch: pytest.MonkeyPatch
+    left: Known, ended: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_engines(monkeypatch)
     with pytest.raises(Started):
         attach()
+    assert ended[0] == left.cluster_id
+    line = "cluster 'dinfer-1-a' of profile 'default' was left, and its engines have ended: it is ended, and a new one"
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [
+        {"n": 2, "engines": {"a/0": {"pid": 5, "hostname": "a"}, "b/0": {"pid": 6, "hostname": "b"}}},
+        {"n": 2, "job_id": "7"},
+    ],
+    ids=["ssh", "slurm"],
+)
+def test_engines_elsewhere_that_have_ended_with_their_client_are_not_awaited(
+    left: Known, ended: list[str], monkeypatch: pytest.MonkeyPatch, engines: dict[str, Any]
+) -> None:
+    with_engines(monkeypatch)
+    left.cluster_file.write_text(json.dumps({"cluster": {"n": 2}, "engines": {"sets": {"1": engines}}}))
+    an_hour_ago = time.time() - 3600
+    os.utime(left.cluster_file, (an_hour_ago, an_hour_ago))
+
+    def at_once(condition: Callable[[], bool], _: float) -> None:
+        assert condition()
+
+    monkeypatch.setattr(attaching, "wait_until", at_once)
+    with pytest.raises(Started):
+        attach(2)
     assert ended[0] == left.cluster_id
 
 

@@ -278,6 +278,10 @@ def test_engines_of_other_hosts_are_awaited(tmp_path: Path) -> None:
     away = {"engines": {"a/0": {"pid": 5, "hostname": "a"}, "b/0": {"pid": -1, "hostname": "b"}}}
     description = {"controller": {"state": {"pid": 3}}, "engines": {"sets": {"1": away}}}
     assert engines_to_come(description, lambda _: False, 100.0) == 1
+    assert engines_to_come(description, lambda _: False, 100.0, was_left=True) == 0
+    assert (
+        engines_to_come(description, lambda _: False, 1.0, was_left=True) == 1
+    )  # their client ended at once
     known = Known(tmp_path, "")
     known.cluster_file.parent.mkdir(parents=True)
     known.cluster_file.write_text(json.dumps(description))
