@@ -36,6 +36,16 @@ BATCH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
 """ssh asks for no password, which nobody could type, and does not wait minutes for a host that is down"""
 
 
+OWN_OPTIONS = {
+    "--job-name": "and is the id of the cluster, by which its job is found and ended",
+    "--ntasks": "and is the number of engines: -n of `dinfer profile slurm` gives it",
+    "--array": "which starts all engines as one job, whose tasks have the numbers of ranks",
+    "--output": "and leads into the profile's log folder, from where `dinfer clean` removes it",
+    "--export": "which hands the environment of `connect` on to engines, and with it where their controller is",
+}
+"""options of sbatch that a profile sets itself, or must not have, and why"""
+
+
 class ProfileHost(NamedTuple):
     """A host of an ssh profile. `name`: as ssh takes it, such as alpha or user@10.0.0.2:2222."""
 
@@ -284,6 +294,10 @@ def write_slurm(
             raise ConfigError(
                 f"{option!r} is no option of sbatch; give it as --name=value, such as --partition=gpu."
             )
+        if own := _own_option(option):
+            raise ConfigError(
+                f"{option!r} cannot be given: {own} is dinfer's, {OWN_OPTIONS[own]}. Leave it out."
+            )
     notes = []
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise ClusterError(
@@ -298,12 +312,21 @@ def write_slurm(
         f"c.Cluster.engine_launcher_class = {SlurmRankSetLauncher.entrypoint_name!r}",
         f"c.Cluster.n = {n}",
         f"c.EngineLauncher.engine_cmd = {[python or sys.executable, '-m', 'dinfer.cluster.ipyparallel.remote']!r}",
-        'c.SlurmLauncher.batch_template = """\\',
-        *batch_script(options),
-        '"""',
+        "c.SlurmLauncher.batch_template = (",
+        *(f"    {line + chr(10)!r}" for line in batch_script(options)),
+        ")",
     ]
     written = _write(profile_dir, f"slurm -n {n}", lines, address, folder or os.getcwd())
     return Written(written.profile, written.files, address, tuple(notes))
+
+
+def _own_option(option: str) -> str:
+    """Which of OWN_OPTIONS a word for sbatch is, "" for none: the last one in a job's script would win. sbatch takes
+    the beginning of a name for the name, and -J, -n, -a, -o."""
+    given = option.partition("=")[0]
+    if not given.startswith("--"):
+        return {"J": "--job-name", "n": "--ntasks", "a": "--array", "o": "--output"}.get(given[1], "")
+    return next((own for own in OWN_OPTIONS if own.startswith(given)), "")
 
 
 def batch_script(options: Sequence[str]) -> list[str]:

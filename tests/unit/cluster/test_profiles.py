@@ -213,6 +213,57 @@ def test_a_job_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert f"--work-dir={Path.cwd()}" in last
 
 
+@pytest.mark.parametrize(
+    ("option", "own"),
+    [
+        ("--job-name=x", "--job-name"),
+        ("--job=x", "--job-name"),
+        ("-Jx", "--job-name"),
+        ("--ntasks=9", "--ntasks"),
+        ("-n9", "--ntasks"),
+        ("--array=0-2", "--array"),
+        ("-a0-2", "--array"),
+        ("--output=x", "--output"),
+        ("-ox", "--output"),
+        ("--export=NONE", "--export"),
+    ],
+)
+def test_an_option_of_sbatch_that_dinfer_sets_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, own: str
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/it")
+    with pytest.raises(
+        ConfigError, match=rf"^'{option}' cannot be given: {own} is dinfer's, .* Leave it out\."
+    ):
+        write_slurm(tmp_path / "profile_jobs", 3, address="10.0.0.9", options=[option])
+    assert not (tmp_path / "profile_jobs").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        r"--comment=\new",
+        '--comment="""; it ends here',
+        "--comment=it's",
+        "--nodes=3",
+        "-N3",
+        "--ntasks-per-node=1",
+        "--export-file=x",
+    ],
+)
+def test_other_options_come_to_sbatch_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/it")
+    place = tmp_path / "profile_jobs"
+    write_slurm(place, 3, address="10.0.0.9", options=[option])
+    launcher = SlurmRankSetLauncher(
+        config=profiles_config(place), profile_dir=str(place), cluster_id="dinfer-1-a"
+    )
+    launcher.write_batch_script(3)
+    assert f"#SBATCH {option}" in Path(launcher.batch_file).read_text().splitlines()
+
+
 def profiles_config(place: Path) -> Any:
     from traitlets.config.loader import PyFileConfigLoader
 
