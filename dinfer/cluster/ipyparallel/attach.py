@@ -38,9 +38,8 @@ from dinfer.cluster.ipyparallel.launcher import (
 )
 from dinfer.cluster.ipyparallel.profiles import Profile
 from dinfer.cluster.ipyparallel.reach import check_hosts, why_not_started
+from dinfer.cluster.ranks import DEFAULT_N
 from dinfer.rank.process import exists
-
-DEFAULT_N = 3
 
 HOST_S = 20.0
 """how much longer a start may take for each engine on another host: ssh connects several times"""

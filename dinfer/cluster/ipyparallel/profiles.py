@@ -248,7 +248,8 @@ def write_ssh(
     ssh_args: Sequence[str] = (),
     address: str = "",
 ) -> Written:
-    """Write a profile whose engines are started by ssh. Raises ClusterError, ConfigError, OSError."""
+    """Write a profile whose engines are started by ssh. `ssh_args`: such as scp takes too, -o NAME=VALUE. Raises
+    ClusterError, ConfigError, OSError."""
     ssh_args = (*BATCH, *ssh_args)
     address = address or address_towards(hosts[0].name, ssh_args)
     python = hosts[0].python
@@ -258,10 +259,6 @@ def write_ssh(
         else {"n": host.engines, "remote_python": host.python}
         for host in hosts
     }
-    scp_args = [*ssh_args]
-    for at, word in enumerate(scp_args):
-        if word == "-p":  # which means something else to scp
-            scp_args[at] = "-P"
     n = sum(host.engines for host in hosts)
     lines = [
         f"c.Cluster.engine_launcher_class = {SSHRankSetLauncher.entrypoint_name!r}",
@@ -270,7 +267,7 @@ def write_ssh(
         f"c.SSHEngineSetLauncher.engines = {engines!r}",
         f"c.SSHLauncher.remote_python = {python!r}",
         f"c.SSHLauncher.ssh_args = {list(ssh_args)!r}",
-        f"c.SSHLauncher.scp_args = {scp_args!r}",
+        f"c.SSHLauncher.scp_args = {list(ssh_args)!r}",
     ]
     command = f"ssh {' '.join(host.name for host in hosts)}"
     return _write(profile_dir, command, lines, address, folder)
