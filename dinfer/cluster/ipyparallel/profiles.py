@@ -32,8 +32,12 @@ MARK = "# Written by `dinfer profile"
 ASK_S = 20.0
 """how long ssh and Slurm's commands may take to answer"""
 
-BATCH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
-"""ssh asks for no password, which nobody could type, and does not wait minutes for a host that is down"""
+BATCH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ControlMaster=no")
+"""ssh asks for no password, which nobody could type, does not wait minutes for a host that is down, and leaves no
+connection behind, which would hold its output; one that is there is used"""
+
+KILLED_S = 2.0
+"""how long the output of a command that has been killed is awaited: what it has started may hold it"""
 
 
 OWN_OPTIONS = {
@@ -143,7 +147,7 @@ class Asked:
         self._thread.join(max(0.0, self._began + timeout - time.monotonic()))
         if self._thread.is_alive():
             self._process.kill()
-            self._thread.join()
+            self._thread.join(KILLED_S)
             return None, *self._found
         return self._process.returncode, *self._found
 
@@ -216,19 +220,27 @@ def parse_hosts(words: Sequence[str], engines: int, pythons: Sequence[str]) -> t
 
 
 def address_towards(host: str, ssh_args: Sequence[str]) -> str:
-    """This machine's address as a host of an ssh profile sees it. Raises ClusterError for a host that is unknown."""
+    """This machine's address as a host of an ssh profile sees it. Raises ClusterError for a host that is unknown, and
+    for options that ssh does not take."""
     name = host.rpartition("@")[2].partition(":")[0]
+    *words, where = ssh_words(host, ssh_args)
     try:  # by ssh's own config: a host may be an alias
-        done = subprocess.run(
-            [*ssh_words(host, ssh_args)[:-1], "-G", ssh_words(host, ssh_args)[-1]],
-            capture_output=True,
-            text=True,
-            timeout=ASK_S,
-        )
+        done = subprocess.run([*words, "-G", where], capture_output=True, text=True, timeout=ASK_S)
     except OSError:
         raise ClusterError(
             "there is no ssh here: install OpenSSH's client (apt-get install openssh-client)."
         ) from None
+    except subprocess.TimeoutExpired:
+        raise ClusterError(
+            f"ssh has not read its config for host {host!r} within {ASK_S:g} s: `ssh -G {where}` must end. Does a "
+            "`Match exec` in ~/.ssh/config wait?"
+        ) from None
+    if done.returncode:
+        said = " / ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise ClusterError(
+            f"ssh refuses what it is given for host {host!r} ({said.rstrip('.')}): mend --ssh-option, NAME=VALUE as in "
+            "`man ssh_config`, or ~/.ssh/config."
+        )
     found = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
     name = found.get("hostname", name)
     try:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from traitlets.config import Config as Traits
 from typer.testing import CliRunner
 
 from dinfer.cli import app
-from dinfer.cluster.ipyparallel import reach
+from dinfer.cluster.ipyparallel import profiles, reach
 from dinfer.cluster.ipyparallel.clean import END_REMOTE
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.facts import EngineFacts, differences, judge_versions
@@ -28,6 +31,7 @@ from dinfer.cluster.ipyparallel.launcher import (
 )
 from dinfer.cluster.ipyparallel.profiles import (
     BATCH,
+    Asked,
     Profile,
     ProfileHost,
     parse_hosts,
@@ -36,6 +40,7 @@ from dinfer.cluster.ipyparallel.profiles import (
 )
 from dinfer.cluster.ipyparallel.remote import rank_names
 from dinfer.config import ConfigError
+from tests.support.runs import wait_for
 from tests.unit.cluster.test_choice import versions
 
 HOSTS = (ProfileHost("alpha", 1, "/a/python"), ProfileHost("me@beta:2222", 2, "/b/python"))
@@ -323,6 +328,69 @@ def test_machines_that_differ_are_told() -> None:
     assert "different builds of torch: 2.13.0 on ranks 0–1, 2.13.0+cpu on rank 2" in text
     assert "different CPUs: x86_64 AVX2 (Xeon) on ranks 0, 2, aarch64 DEFAULT on rank 1" in text
     assert "the last bits" in text
+
+
+def fake_ssh(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """A program that is found as ssh."""
+    ssh = folder / "ssh"
+    ssh.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_an_option_that_ssh_does_not_take_is_told_before_a_profile_is_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_ssh(
+        place, monkeypatch, "echo 'command-line: line 0: Bad configuration option: identityfil' >&2; exit 255"
+    )
+    result = CliRunner().invoke(app, ["profile", "ssh", "a", "--ssh-option=IdentityFil=/x"])
+    assert result.exit_code == 2
+    assert "ssh refuses what it is given for host 'a' (command-line: line 0: Bad conf" in result.stderr
+    assert not (place / "profile_ssh").exists()
+
+
+def test_an_ssh_that_does_not_answer_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ssh(place, monkeypatch, "exec sleep 600")
+    monkeypatch.setattr(profiles, "ASK_S", 0.1)
+    with pytest.raises(ClusterError, match=r"ssh has not read its config for host 'a' within 0\.1 s"):
+        write_ssh(place / "profile_lab", [ProfileHost("a", 1, "/a/python")])
+
+
+def test_who_is_killed_is_not_awaited_though_another_process_holds_its_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiles, "KILLED_S", 0.01)
+    number = tmp_path / "number"
+    asked = Asked(["sh", "-c", f"sleep 600 & echo $! >{number}.part; mv {number}.part {number}; wait"], "")
+    wait_for(number.exists, "it has started another process")
+    pid = int(number.read_text())
+    try:
+        assert asked.answer(0) == (None, "", "")
+        assert psutil.pid_exists(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        asked._thread.join()
+
+
+def test_all_hosts_are_asked_at_once_why_engines_have_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class AskedHost:
+        def __init__(self, words: list[str], _: str) -> None:
+            self.host = words[-5].removeprefix("me@")
+            asked.append(self.host)
+
+        def answer(self, _: float) -> tuple[int | None, str, str]:
+            assert asked == ["alpha", "beta", "beta"]  # before anybody has been awaited
+            return (None, "", "") if self.host == "alpha" else (0, "no\nmemory\n", "")
+
+    monkeypatch.setattr(reach, "Asked", AskedHost)
+    said = reach.why_not_started(
+        Profile("lab", "ssh", 3, "", HOSTS), Known(Path("profile_lab"), "dinfer-1-a"), 3
+    )
+    logs = [f" On me@beta:2222, the log of rank {rank} ends: no / memory." for rank in (1, 2)]
+    assert said == "".join(logs)
 
 
 def test_engines_of_other_hosts_are_awaited(tmp_path: Path) -> None:
