@@ -291,7 +291,8 @@ def test_a_tap_without_a_watch_does_nothing(tmp_path: Path) -> None:
 def test_a_tap_of_what_is_no_tensor_says_so_and_goes_on(tmp_path: Path) -> None:
     probe = Probe(tmp_path)
     try:
-        dinfer.tap("kv", k=torch.zeros(3), v=torch.zeros(3), layer=0)
+        for _ in range(2):
+            dinfer.tap("kv", k=torch.zeros(3), v=torch.zeros(3), layer=0)
         dinfer.tap("hidden", torch.zeros(2, 3))
     finally:
         probe.stop()
@@ -413,6 +414,23 @@ def test_a_model_for_a_comparison(compared: Taken) -> None:
     assert {row.cache for row in rows} == {1}
     assert {len(row.sketches) for row in rows if row.name == "kv"} == {3 * 2 * 16}
     assert {len(row.sketches) for row in rows if row.name in ("hidden", "output")} == {3 * 16}
+
+
+@pytest.mark.parametrize("is_off", [True, False])
+def test_ids_are_left_alone_where_nothing_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_off: bool
+) -> None:
+    """What is done while a graph is captured becomes part of it."""
+    probe, ids = Probe(tmp_path), torch.arange(3)[None]
+    mask = {"attention_mask": torch.ones(1, 3)}
+    try:
+        watch = probe._tensors
+        assert watch._placed_ids(torch, ids, (), mask).shape == (1, 3, 2)
+        watch.is_off = is_off
+        monkeypatch.setattr(tensors, "_is_captured", lambda *_: not is_off)
+        assert watch._placed_ids(torch, ids, (), mask) is ids
+    finally:
+        probe.stop()
 
 
 class Delivery:
