@@ -97,9 +97,11 @@ class Watch(Tidy, Displayable, Closing):
         raise NotImplementedError
 
     def moment(self) -> WatchMoment:
-        """What there is to show now."""
+        """What there is to show now; of KV, what can be read at once."""
         found = self._source.evidence  # looking may end a verdict that stood
-        return WatchMoment(self._title(), self._with_kv(found), self._source.verdict)
+        if not found.kv.layers:
+            found = replace(found, kv=self._source.watched.kv_so_far(found))
+        return WatchMoment(self._title(), found, self._source.verdict)
 
     def ask_stacks(self) -> None:
         """Have ranks that live write where they stand, for a later look."""
@@ -142,7 +144,8 @@ class Watch(Tidy, Displayable, Closing):
         return self._with_kv(self._source.whole).findings
 
     def kv(self) -> WatchedKv:
-        """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
+        """How many tokens of which layer each rank holds in its newest cache, and what was tapped beside it; `.diff()`
+        says what is wrong."""
         return self._source.watched.kv(self._source.evidence)
 
     def compare(

@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -35,6 +35,7 @@ from dinfer.watch.probe.rows import (
 )
 from dinfer.watch.probe.start import Probe
 from dinfer.watch.probe.writing import NumberedNames, Records
+from dinfer.watching import folders
 from dinfer.watching.folders import Watched
 from tests.support.runs import wait_for
 
@@ -566,6 +567,33 @@ def test_looks_read_rows_as_they_come(tmp_path: Path) -> None:
         (found,) = watched.look(recent=True)
         assert [len(one.rows) for one in watched.kv(found).layers[0].values()] == [5]
         assert [len(one.rows) for one in first.layers[0].values()] == [2]
+    finally:
+        torch.distributed.destroy_process_group()
+        probe.stop()
+
+
+def test_a_panel_reads_no_more_than_a_look_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that it has seen already, it makes nothing anew; and who reads all lets looks read meanwhile."""
+    monkeypatch.setattr(folders, "ROWS_A_LOOK", 1)
+    probe = Probe(tmp_path)
+    torch.distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        cache, watched = dynamic(), Watched([tmp_path])
+        for _ in range(6):
+            cache.update(*kv(2), layer_idx=0)
+        probe._tensors.flush()
+        (found,) = watched.look(recent=True)
+        first = watched.kv_so_far(found)
+        assert ([len(one.rows) for one in first.layers[0].values()], first.is_behind) == ([4], True)
+        is_locked: list[bool] = []
+        pause = SimpleNamespace(sleep=lambda _: is_locked.append(watched._reading_rows.locked()))
+        monkeypatch.setattr(folders, "time", pause)
+        assert [len(one.rows) for one in watched.kv(found).layers[0].values()] == [12]
+        assert is_locked == [False] * 4
+        last = watched.kv_so_far(found)
+        assert ([len(one.rows) for one in last.layers[0].values()], last.is_behind) == ([12], False)
+        assert watched.kv_so_far(found) is last
+        assert last.diff() == last.diff() == []
     finally:
         torch.distributed.destroy_process_group()
         probe.stop()
