@@ -33,8 +33,9 @@ _SHARED_BYTES = 4096
 _ALIGNED = 256
 """payloads begin at a multiple of so many bytes"""
 
-BOXES_BYTES = 32 << 20
-"""of the boxes of a channel, if its messages are small enough for FEWEST of them"""
+BOXES_BYTES = 8 << 20
+"""of the boxes of a channel, if its messages are small enough for FEWEST of them: little beside what CUDA takes for a
+process, so that nobody counts it before loading"""
 
 FEWEST, MOST = 4, 256
 """boxes of a channel"""
@@ -73,10 +74,10 @@ class IpcComm(GlooComm):
 
     def _share(self, device: torch.device, largest: int) -> "_SharedMemory":
         """New memory for messages of at most `largest` bytes, mapped by all. Raises CommError."""
-        own = torch.zeros(_SharedMemory.size(self.world_size, largest), dtype=torch.uint8, device=device)
-        torch.cuda.synchronize(device)
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
         try:
+            own = torch.zeros(_SharedMemory.size(self.world_size, largest), dtype=torch.uint8, device=device)
+            torch.cuda.synchronize(device)
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
             data = pickle.dumps((uuid, reduce_tensor(own)))  # type: ignore[no-untyped-call]
             gathered = self.all_gather(data.ljust(_SHARED_BYTES, b"\0"))
             shared = [pickle.loads(one) for one in gathered]
@@ -109,8 +110,8 @@ class _SharedMemory:
 
     @classmethod
     def size(cls, world_size: int, largest: int) -> int:
-        channels = world_size * len(COMMUNICATORS)
-        return channels * (2 * 4 + _boxes(largest) * (_ALIGNED + _rounded(largest))) + _ALIGNED
+        boxes = (world_size - 1) * len(COMMUNICATORS) * _boxes(largest)
+        return _rounded(8 * world_size * len(COMMUNICATORS)) + boxes * (_ALIGNED + _rounded(largest))
 
     def taken(self, channel: Channel) -> int:
         """The address of the count of messages that the receiver has taken, in the sender's memory."""
@@ -123,7 +124,8 @@ class _SharedMemory:
     def box(self, channel: Channel, message: int) -> tuple[Tensor, Tensor]:
         """The box of the channel's nth message in the receiver's memory: the header's part and the payload's, uint8."""
         world_size = len(self._views)
-        number = COMMUNICATORS.index(channel.communicator) * world_size + channel.source
+        sender = channel.source - (channel.source > channel.target)  # none has boxes for itself
+        number = COMMUNICATORS.index(channel.communicator) * (world_size - 1) + sender
         number = number * self.boxes + message % self.boxes
         start = _rounded(8 * world_size * len(COMMUNICATORS))
         start += number * (_ALIGNED + _rounded(self.largest))

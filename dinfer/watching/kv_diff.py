@@ -94,7 +94,7 @@ class _Prompts:
             at = found
         else:
             return None
-        other = self._other_token(at, lowest, sequence)
+        other = self._other_token(at, lowest, sequence, (rank, beside))
         if other is None:
             return None
         return _Parted(
@@ -108,9 +108,12 @@ class _Prompts:
         )
         return min(layer for layer, count in counts.items() if count > 1)
 
-    def _other_token(self, start: int, lowest: int, sequence: int) -> int | None:
-        """The first place from `start` on at which some ranks have other rows in the first layer, of K and of V."""
-        held = [layers[lowest, sequence] for layers in self._by_rank.values() if (lowest, sequence) in layers]
+    def _other_token(self, start: int, lowest: int, sequence: int, pair: tuple[int, int]) -> int | None:
+        """The first place from `start` on at which both ranks have other rows in the first layer, of K and of V; where
+        one of them does not hold that layer, any two ranks."""
+        holders = {rank for rank, layers in self._by_rank.items() if (lowest, sequence) in layers}
+        asked = sorted(holders) if not holders.issuperset(pair) else pair
+        held = [self._by_rank[rank][lowest, sequence] for rank in asked]
         places = (
             at
             for one, other in combinations(held, 2)

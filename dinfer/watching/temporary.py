@@ -14,14 +14,14 @@ from typing import BinaryIO
 
 import psutil
 
+from dinfer.watch.probe.writing import host_in_names
+
 try:
     import fcntl
 except ImportError:  # not on this system: then no folder is removed
     fcntl = None  # type: ignore[assignment]
 
 PREFIX, LOCK = "dinfer-watch-", "lock"
-
-_PROCESS = re.compile(r"-(\d+)(?:-\d+)?\.jsonl$")
 
 
 class TemporaryFolder:
@@ -48,8 +48,10 @@ def is_job_over(folder: Path) -> bool:
 
 
 def _processes(folder: Path) -> Iterator[int]:
+    """The numbers of those of this host."""
+    name = re.compile(rf"{re.escape(host_in_names())}-(\d+)(?:-\d+)?\.jsonl")
     for path in folder.rglob("*.jsonl"):
-        if found := _PROCESS.search(path.name):
+        if found := name.fullmatch(path.name):
             yield int(found[1])
 
 

@@ -7,7 +7,7 @@ modulo 2^64. `dinfer.kv.digests` says what such digests can and cannot tell.
 Those of a watched program, whose time is not ours (`together`, `token_digests`, `last_dim_digests`), take a quarter of
 that on a CPU: each 32 bits of a row are multiplied by a fixed random number of 64 bits, and the digest is the sum
 modulo 2^64 (Thorup, High speed hashing for integers and strings, 2015). Rows that differ agree with a probability of
-2^-33 at the most, where their top bits alone differ, and of about 2^-64 where their lowest do. A CPU is fastest at
+2^-32 at the most, where their top bits alone differ, and of about 2^-64 where their lowest do. A CPU is fastest at
 products of matrices of floating-point numbers: so each of the fixed numbers is taken as five digits of 13 bits, for
 which sums of 1,024 products are exact in float64, and these five sums are put together.
 
@@ -168,7 +168,8 @@ def together(values: Sequence[Tensor], dims: int = 1) -> Tensor:
         return digests_of(torch.stack(tuple(values), -dims - 1), dims)
     parts = [_integers(value) for value in values]  # one pass over the tensors as they lie
     words, at = parts[0], parts[0].dim() - dims
-    rows = torch.empty((*words.shape[:at], len(parts), *words.shape[at:]), dtype=torch.float64)
+    shape = (*words.shape[:at], len(parts), *words.shape[at:])
+    rows = torch.empty(shape, dtype=torch.float64, device="cpu")  # whatever device the program has by default
     for number, part in enumerate(parts):
         rows.select(at, number).copy_(part)
     return _exact_sums(rows, dims)
@@ -249,7 +250,7 @@ def _make_digits(count: int, device: torch.device) -> Tensor:
 
 @cache
 def _shifts() -> Tensor:
-    return torch.tensor([1 << DIGIT_BITS * place for place in range(DIGITS)])
+    return torch.tensor([1 << DIGIT_BITS * place for place in range(DIGITS)], device="cpu")
 
 
 def _make_weights(count: int, device: torch.device) -> Tensor:
@@ -286,7 +287,8 @@ def row_sketches(values: Tensor) -> Tensor:
     length of the rows' difference (Achlioptas, Database-friendly random projections, 2003): to a quarter, mostly.
     """
     rows = values.detach().to(torch.float32)
-    return rows @ _constant(_make_signs, rows.shape[-1], rows.device)
+    with torch.autocast(rows.device.type, enabled=False):  # which would make them shorter numbers
+        return rows @ _constant(_make_signs, rows.shape[-1], rows.device)
 
 
 def _make_signs(width: int, device: torch.device) -> Tensor:

@@ -19,8 +19,14 @@ from .recorder import OpRecorder
 class Endings:
     """Tells the recorder how the process ends. Everything that was there before is called as it would have been."""
 
-    def __init__(self, recorder: OpRecorder, imports: ImportWatch, before_exit: Callable[[], None]) -> None:
-        self._recorder, self._before_exit = recorder, before_exit
+    def __init__(
+        self,
+        recorder: OpRecorder,
+        imports: ImportWatch,
+        before_exit: Callable[[], None],
+        before_os_exit: Callable[[], None],
+    ) -> None:
+        self._recorder, self._before_exit, self._before_os_exit = recorder, before_exit, before_os_exit
         self._restore: list[Callable[[], None]] = []
         self._told: BaseException | None = None
         """what ends the process; an exception of another thread is not kept: it would hold its frames"""
@@ -124,6 +130,7 @@ class Endings:
     def _os_exit(self, before: Any) -> Any:
         @wraps(before)
         def _exit(status: int) -> Any:
+            self._before_os_exit()
             self._end(f"os._exit({status})")
             before(status)
 

@@ -111,7 +111,8 @@ class RowsWriter:
         False once the file has reached its limit. On CUDA they are written once they are there, without waiting for it.
         Raises OSError."""
         about = self._about(name, tensor, cache, layer, chunk, start, seq)
-        if self._small and not self.digest_small():
+        # Also where none waits: another thread may be about to write older ones, and readers take the order for time.
+        if not self.digest_small():
             return False
         if self._waiting:
             self.flush()
@@ -169,7 +170,7 @@ class RowsWriter:
     def _fetch(self, digests: Any, about: tuple[Any, ...]) -> None:
         import torch
 
-        host = torch.empty(digests.shape, dtype=torch.int64, pin_memory=True)
+        host = torch.empty(digests.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.copy_(digests, non_blocking=True)
         event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(digests.device))

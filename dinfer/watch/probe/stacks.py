@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,6 +72,12 @@ def _ours() -> int:
     return _dumps[-1][1] if _dumps else 0
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    """Once: each has a class of its own, which only a collection of garbage would free."""
+    return ctypes.CDLL(None)
+
+
 def _handler() -> int:
     """The address of the signal's handler, as the system has it: Python knows only of its own. 0: the default one, or
     it cannot be known."""
@@ -78,7 +85,7 @@ def _handler() -> int:
         found = (
             ctypes.c_size_t * 64
         )()  # larger than any system's struct sigaction, of which it is the first member
-        failed = ctypes.CDLL(None).sigaction(int(DUMP_SIGNAL or 0), None, found)
+        failed = _libc().sigaction(int(DUMP_SIGNAL or 0), None, found)
         return 0 if failed else int(found[0])
     except (AttributeError, OSError, TypeError):
         return 0

@@ -42,7 +42,7 @@ class Probe:
         self._restore: list[tuple[Any, str, Any, Any]] = []
         self._cells: Cells | None = None
         self._imports = ImportWatch()
-        self._endings = Endings(self.recorder, self._imports, self._stop_thread)
+        self._endings = Endings(self.recorder, self._imports, self._stop_thread, lambda: self._tensors.look())
         self._tensors = TensorWatch(self.recorder, self._imports, compares=compares)
         captures.watch(self._imports)
         PagedCaches(self._tensors, self._imports)

@@ -216,6 +216,11 @@ class NumberedNames:
         return found
 
 
+def host_in_names() -> str:
+    """This host, as the names of the files of its processes begin: HOST-PID, or HOST-PID-COUNT."""
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in socket.gethostname())
+
+
 class Records:
     """All that this process writes."""
 
@@ -223,7 +228,7 @@ class Records:
         """Makes the files, and the folder if need be. `about`: more fields of the first line. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         host, pid = socket.gethostname(), os.getpid()
-        stem = f"{''.join(c if c.isalnum() or c in '._-' else '_' for c in host)}-{pid}"
+        stem = f"{host_in_names()}-{pid}"
         for count in itertools.count(
             1
         ):  # a process that replaced itself (exec) has the number of the one before

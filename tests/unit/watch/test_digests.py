@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinfer.watch.probe import digests
-from dinfer.watch.probe.digests import EXACT, SMALL, last_dim_digests, together, token_digests
+from dinfer.watch.probe.digests import EXACT, SMALL, last_dim_digests, row_sketches, together, token_digests
 
 MASK = 2**64 - 1
 
@@ -82,3 +82,24 @@ def test_tensors_together_are_as_each_alone(dtype: torch.dtype, tokens: int) -> 
 def test_numbers_that_lie_apart_are_read() -> None:
     rows = torch.randn(3, 32).to(torch.bfloat16)
     assert torch.equal(last_dim_digests(rows.T), last_dim_digests(rows.T.contiguous()))
+
+
+@pytest.mark.parametrize("tokens", [3, SMALL])
+def test_the_device_that_a_program_has_by_default_is_not_used(tokens: int) -> None:
+    rows = torch.randn(tokens, 4)
+    right = together([rows, rows])
+    digests._digits.cache_clear()
+    digests._shifts.cache_clear()
+    torch.set_default_device("meta")
+    try:
+        assert torch.equal(together([rows, rows]), right)
+    finally:
+        torch.set_default_device(None)
+
+
+def test_sketches_are_as_long_under_autocast() -> None:
+    rows = torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        sketches = row_sketches(rows)
+    assert sketches.dtype == torch.float32
+    assert torch.equal(sketches, row_sketches(rows))

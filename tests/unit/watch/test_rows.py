@@ -480,6 +480,19 @@ def test_rows_ask_nothing_while_any_thread_captures_a_graph(writer: RowsWriter) 
         writer.flush()
 
 
+def test_a_process_that_ends_at_once_has_written_its_rows(tmp_path: Path) -> None:
+    """As forked workers always end."""
+    probe = Probe(tmp_path)
+    child = os.fork()
+    if child == 0:
+        dynamic().update(*kv(1), 0)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    probe.stop()
+    process = next(one for one in read(tmp_path) if one.pid == child)
+    assert [(row.layer, row.start) for row in read_rows(tmp_path, process)] == [(0, 0)]
+
+
 def test_nothing_is_left_open_once_it_stops(tmp_path: Path) -> None:
     def opened() -> set[str]:
         return {os.readlink(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd") if one.isdecimal()

@@ -221,6 +221,13 @@ def test_rows_that_differ_to_the_end_though_the_tokens_are_the_same_are_found() 
     assert "3 of 9 rows of layers 1–2, the first at token 6" in one.text
 
 
+def test_the_prompt_of_a_third_rank_hides_no_fault_between_two() -> None:
+    right = prompt(20, 21, 22)
+    wrong = [right[0], *prompt(30, 21, 22)[1:]]
+    found = kv({0: right, 1: wrong, 2: prompt(40, 41, 42)}).diff()
+    assert [(one.kind, one.layer, one.ranks) for one in found] == [("rows differ", 1, (1, 0))]
+
+
 def test_a_fault_because_of_which_other_tokens_are_decoded_is_found() -> None:
     """It is the rows before these tokens that tell it."""
     right = prompt(20, 21, 22)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.watching.temporary import LOCK, PREFIX, TemporaryFolder
+from dinfer.watch.probe.writing import host_in_names
+from dinfer.watching.temporary import LOCK, PREFIX, TemporaryFolder, is_job_over
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,7 @@ def ended() -> int:
 def record(folder: Path, pid: int) -> None:
     """A process writes there."""
     (folder / "records").mkdir()
-    (folder / "records" / f"some-host-{pid}.jsonl").touch()
+    (folder / "records" / f"{host_in_names()}-{pid}.jsonl").touch()
 
 
 def test_a_folder_goes_with_its_watch(elsewhere: Path) -> None:
@@ -47,11 +49,24 @@ def test_a_folder_stays_while_its_job_runs_and_goes_with_a_later_watch(elsewhere
     record(path, os.getpid())
     del folder
     assert path.is_dir()
-    (path / "records" / f"some-host-{os.getpid()}.jsonl").rename(
-        path / "records" / f"some-host-{ended()}-2.jsonl"
+    (path / "records" / f"{host_in_names()}-{os.getpid()}.jsonl").rename(
+        path / "records" / f"{host_in_names()}-{ended()}-2.jsonl"
     )
     later = TemporaryFolder()
     assert list(elsewhere.iterdir()) == [later.path]
+
+
+@pytest.mark.parametrize("host", ["worker-0", "ip-10-0-0-12", "a b"])
+def test_the_name_of_a_host_may_end_in_a_number(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    folder = TemporaryFolder()
+    path = folder.path
+    record(path, os.getpid())
+    assert not is_job_over(path)
+    (path / "records" / f"{host_in_names()}-{os.getpid()}.jsonl").rename(
+        path / "records" / f"elsewhere-{os.getpid()}.jsonl"
+    )
+    assert is_job_over(path)
 
 
 def test_the_folder_of_a_watch_that_goes_on_stays() -> None:
