@@ -165,7 +165,8 @@ class OpRecorder:
         self._open_any_source: dict[int, list[AnySource]] = {}
         """by the group's number"""
         self._rank: tuple[int, int, str] | None = None
-        self._problems = self._errors = self._raised = 0
+        self._problems: set[str] = set()
+        self._errors = self._raised = 0
 
     def close(self) -> None:
         """Record no more, and let go of the files."""
@@ -231,10 +232,10 @@ class OpRecorder:
             self.records.lines.write("hook", name=hook, torch=torch)
 
     def problem(self, text: str) -> None:
-        """Say what the probe cannot do. Never raises."""
-        self._problems += 1
-        if self._problems > MOST_PROBLEMS:
+        """Say once what the probe cannot do. Never raises."""
+        if text in self._problems or len(self._problems) >= MOST_PROBLEMS:
             return
+        self._problems.add(text)
         try:
             records = self.open()
             if records is not None:
