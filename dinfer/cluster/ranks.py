@@ -41,6 +41,9 @@ from dinfer.verdict.where import rank_spans_text
 
 A = TypeVar("A", bound=Answer)
 
+DEFAULT_N = 3
+"""how many ranks a session has by default"""
+
 STOPPED_S = 0.9
 """A process that has been stopped for less is not called stopped: a debugger may stop it in passing."""
 

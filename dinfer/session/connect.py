@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from dinfer.arguments import nearest
-from dinfer.cluster.ranks import Ranks
+from dinfer.cluster.ranks import DEFAULT_N, Ranks
 from dinfer.config import ConfigError
 from dinfer.files import check_working_folder
 
@@ -55,7 +55,7 @@ def connect(
     if where == "threads":
         from dinfer.cluster.threads import LocalRanks
 
-        ranks = LocalRanks(n or 3)
+        ranks = LocalRanks(n or DEFAULT_N)
     elif where == "ipyparallel":
         # This imports PyTorch while the engines start.
         threading.Thread(target=import_module, args=["dinfer.session.session"], name="dinfer import").start()

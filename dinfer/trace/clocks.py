@@ -162,8 +162,10 @@ def clocks_text(clocks: Sequence[RankClock]) -> str:
     unread = [rank for rank, one in enumerate(clocks) if one.error_ns is None]
     count = len({one.clock for one in clocks})
     if unread:
-        ranks = ", ".join(map(str, unread))
-        return f"the ranks have {count} clocks, of which that of rank {ranks} was never read: times do not compare"
+        which = f"that of rank {unread[0]} was"
+        if len(unread) > 1:
+            which = f"those of ranks {', '.join(map(str, unread))} were"
+        return f"the ranks have {count} clocks, of which {which} never read: times do not compare"
     worst = max(error_between(clocks, a, b) or 0 for a, b in pairs)
     return (
         f"the hosts' clocks ({count}) were measured and are told as one: between ranks of two hosts, times are right "

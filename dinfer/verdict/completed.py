@@ -24,6 +24,9 @@ SLOW_OPS, SLOW_SHARE, SLOW_LAG_S, SLOW_PART = 8, 0.8, 0.05, 0.2
 """A rank is slow if, in at least so many collectives and that share of them, it comes last, by so many seconds in the
 median; and these add up to that part of the time."""
 
+SLOW_LAST_NS = 60 * 1_000_000_000
+"""The last ones are judged by themselves, too: a session may have gone well for hours before."""
+
 
 @dataclass(frozen=True)
 class OpFinding:
@@ -239,23 +242,34 @@ def _uneven_groups(ops: MatchedOps) -> Iterator[OpFinding]:
 
 
 def _slow_ranks(ops: MatchedOps) -> Iterator[OpFinding]:
-    """The rank that comes last to almost all collectives, and the others wait."""
+    """The rank that comes last to almost all collectives, of all or of the last minute, and the others wait."""
+    came = [
+        sorted((op.event.ready, rank) for rank, op in parts.items())
+        for parts in ops.collectives()
+        if len(parts) > 1 and next(iter(parts.values())).event.kind in COLLECTIVES
+    ]
+    since = max((one[-1][0] for one in came), default=0) - SLOW_LAST_NS
+    found = _slow_of(came, "collectives")
+    yield from found or _slow_of(
+        [one for one in came if one[-1][0] >= since], "collectives of the last minute"
+    )
+
+
+def _slow_of(came: Sequence[Sequence[tuple[int, int]]], what: str) -> list[OpFinding]:
+    """Of these collectives: for each, when its ranks came, in their order."""
+    if not came:
+        return []
     lags: defaultdict[int, list[float]] = defaultdict(list)
-    first, last, count = None, 0, 0
-    for parts in ops.collectives():
-        came = sorted((op.event.ready, rank) for rank, op in parts.items())
-        if len(came) < 2 or next(iter(parts.values())).event.kind not in COLLECTIVES:
-            continue
-        count += 1
-        first = came[0][0] if first is None else min(first, came[0][0])
-        last = max(last, came[-1][0])
-        lags[came[-1][1]].append((came[-1][0] - came[-2][0]) / 1e9)
+    for one in came:
+        lags[one[-1][1]].append((one[-1][0] - one[-2][0]) / 1e9)
+    spent = (max(one[-1][0] for one in came) - min(one[0][0] for one in came)) / 1e9
+    found = []
     for rank, late in lags.items():
-        spent = (last - (first or 0)) / 1e9
-        is_often = len(late) >= SLOW_OPS and len(late) >= SLOW_SHARE * count
+        is_often = len(late) >= SLOW_OPS and len(late) >= SLOW_SHARE * len(came)
         if is_often and median(late) >= SLOW_LAG_S and sum(late) >= SLOW_PART * spent:
             text = (
-                f"rank {rank} is slow: it came last to {len(late)} of {count} collectives, in the median "
+                f"rank {rank} is slow: it came last to {len(late)} of {len(came)} {what}, in the median "
                 f"{seconds_text(median(late))} after the others"
             )
-            yield OpFinding("slow rank", (rank,), text)
+            found.append(OpFinding("slow rank", (rank,), text))
+    return found

@@ -169,7 +169,8 @@ class RecordedEvents:
 
     def _misdirected(self, verdict: Verdict) -> tuple[RecordedOp, RecordedOp] | None:
         """Of a cycle, the message with a rank that has gone on to a collective, the first on that link, while a third
-        rank waits for just such a message: that rank is meant. The op and that of the third rank."""
+        rank waits for just such a message: that rank is meant. The op and that of the third rank. A rank that sends to
+        one after the other, of which one has left out its recv, looks the same: so others have to show who is meant."""
         of_cycle = [self._open[wait.node] for wait in verdict.chain]
         in_collective = {op.event.rank for op in of_cycle if op.event.kind in COLLECTIVES}
         for op in of_cycle:
@@ -182,17 +183,45 @@ class RecordedEvents:
                 wants = other.event
                 is_end = {wants.kind, event.kind} == MESSAGES and wants.peer == event.rank
                 is_like = wants.call and wants.call.group == call.group and wants.bytes == event.bytes
-                if is_end and is_like and wants.rank != event.peer and self._ops.other_end(other) is None:
+                if not is_end or not is_like or wants.rank == event.peer or self._ops.other_end(other):
+                    continue
+                if self._is_shown(op, wants.rank):
                     return op, other
         return None
+
+    def _is_shown(self, op: RecordedOp, third: int) -> bool:
+        """Whether messages since the last collective show that one with that third rank was meant: the rank beside has
+        had its part, both ways and as many ranks further as the third one is, and the op is its rank's first of the
+        kind."""
+        event, ranks = op.event, self._ops.ranks_of(op)
+        if event.peer not in ranks or not {event.rank, third} <= {*ranks}:
+            return False
+        beside, step = ranks.index(event.peer), ranks.index(third) - ranks.index(event.rank)
+        to, source = ranks[(beside + step) % len(ranks)], ranks[(beside - step) % len(ranks)]
+        kind, opposite = (event.kind, "recv" if event.kind == "send" else "send")
+        had = self._since_collective(event.peer)
+        mine = {what for what, _ in self._since_collective(event.rank)}
+        return {(kind, to), (opposite, source)} <= had and kind not in mine
+
+    def _since_collective(self, rank: int) -> set[tuple[str, int | None]]:
+        """Kind and peer of the messages that a rank has ended since its last collective that has ended."""
+        found: set[tuple[str, int | None]] = set()
+        for op in self._ops.by_rank[rank]:
+            if op.is_open:
+                continue
+            if op.event.kind in COLLECTIVES:
+                found.clear()
+            elif op.event.kind in MESSAGES:
+                found.add((op.event.kind, op.event.peer))
+        return found
 
     def _to_another(self, verdict: Verdict, op: RecordedOp, wants: RecordedOp) -> Verdict:
         """The cycle, told by the message that goes to, or is to come from, another rank than the one that waits."""
         rank, third, beside = op.event.rank, wants.event.rank, op.event.peer
-        never = ("receives from it", "sends") if op.event.kind == "send" else ("sends to it", "receives")
+        verbs = ("received from it", "sent") if op.event.kind == "send" else ("sent to it", "received")
         sentence = (
-            f"{TERMS['wrong peer']}: rank {rank} is in {full_text(op.event)}, and rank {beside} never {never[0]}; rank "
-            f"{third} is in {full_text(wants.event)}, which rank {rank} never {never[1]}"
+            f"{TERMS['wrong peer']}: rank {rank} is in {full_text(op.event)}, and rank {beside} has not {verbs[0]}; "
+            f"rank {third} is in {full_text(wants.event)}, which rank {rank} has not {verbs[1]}"
         )
         now = next((self._open[node].event for node in self._mine(beside or 0)), None)
         if now is not None:

@@ -50,6 +50,10 @@ LEAST_WAIT_NS = 1_000_000
 BLOCKS = ("not yet", "under way", "done")
 """states of a rank's ops in a layer and chunk"""
 
+BEHIND = (
+    "rows come faster than they are read here, and are compared later: <code>.kv().diff()</code> reads all"
+)
+
 SCRIPTS = ("controls.js", "slots.js", "watched.js")
 """concatenated, they are one module"""
 
@@ -63,6 +67,7 @@ class WatchPanel(SlottedWidget):
 
     def __init__(self, watch: Watch) -> None:
         self._watch, self._closed = watch, Flag()
+        self._text, self._is_behind = "", False
         super().__init__(parts=self._made())
         self._thread = Thread(target=self._follow, name="dinfer watch panel", daemon=True)
         self._thread.start()
@@ -77,7 +82,7 @@ class WatchPanel(SlottedWidget):
         return f"<div>{''.join(f'<div>{html}</div>' for html in self.parts.values())}</div>"
 
     def __repr__(self) -> str:
-        return str(self._watch)
+        return self._text
 
     def _follow(self) -> None:
         pause = REFRESH_S
@@ -85,16 +90,22 @@ class WatchPanel(SlottedWidget):
             began = time.monotonic()
             is_over = self._watch.is_over
             self.parts = self._made()
-            if is_over:
+            if is_over and not self._is_behind:
                 return
-            self._watch.ask_stacks()
+            if not is_over:
+                self._watch.ask_stacks()
             pause = max(REFRESH_S, (time.monotonic() - began) / SHARE)
 
     def _made(self) -> dict[str, str]:
         try:
-            return parts_of(self._watch.moment())
+            moment = self._watch.moment()
+            parts = parts_of(moment)
+            self._is_behind = moment.evidence.kv.is_behind
+            self._text = "\n".join([moment.title, *([moment.verdict.sentence] if moment.verdict else [])])
+            return parts
         except Exception as error:  # nothing else would report it
             text = f"the watch cannot be shown: {type(error).__name__}: {error}"
+            self._text = text
             return {**self.parts, "banner": _line(Severity.ERROR, text)}
 
 
@@ -182,10 +193,12 @@ def _kv(kv: WatchedKv) -> str:
     table = kv.table()
     if not len(table):
         return ""
+    # Of ranks that have been read to different places each would lack what another has.
+    wrong = f"<div>{BEHIND}</div>" if kv.is_behind else _warnings(kv.diff(), "watch.kv().diff()")
     held = (
         f'<details data-rank="kv"><summary>tokens by layer and rank</summary>{table._repr_html_()}</details>'
     )
-    return f"{_head('KV')}{_warnings(kv.diff(), 'watch.kv().diff()')}{held}"
+    return f"{_head('KV')}{wrong}{held}"
 
 
 def _timeline(found: Evidence) -> str:

@@ -24,8 +24,9 @@ APART_NS = 1_000_000_000
 MOST = 2000
 """ops of a process that are looked at, the last"""
 
-ALL_WAIT = frozenset(("barrier", "all_reduce", "all_gather", "all_to_all", "reduce_scatter"))
-"""what ends on no rank before it has begun on all"""
+ALL_WAIT = frozenset(("barrier", "all_reduce", "all_gather", "reduce_scatter"))
+"""What ends on no rank before it has begun on all. Not `all_to_all`: a rank to which others send nothing need not wait
+for them."""
 
 
 @dataclass

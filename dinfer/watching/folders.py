@@ -14,7 +14,7 @@ from dinfer.verdict.recorded import UNREAD
 from dinfer.verdict.signs import Signs, StackFrame
 from dinfer.watch.probe.reading import Reader, ask_stacks
 from dinfer.watch.probe.records import RecordsError, WatchedProcess
-from dinfer.watch.probe.rows import MOST_BYTES, RowsReader, RowsTaken, each_rows
+from dinfer.watch.probe.rows import RowsReader, RowsTaken, each_rows
 from dinfer.watch.probe.stacks import DUMP_SIGNAL
 from dinfer.watching.clocks import on_one_clock
 from dinfer.watching.events import ranks_of, trace_of
@@ -43,6 +43,9 @@ ASKED_S, SELDOM_S = 0.5, 60.0
 
 ROWS_A_LOOK = 1 << 18
 """bytes of a process's rows that a look reads, so that little is left to read at the end"""
+
+GIVE_WAY_S = 0.001
+"""A lock is not fair: whoever waits for it gets it while the one who takes it again and again sleeps."""
 
 
 class ProcessKey(NamedTuple):
@@ -75,7 +78,10 @@ class Watched:
         self.unreadable: list[str] = []
         self._troubles: dict[str, None] = {}
         self._rows_seen: dict[ProcessKey, tuple[RowsReader, LayersSeen]] = {}
-        self._reading_rows = threading.Lock()
+        self._reading_rows = threading.Lock()  # held for no longer than a look reads
+        self._layers_read: dict[ProcessKey, tuple[int, Layers]] = {}
+        """by how much had been read"""
+        self._kv_read: tuple[object, WatchedKv] = (None, WatchedKv())
 
     def trouble(self, error: Exception) -> None:
         """A look has failed: later ones note it."""
@@ -90,7 +96,7 @@ class Watched:
         if recent:
             for process in processes:
                 with suppress(RecordsError):  # whoever asks for the rows is told
-                    self._read_rows(process, ROWS_A_LOOK)
+                    self._read_rows(process)
             processes = [shortened(process) for process in processes]
         now, now_ns = time.monotonic(), time.time_ns() if live else None
         for process in processes:
@@ -210,6 +216,34 @@ class Watched:
         """The rows of KV that the ranks have added so far, by their digests."""
         return WatchedKv(self._of_ranks(found, self._layers))
 
+    def kv_so_far(self, found: Evidence) -> WatchedKv:
+        """The same of the rows that have been read, and of no more than a look reads besides; the same object as long
+        as no others come."""
+        processes = {rank: _key(process) for rank, process in found.processes.items()}
+        is_behind = False
+        for process in found.processes.values():
+            with suppress(RecordsError):  # whoever asks for the rows is told
+                is_behind = self._read_rows(process) or is_behind
+        held = {rank: self._held_of(key) for rank, key in processes.items()}
+        state = (processes, {rank: read for rank, (read, _) in held.items()}, is_behind)
+        before, kv = self._kv_read
+        if before != state:
+            kv = WatchedKv(
+                {rank: layers for rank, (_, layers) in held.items() if layers}, is_behind=is_behind
+            )
+            self._kv_read = state, kv
+        return kv
+
+    def _held_of(self, key: ProcessKey) -> tuple[int, Layers]:
+        """How many bytes of a process's rows have been read, and what these make."""
+        with self._reading_rows:
+            if key not in self._rows_seen:
+                return 0, {}
+            reader, seen = self._rows_seen[key]
+            if self._layers_read.get(key, (-1, {}))[0] != reader.at:
+                self._layers_read[key] = reader.at, seen.layers
+            return self._layers_read[key]
+
     def rows(self, found: Evidence) -> dict[int, list[RowsTaken]]:
         """All that was taken of rows of KV and of tapped tensors so far, by rank. It may be much."""
         return self._of_ranks(found, lambda process: [*each_rows(self._folders[_key(process)], process)])
@@ -226,20 +260,21 @@ class Watched:
 
     def _layers(self, process: WatchedProcess) -> Layers:
         """What the process's rows make. Raises RecordsError."""
-        seen = self._read_rows(process, MOST_BYTES)
-        with self._reading_rows:
-            return seen.layers
+        while self._read_rows(process):
+            time.sleep(GIVE_WAY_S)
+        return self._held_of(_key(process))[1]
 
-    def _read_rows(self, process: WatchedProcess, most_bytes: int) -> LayersSeen:
-        """Read on in the process's rows. Raises RecordsError."""
+    def _read_rows(self, process: WatchedProcess) -> bool:
+        """Read on in the process's rows, as much as a look does; whether there may be more. Raises RecordsError."""
         key = _key(process)
         with self._reading_rows:
             if key not in self._rows_seen:
                 self._rows_seen[key] = RowsReader(self._folders[key], process.name), LayersSeen()
             reader, seen = self._rows_seen[key]
-            for one in reader.more(process, most_bytes, waits=True):
+            begun = reader.at
+            for one in reader.more(process, ROWS_A_LOOK, waits=True):
                 seen.add(one)
-            return seen
+            return reader.at - begun >= ROWS_A_LOOK
 
     def ask(self, processes: Iterable[WatchedProcess]) -> None:
         """Have these processes write where their threads stand, for a later look: each at most twice a second, and less

@@ -124,24 +124,19 @@ Layers = dict[tuple[int, int], LayerRows]
 """by layer and sequence of the batch"""
 
 
-class LayersSeen:
-    """The layers of the cache that a rank has used last, as its rows come."""
+class _Store:
+    """A cache's layers."""
 
     def __init__(self) -> None:
-        self._newest, self._found = 0, Layers()
+        self.layers = Layers()
         self._before: dict[tuple[int, int], tuple[int, tuple[RowDigests, ...], int | None]] = {}
 
-    def add(self, one: RowsTaken) -> None:
-        """The next rows that it has taken; those that are none of KV do not count."""
-        if one.name != KV_ROWS or one.layer is None or one.cache < self._newest:
-            return
-        if one.cache > self._newest:
-            self._newest, self._found, self._before = one.cache, {}, {}
+    def add(self, one: RowsTaken, layer: int) -> None:
         for sequence, digests in enumerate(one.digests):
             if not digests:  # rows of another request
                 continue
-            key = (one.layer, sequence)
-            held = self._found.setdefault(key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:], {}))
+            key = (layer, sequence)
+            held = self.layers.setdefault(key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:], {}))
             at, last, chunk = self._before.get(key, (-1, (), None))
             is_new = one.start not in held.rows and len(held.repeated) < MOST_REPEATED
             if digests == last and is_new:
@@ -151,10 +146,32 @@ class LayersSeen:
             self._before[key] = one.start, digests, one.chunk
             held.rows.put(one.start, digests)
 
+
+class LayersSeen:
+    """The layers that a rank holds, as its rows come: of the newest cache of transformers, and beside it of what is
+    tapped, which is of no cache that is known. Of layers that both have, the one that was used last has it."""
+
+    def __init__(self) -> None:
+        self._cache, self._tapped, self._newest = _Store(), _Store(), 0
+        self._used = [self._cache, self._tapped]
+        """the last behind"""
+
+    def add(self, one: RowsTaken) -> None:
+        """The next rows that it has taken; those that are none of KV do not count."""
+        if one.name != KV_ROWS or one.layer is None or 0 < one.cache < self._newest:
+            return
+        if one.cache > self._newest:
+            self._newest, self._cache = one.cache, _Store()
+        if one.cache:
+            self._used = [self._tapped, self._cache]
+        else:
+            self._used = [self._cache, self._tapped]
+        self._used[-1].add(one, one.layer)
+
     @property
     def layers(self) -> Layers:
         """A copy of what is held now."""
-        return {key: held.copy() for key, held in self._found.items()}
+        return {key: held.copy() for store in self._used for key, held in store.layers.items()}
 
 
 def layers_of(taken: Iterable[RowsTaken]) -> Layers:

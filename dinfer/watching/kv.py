@@ -5,6 +5,7 @@ hold other rows by design.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 
 from dinfer.display import Displayable, Table
 from dinfer.verdict.completed import OpFinding
@@ -14,16 +15,17 @@ from dinfer.watching.held_rows import LayerRows, Layers
 class WatchedKv(Displayable):
     """What `watch.kv()` returns: how many tokens of which layer each rank holds. `diff()` says what is wrong."""
 
-    def __init__(self, layers: Mapping[int, Layers] | None = None) -> None:
-        """`layers`: by rank."""
-        self.layers = dict(layers or {})
+    def __init__(self, layers: Mapping[int, Layers] | None = None, *, is_behind: bool = False) -> None:
+        """`layers`: by rank; `is_behind`: there are rows that have not been read."""
+        self.layers, self.is_behind = dict(layers or {}), is_behind
 
     def diff(self) -> list[OpFinding]:
         """What is wrong, in the words of a run's diff: rows that are repeated, stale, shifted, permuted, rows of other
         values, rows that a rank lacks. Data-parallel ranks are compared as far as their prompts are the same. What most
         ranks hold of a layer is taken to be right; of two ranks, the one with fewer repetitions, then the first."""
-        return self._differences()[0]
+        return [*self._differences[0]]
 
+    @cached_property
     def _differences(self) -> tuple[list[OpFinding], list[str]]:
         if not any(self.layers.values()):
             return [], []
@@ -45,7 +47,7 @@ class WatchedKv(Displayable):
     def __str__(self) -> str:
         if not any(self.layers.values()):
             return "no rows of KV were seen: transformers' caches are, others by --kv, or dinfer.tap('kv', …)"
-        findings, other_prompts = self._differences()
+        findings, other_prompts = self._differences
         return "\n".join([str(self.table()), *other_prompts, *(one.text for one in findings)])
 
 

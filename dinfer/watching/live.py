@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from dinfer.severity import Severity
 from dinfer.trace.trace import Trace
 from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.verdict import Verdict
+from dinfer.watch.probe.records import RaisedError
 from dinfer.watch.probe.tensors import COMPARE_VARIABLE
 from dinfer.watching.alarm import HangAlarm, is_end
 from dinfer.watching.command import WatchedCommand, exit_status
@@ -96,9 +97,11 @@ class Watch(Tidy, Displayable, Closing):
         raise NotImplementedError
 
     def moment(self) -> WatchMoment:
-        """What there is to show now."""
+        """What there is to show now; of KV, what can be read at once."""
         found = self._source.evidence  # looking may end a verdict that stood
-        return WatchMoment(self._title(), self._with_kv(found), self._source.verdict)
+        if not found.kv.layers:
+            found = replace(found, kv=self._source.watched.kv_so_far(found))
+        return WatchMoment(self._title(), found, self._source.verdict)
 
     def ask_stacks(self) -> None:
         """Have ranks that live write where they stand, for a later look."""
@@ -141,7 +144,8 @@ class Watch(Tidy, Displayable, Closing):
         return self._with_kv(self._source.whole).findings
 
     def kv(self) -> WatchedKv:
-        """How many tokens of which layer each rank holds in its newest cache; `.diff()` says what is wrong."""
+        """How many tokens of which layer each rank holds in its newest cache, and what was tapped beside it; `.diff()`
+        says what is wrong."""
         return self._source.watched.kv(self._source.evidence)
 
     def compare(
@@ -317,7 +321,9 @@ class EnginesSource:
         path = folder.path if isinstance(folder, TemporaryFolder) else folder
         self.watched, self._alarm, self._tell = Watched([path], one_job=True), HangAlarm(), tell
         self._evidence: Evidence | None = None
-        self._is_recovering, self._recovered_ns = False, 0
+        self._is_recovering = False
+        self._over_errors: frozenset[RaisedError] = frozenset()
+        """that ended cells before the last recovery"""
         self._looking, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="dinfer watch", daemon=True)
         self._thread.start()
@@ -354,11 +360,18 @@ class EnginesSource:
         """The session ends engines, which is no news, or has done so: what cells ran into before is over then."""
         with self._looking:
             self._is_recovering = not ended
-            if ended:
-                self._alarm, self._recovered_ns = HangAlarm(), time.time_ns()
+            if not ended:
+                return
+            self._alarm = HangAlarm()
+            try:
+                found = self.watched.look(recent=True)[0].processes.values()
+            except Exception as error:  # the session has recovered all the same
+                self.watched.trouble(error)
+                return
+            self._over_errors = frozenset(one.cell_raised for one in found if one.cell_raised)
 
     def _of_cells(self, evidence: Evidence) -> Evidence:
-        return of_cells(evidence, self._recovered_ns)
+        return of_cells(evidence, self._over_errors)
 
     def waiting(self) -> list[int]:
         """The ranks that are in an op that does not end, by the verdict of now."""
@@ -388,15 +401,15 @@ class EnginesSource:
             pause = max(LOOK_S, 10 * (time.monotonic() - began))
 
 
-def of_cells(evidence: Evidence, since_ns: int = 0) -> Evidence:
-    """What cells have done: in an engine's main thread. dinfer's own transfers are looked after by their run. What had
-    ended a cell before `since_ns` counts no more."""
+def of_cells(evidence: Evidence, over: Collection[RaisedError] = ()) -> Evidence:
+    """What cells have done: in an engine's main thread. dinfer's own transfers are looked after by their run. `over`:
+    what ended cells and counts no more. (Not by its time: a host's clock may be any.)"""
     events = tuple(
         event for event in evidence.trace.events if event.lane == MAIN and event.call and event.call.line
     )
     signs = dict(evidence.signs)
     for rank, process in evidence.processes.items():
-        if process.cell_raised and process.cell_raised.at_ns < since_ns and signs[rank].between_cells:
+        if process.cell_raised in over and signs[rank].between_cells:
             signs[rank] = replace(signs[rank], raised=None)
     return replace(evidence, trace=Trace(events, evidence.trace.about), signs=signs)
 

@@ -32,12 +32,18 @@ _OUTSIDE = {
 
 _CHILD_FILES = ("subprocess.py", "popen_fork.py", "popen_spawn_posix.py", "popen_forkserver.py")
 
+_MESSAGE = "a message from outside"
+
+_LIBRARY_LINE = re.compile(r"\brecv_(json|pyobj|multipart|string)\(")
+"""of a library whose own thread receives, and tells the one that waits by a descriptor of the process"""
+
 _LINES = (
     (
         re.compile(r"\baccept\(|\bselect\(|\bpoll\(|\bserve_forever\(|\bwait_for_termination\("),
         "a connection",
     ),
-    (re.compile(r"\brecv_(json|pyobj|multipart|string|into)\(|\brecvfrom\("), "a message from outside"),
+    (_LIBRARY_LINE, _MESSAGE),
+    (re.compile(r"\brecv_into\(|\brecvfrom\("), _MESSAGE),
     (re.compile(r"\brun_forever\(|\brun_until_complete\(|\basyncio\.run\(|\buvicorn\.run\("), "a connection"),
     (re.compile(r"\binput\(|\bstdin\b"), "input"),
 )
@@ -59,7 +65,10 @@ def outside_of(taken: StacksTaken, thread: str) -> str:
     mine = _named(taken, thread)
     if mine is None or _is_of_kernel(mine) or child_waited(taken, thread):
         return ""
-    if not mine.for_itself:
+    if mine.for_itself:
+        if mine.user_frames and _LIBRARY_LINE.search(mine.frames[0][3]):
+            return _MESSAGE
+    else:
         if found := _of_thread(mine):
             return found
         if not _waits_for_thread(mine):

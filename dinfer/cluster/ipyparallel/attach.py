@@ -38,9 +38,8 @@ from dinfer.cluster.ipyparallel.launcher import (
 )
 from dinfer.cluster.ipyparallel.profiles import Profile
 from dinfer.cluster.ipyparallel.reach import check_hosts, why_not_started
+from dinfer.cluster.ranks import DEFAULT_N
 from dinfer.rank.process import exists
-
-DEFAULT_N = 3
 
 HOST_S = 20.0
 """how much longer a start may take for each engine on another host: ssh connects several times"""
@@ -77,17 +76,27 @@ def attach(
     known = [cluster for cluster in known if cluster_id in (None, cluster.cluster_id)]
     wait_until(lambda: not any(cluster.is_coming() for cluster in known), timeout)
     found = choose_cluster([(cluster, cluster.owner()) for cluster in known if cluster.is_running()])
-    was_left = found is not None and found.owner() == "nobody"
     if found:
+        left = Record.read(found.record_file) if found.owner() == "nobody" else None
         # It takes over a cluster that dinfer started and whose clients have ended.
         with contextlib.suppress(OSError, ValueError):  # a user's cluster has no record
             Record.read(found.record_file).with_client(me).write(found.record_file)
         try:
-            return _join(found, n, timeout)
-        except TooFewEngines:
-            if not was_left:
+            return _join(found, n, timeout, was_left=left is not None)
+        except TooFewEngines as error:
+            # One that has any engine is kept: that may have weights and a paused run. Without, all have ended with
+            # their client, as those on other hosts do, and only a controller is left.
+            if error.engines or left is None or start is False or cluster_id is not None:
+                if left:
+                    left.write(
+                        found.record_file
+                    )  # this process has not joined: the next attempt is as the first
                 raise
-            end_cluster(found)  # its engines have ended with their client, as those on other hosts do
+            end_cluster(found)
+            print(
+                f"{found.name} was left, and its engines have ended: it is ended, and a new one is started",
+                flush=True,
+            )
     if start is False or cluster_id is not None:
         cluster = Known(profile_dir, cluster_id or "")
         stale = " (its files exist, but its controller has ended)" if cluster.client_file.exists() else ""
@@ -177,7 +186,8 @@ def _end_of_log(cluster: Known) -> str:
     return ""
 
 
-def _join(cluster: Known, n: int, timeout: float) -> Cluster:
+def _join(cluster: Known, n: int, timeout: float, *, was_left: bool = False) -> Cluster:
+    """`was_left`: its client has ended. Raises ClusterError."""
     import ipyparallel
 
     try:
@@ -193,7 +203,8 @@ def _join(cluster: Known, n: int, timeout: float) -> Cluster:
             return False
         if set(range(n)) <= set(client.ids):
             return True
-        return len(client.ids) >= engines_to_come(cluster.description(), exists, cluster.age_s())
+        to_come = engines_to_come(cluster.description(), exists, cluster.age_s(), was_left=was_left)
+        return len(client.ids) >= to_come
 
     try:
         wait_until(are_there, timeout)

@@ -18,7 +18,7 @@ from IPython.paths import get_ipython_dir
 
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.known import Known, Record, record_paths
-from dinfer.cluster.ipyparallel.launcher import remote_profile_dir
+from dinfer.cluster.ipyparallel.launcher import batch_file, engine_log, remote_profile_dir
 from dinfer.cluster.ipyparallel.profiles import ASK_S, Asked, Profile, ssh_words
 
 PREFIX = "dinfer-"
@@ -33,8 +33,7 @@ def members(cluster: Known) -> list[psutil.Process]:
 
     Raises ValueError for a cluster that dinfer did not start.
     """
-    if not cluster.cluster_id.startswith(PREFIX):
-        raise ValueError(f"{cluster.name} was not started by dinfer.")
+    _check_own(cluster)
     found, wanted = [], (cluster.cluster_id, str(cluster.profile_dir))
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -45,17 +44,29 @@ def members(cluster: Known) -> list[psutil.Process]:
     return found
 
 
+def _check_own(cluster: Known) -> None:
+    """Raises ValueError for a cluster that dinfer did not start."""
+    if not cluster.cluster_id.startswith(PREFIX):
+        raise ValueError(f"{cluster.name} was not started by dinfer.")
+
+
 def files_of(cluster: Known) -> list[Path]:
-    """Connection files, cluster file, logs, and, last, dinfer's record."""
+    """Connection files, cluster file, logs, Slurm's script, and, last, dinfer's record."""
     security, log = cluster.profile_dir / "security", cluster.profile_dir / "log"
     found = [*security.glob(f"ipcontroller-{cluster.cluster_id}-*.json"), cluster.cluster_file]
     found += [*log.glob(f"ip*-{cluster.cluster_id}-*.log"), log / f"engines{cluster.cluster_id}.json"]
+    found += [
+        *cluster.profile_dir.glob(engine_log(".", cluster.cluster_id, "*")),
+        batch_file(log, cluster.cluster_id),
+    ]
     return [path for path in [*found, cluster.record_file] if path.exists()]
 
 
 def end_cluster(cluster: Known) -> tuple[list[int], list[int], list[Path]]:
     """End its processes, those on other hosts first, and, if all have ended, remove its files. Returns the ids of the
-    processes here that ended, and of those that did not, and the files."""
+    processes here that ended, and of those that did not, and the files. Raises ValueError for a cluster that dinfer did
+    not start."""
+    _check_own(cluster)
     end_remote(cluster)
     ended: dict[int, psutil.Process] = {}
     for force in (False, True):  # the second round finds processes that were just starting

@@ -1,5 +1,7 @@
 """Errors of clusters and of calls on their ranks."""
 
+from collections.abc import Sequence
+
 from dinfer.errors import DinferError
 
 
@@ -8,7 +10,11 @@ class ClusterError(DinferError, RuntimeError):
 
 
 class TooFewEngines(ClusterError):
-    """The cluster has fewer engines than requested."""
+    """The cluster has fewer engines than requested. `engines`: the ids of those that it has."""
+
+    def __init__(self, message: str, engines: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.engines = tuple(engines)
 
 
 class RankError(ClusterError):

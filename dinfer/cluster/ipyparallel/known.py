@@ -190,13 +190,17 @@ def known_clusters(profile_dir: Path) -> list[Known]:
     return [Known(profile_dir, name) for name in sorted({m[1] or m[2] or "" for m in matches if m})]
 
 
-def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], bool], age_s: float) -> int:
+def engines_to_come(
+    description: Mapping[str, Any], is_running: Callable[[int], bool], age_s: float, *, was_left: bool = False
+) -> int:
     """How many engines are running or starting, where the cluster file was written `age_s` seconds ago.
 
-    These are the engines whose processes run, or have been started on another host, as cannot be seen from here; with
-    other launchers, all engines while the launcher runs; and those that ipcluster is about to start, which it does
-    within a second of the controller.
+    These are the engines whose processes run; those that were started on other hosts, by ssh or as a job, and cannot be
+    seen from here, but not where the cluster `was_left` by its client: they have come long ago, and may have ended with
+    it; with other launchers, all engines while the launcher runs; and those that ipcluster is about to start, which it
+    does within a second of the controller.
     """
+    may_come = not was_left or age_s < STARTING_S
     sets = ((description.get("engines") or {}).get("sets") or {}).values()
     if not sets and age_s < STARTING_S:
         return int((description.get("cluster") or {}).get("n") or 1)
@@ -206,8 +210,8 @@ def engines_to_come(description: Mapping[str, Any], is_running: Callable[[int], 
             pids = [
                 (int(engine["pid"]), bool(engine.get("hostname"))) for engine in engines["engines"].values()
             ]
-            count += sum(is_away or is_running(pid) for pid, is_away in pids if pid > 0)
-        elif (pid := int(engines.get("pid", -1))) < 0 or is_running(pid):
+            count += sum(may_come if is_away else is_running(pid) for pid, is_away in pids if pid > 0)
+        elif may_come if (pid := int(engines.get("pid", -1))) < 0 else is_running(pid):
             count += int(engines.get("n", 0))
     return count
 
@@ -250,7 +254,8 @@ def choose_engines(ids: Sequence[int], n: int, cluster: Known) -> list[int]:
     more = f"ipcluster engines -n {n - len(ids)} {cluster.flags}".rstrip()
     raise TooFewEngines(
         f"{cluster.name} has {have}, but {n} were requested. Add some with `{more}`{fewer}, or start a cluster of your "
-        "own with start=True."
+        "own with start=True.",
+        ids,
     )
 
 

@@ -152,4 +152,9 @@ class SlurmRankSetLauncher(SlurmEngineSetLauncher):  # type: ignore[misc]
         if folder := kwargs.get("profile_dir"):  # not the folder in which the notebook is
             log = Path(folder) / "log"
             log.mkdir(parents=True, exist_ok=True)
-            self.batch_file = str(log / f"slurm-{self.cluster_id or 'dinfer'}.sbatch")
+            self.batch_file = str(batch_file(log, self.cluster_id))
+
+
+def batch_file(log: Path, cluster_id: str) -> Path:
+    """The script of a cluster's job, in a profile's folder of logs."""
+    return log / f"slurm-{cluster_id or 'dinfer'}.sbatch"

@@ -32,8 +32,22 @@ MARK = "# Written by `dinfer profile"
 ASK_S = 20.0
 """how long ssh and Slurm's commands may take to answer"""
 
-BATCH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15")
-"""ssh asks for no password, which nobody could type, and does not wait minutes for a host that is down"""
+BATCH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ControlMaster=no")
+"""ssh asks for no password, which nobody could type, does not wait minutes for a host that is down, and leaves no
+connection behind, which would hold its output; one that is there is used"""
+
+KILLED_S = 2.0
+"""how long the output of a command that has been killed is awaited: what it has started may hold it"""
+
+
+OWN_OPTIONS = {
+    "--job-name": "and is the id of the cluster, by which its job is found and ended",
+    "--ntasks": "and is the number of engines: -n of `dinfer profile slurm` gives it",
+    "--array": "which starts all engines as one job, whose tasks have the numbers of ranks",
+    "--output": "and leads into the profile's log folder, from where `dinfer clean` removes it",
+    "--export": "which hands the environment of `connect` on to engines, and with it where their controller is",
+}
+"""options of sbatch that a profile sets itself, or must not have, and why"""
 
 
 class ProfileHost(NamedTuple):
@@ -133,7 +147,7 @@ class Asked:
         self._thread.join(max(0.0, self._began + timeout - time.monotonic()))
         if self._thread.is_alive():
             self._process.kill()
-            self._thread.join()
+            self._thread.join(KILLED_S)
             return None, *self._found
         return self._process.returncode, *self._found
 
@@ -206,19 +220,27 @@ def parse_hosts(words: Sequence[str], engines: int, pythons: Sequence[str]) -> t
 
 
 def address_towards(host: str, ssh_args: Sequence[str]) -> str:
-    """This machine's address as a host of an ssh profile sees it. Raises ClusterError for a host that is unknown."""
+    """This machine's address as a host of an ssh profile sees it. Raises ClusterError for a host that is unknown, and
+    for options that ssh does not take."""
     name = host.rpartition("@")[2].partition(":")[0]
+    *words, where = ssh_words(host, ssh_args)
     try:  # by ssh's own config: a host may be an alias
-        done = subprocess.run(
-            [*ssh_words(host, ssh_args)[:-1], "-G", ssh_words(host, ssh_args)[-1]],
-            capture_output=True,
-            text=True,
-            timeout=ASK_S,
-        )
+        done = subprocess.run([*words, "-G", where], capture_output=True, text=True, timeout=ASK_S)
     except OSError:
         raise ClusterError(
             "there is no ssh here: install OpenSSH's client (apt-get install openssh-client)."
         ) from None
+    except subprocess.TimeoutExpired:
+        raise ClusterError(
+            f"ssh has not read its config for host {host!r} within {ASK_S:g} s: `ssh -G {where}` must end. Does a "
+            "`Match exec` in ~/.ssh/config wait?"
+        ) from None
+    if done.returncode:
+        said = " / ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+        raise ClusterError(
+            f"ssh refuses what it is given for host {host!r} ({said.rstrip('.')}): mend --ssh-option, NAME=VALUE as in "
+            "`man ssh_config`, or ~/.ssh/config."
+        )
     found = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
     name = found.get("hostname", name)
     try:
@@ -238,7 +260,8 @@ def write_ssh(
     ssh_args: Sequence[str] = (),
     address: str = "",
 ) -> Written:
-    """Write a profile whose engines are started by ssh. Raises ClusterError, ConfigError, OSError."""
+    """Write a profile whose engines are started by ssh. `ssh_args`: such as scp takes too, -o NAME=VALUE. Raises
+    ClusterError, ConfigError, OSError."""
     ssh_args = (*BATCH, *ssh_args)
     address = address or address_towards(hosts[0].name, ssh_args)
     python = hosts[0].python
@@ -248,10 +271,6 @@ def write_ssh(
         else {"n": host.engines, "remote_python": host.python}
         for host in hosts
     }
-    scp_args = [*ssh_args]
-    for at, word in enumerate(scp_args):
-        if word == "-p":  # which means something else to scp
-            scp_args[at] = "-P"
     n = sum(host.engines for host in hosts)
     lines = [
         f"c.Cluster.engine_launcher_class = {SSHRankSetLauncher.entrypoint_name!r}",
@@ -260,7 +279,7 @@ def write_ssh(
         f"c.SSHEngineSetLauncher.engines = {engines!r}",
         f"c.SSHLauncher.remote_python = {python!r}",
         f"c.SSHLauncher.ssh_args = {list(ssh_args)!r}",
-        f"c.SSHLauncher.scp_args = {scp_args!r}",
+        f"c.SSHLauncher.scp_args = {list(ssh_args)!r}",
     ]
     command = f"ssh {' '.join(host.name for host in hosts)}"
     return _write(profile_dir, command, lines, address, folder)
@@ -284,6 +303,10 @@ def write_slurm(
             raise ConfigError(
                 f"{option!r} is no option of sbatch; give it as --name=value, such as --partition=gpu."
             )
+        if own := _own_option(option):
+            raise ConfigError(
+                f"{option!r} cannot be given: {own} is dinfer's, {OWN_OPTIONS[own]}. Leave it out."
+            )
     notes = []
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise ClusterError(
@@ -298,12 +321,21 @@ def write_slurm(
         f"c.Cluster.engine_launcher_class = {SlurmRankSetLauncher.entrypoint_name!r}",
         f"c.Cluster.n = {n}",
         f"c.EngineLauncher.engine_cmd = {[python or sys.executable, '-m', 'dinfer.cluster.ipyparallel.remote']!r}",
-        'c.SlurmLauncher.batch_template = """\\',
-        *batch_script(options),
-        '"""',
+        "c.SlurmLauncher.batch_template = (",
+        *(f"    {line + chr(10)!r}" for line in batch_script(options)),
+        ")",
     ]
     written = _write(profile_dir, f"slurm -n {n}", lines, address, folder or os.getcwd())
     return Written(written.profile, written.files, address, tuple(notes))
+
+
+def _own_option(option: str) -> str:
+    """Which of OWN_OPTIONS a word for sbatch is, "" for none: the last one in a job's script would win. sbatch takes
+    the beginning of a name for the name, and -J, -n, -a, -o."""
+    given = option.partition("=")[0]
+    if not given.startswith("--"):
+        return {"J": "--job-name", "n": "--ntasks", "a": "--array", "o": "--output"}.get(given[1], "")
+    return next((own for own in OWN_OPTIONS if own.startswith(given)), "")
 
 
 def batch_script(options: Sequence[str]) -> list[str]:

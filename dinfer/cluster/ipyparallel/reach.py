@@ -119,13 +119,16 @@ def why_not_started(profile: Profile, cluster: Known, n: int) -> str:
     """What is known of engines that have not come, as the end of a message; "" for nothing."""
     if profile.kind == "slurm":
         return _job_state(cluster)
-    found = []
-    for rank in range(n):
-        host = profile.host_of(rank).name
-        log = engine_log(remote_profile_dir(str(cluster.profile_dir), host), cluster.cluster_id, rank)
-        one = Asked([*ssh_words(host, profile.ssh_args), "tail", "-n", "3", shlex.quote(log)], "")
+    found, hosts = [], [profile.host_of(rank).name for rank in range(n)]
+    folders = [remote_profile_dir(str(cluster.profile_dir), host) for host in hosts]
+    logs = [engine_log(folder, cluster.cluster_id, rank) for rank, folder in enumerate(folders)]
+    asked = [
+        Asked([*ssh_words(host, profile.ssh_args), "tail", "-n", "3", shlex.quote(log)], "")
+        for host, log in zip(hosts, logs, strict=True)
+    ]
+    for rank, one in enumerate(asked):
         if out := one.answer(PROBE_S)[1].strip():
-            found.append(f" On {host}, the log of rank {rank} ends: {' / '.join(out.splitlines())}.")
+            found.append(f" On {hosts[rank]}, the log of rank {rank} ends: {' / '.join(out.splitlines())}.")
     return "".join(found)
 
 

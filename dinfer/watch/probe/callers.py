@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import threading
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 from .records import NOTHING
 
@@ -103,21 +103,6 @@ class _Code:
         self.places: dict[int, Place] = {}
 
 
-class Caller(NamedTuple):
-    """Where an op was called."""
-
-    place: Place
-    layer: int
-    chunk: int
-    """NOTHING where unknown"""
-    blocking: bool
-    """by torch.distributed's `send` or `recv`, which wait"""
-    in_cpp: bool
-    """by C++ code of torch's, which waits by itself"""
-    async_op: Any
-    """what the caller of a collective gave for `async_op`; None if it was not asked for, or is not there"""
-
-
 _codes: dict[int, _Code] = {}
 _MOST_CODES = 20_000
 
@@ -131,17 +116,13 @@ def _known(code: CodeType) -> _Code:
     return found
 
 
-def caller(
-    frame: FrameType | None, want_async: bool = False, want_layer: bool = True, want_chunk: bool = True
-) -> Caller:
-    """Look from `frame` outwards, no further than it takes to find what is wanted."""
-    return Caller(*seen_from(frame, want_async, want_layer, want_chunk))
-
-
 def seen_from(
     frame: FrameType | None, want_async: bool, want_layer: bool, want_chunk: bool
 ) -> tuple[Place, int, int, bool, bool, Any]:
-    """The same as a plain tuple, which takes a tenth of the time to make: this is called for each op."""
+    """Where an op was called, seen from `frame` outwards, no further than it takes to find what is wanted: the place,
+    layer and chunk (NOTHING where unknown), whether it was called by torch.distributed's `send` or `recv`, which wait,
+    whether by C++ code of torch's, which waits by itself, and what the caller of a collective gave for `async_op` (None
+    if that is not wanted, or not there). A plain tuple, as this is called for each op."""
     blocking, async_op, known = False, None, _codes.get
     code = None if frame is None else known(id(frame.f_code)) or _known(frame.f_code)
     in_cpp = code is not None and not code.issues

@@ -10,7 +10,6 @@ other.)
 """
 
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -121,14 +120,14 @@ class KernelHook:
     def _functional_message(self, operator: Any) -> Callable[..., Any]:
         """At the first of them kernels are put in place for messages, too."""
         pass_on, select, recorder = operator._handle.redispatch_boxed, self._select, self._recorder
-        placing = threading.Lock()
 
         def kernel(keys: Any, *args: Any) -> Any:
             try:
-                with placing:
-                    if not self._sees_all and not recorder.is_off:
-                        self._sees_all = True
-                        self._place_kernels(MESSAGES)
+                if not self._sees_all and not recorder.is_off:
+                    with recorder.placing:
+                        if not self._sees_all:
+                            self._place_kernels(MESSAGES)
+                            self._sees_all = True
             except Exception as error:
                 recorder.switch_off("seeing functional messages", error)
             return pass_on(keys.remove(select), *args)

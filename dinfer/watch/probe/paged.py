@@ -81,7 +81,6 @@ class PagedCaches:
         self._layer_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         """of vLLM, by their `impl`"""
         self._taken = 0
-        self._said: set[str] = set()
         for name in VLLM_RUNNERS:
             imports.add(name, self._guarded("vLLM", self._found_vllm_runner))
         for name in VLLM_BACKENDS:
@@ -132,12 +131,6 @@ class PagedCaches:
         self._tensors.paged(k, v, layer, positions, requests)
         self._taken += 1
 
-    def _say(self, text: str) -> None:
-        """Once."""
-        if text not in self._said:
-            self._said.add(text)
-            self._tensors.problem(text)
-
     # -- vLLM
 
     def _found_vllm_runner(self, module: ModuleType) -> None:
@@ -151,7 +144,7 @@ class PagedCaches:
             try:
                 now.step = _step_of(runner, result)
             except Exception as error:
-                self._say(f"vLLM's requests are not known: {type(error).__name__}: {error}")
+                self._tensors.problem(f"vLLM's requests are not known: {type(error).__name__}: {error}")
             return result
 
         @wraps(execute)
@@ -161,7 +154,7 @@ class PagedCaches:
                 return execute(runner, *args, **options)
             finally:
                 if now.step is not None and before == self._taken:
-                    self._say(
+                    self._tensors.problem(
                         "of a step of vLLM no KV was seen: its attention backend is none that is known, or it replays "
                         "a CUDA graph"
                     )
@@ -215,7 +208,7 @@ class PagedCaches:
 
         stored = str(getattr(given["self"], "kv_cache_dtype", given.get("kv_cache_dtype", "auto")))
         if any(word in stored for word in ("fp8", "fp4", "int8", "int4")):
-            self._say(f"vLLM's KV cache is {stored}: rows are taken as they are before that")
+            self._tensors.problem(f"vLLM's KV cache is {stored}: rows are taken as they are before that")
         slots = slots.flatten()
         count = min(slots.shape[0], key.shape[0])
         token = torch.arange(count, device=slots.device, dtype=torch.int32)
@@ -226,7 +219,7 @@ class PagedCaches:
             position = step.positions[:count]
             requests = self._numbers_of(torch, step.ids, slots.device)[request]
         elif getattr(about, "block_table", None) is not None:
-            self._say(
+            self._tensors.problem(
                 "vLLM's runner is not known: its requests are told by their first block, which confuses those that "
                 "share it"
             )
@@ -267,7 +260,7 @@ class PagedCaches:
                 now.batch = outer
                 if before == self._taken and not is_draft and not self._is_idle(forward_batch):
                     pool = type(getattr(runner, "token_to_kv_pool", None)).__name__
-                    self._say(
+                    self._tensors.problem(
                         f"of a step of SGLang no KV was seen: its pool {pool} is none that is known, or it replays a "
                         "CUDA graph"
                     )
@@ -331,9 +324,13 @@ class PagedCaches:
         stored = getattr(pool, "dtype", None)
         if "FP4" in type(pool).__name__ or (stored is not None and stored.itemsize < k.dtype.itemsize):
             stored = "FP4" if "FP4" in type(pool).__name__ else str(stored).removeprefix("torch.")
-            self._say(f"SGLang's {type(pool).__name__} is {stored}: rows are taken as they are before that")
+            self._tensors.problem(
+                f"SGLang's {type(pool).__name__} is {stored}: rows are taken as they are before that"
+            )
         if getattr(given.get("k_scale"), "ndim", 0):
-            self._say(f"SGLang's {type(pool).__name__} is given scales of rows: only the rows are taken")
+            self._tensors.problem(
+                f"SGLang's {type(pool).__name__} is given scales of rows: only the rows are taken"
+            )
         # As layers of a hybrid model are numbered within their pool, the layer's own number comes first.
         number = getattr(layer, "layer_id", None)
         number = given.get("layer_id_override") if number is None else number

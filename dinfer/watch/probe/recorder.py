@@ -39,6 +39,10 @@ MOST_PROBLEMS = 50
 MOST_ERRORS = 500
 MOST_RAISED = 100
 
+_PLAIN = (str, int, float, bool, type(None))
+_ARGUMENTS = BaseException.__dict__["args"].__get__
+"""of an exception, without running its class's code"""
+
 
 class GroupFacts(NamedTuple):
     """What is known of a process group."""
@@ -150,6 +154,8 @@ class OpRecorder:
     def _reset(self) -> None:
         self.is_off = False
         self._opening = threading.RLock()
+        self.placing = threading.RLock()
+        """for a hook that changes how ops are seen; what another thread had locked at a fork, the child has not"""
         self._threads = threading.local()
         self._groups: dict[int, tuple[weakref.ref[Any], GroupFacts]] = {}
         self._made_groups = itertools.count(1)
@@ -159,7 +165,8 @@ class OpRecorder:
         self._open_any_source: dict[int, list[AnySource]] = {}
         """by the group's number"""
         self._rank: tuple[int, int, str] | None = None
-        self._problems = self._errors = self._raised = 0
+        self._problems: set[str] = set()
+        self._errors = self._raised = 0
 
     def close(self) -> None:
         """Record no more, and let go of the files."""
@@ -225,10 +232,10 @@ class OpRecorder:
             self.records.lines.write("hook", name=hook, torch=torch)
 
     def problem(self, text: str) -> None:
-        """Say what the probe cannot do. Never raises."""
-        self._problems += 1
-        if self._problems > MOST_PROBLEMS:
+        """Say once what the probe cannot do. Never raises."""
+        if text in self._problems or len(self._problems) >= MOST_PROBLEMS:
             return
+        self._problems.add(text)
         try:
             records = self.open()
             if records is not None:
@@ -496,13 +503,20 @@ class OpRecorder:
     # -- exceptions
 
     def _handles(self, error: BaseException) -> None:
-        """This thread issues an op while it handles an exception. Said once of each: it is known by its attributes' own
-        dict, which is held until the thread issues an op that handles none. (Its id may be another's later, and whoever
-        held the exception would hold its frames, and their tensors.)"""
-        attributes = object.__getattribute__(error, "__dict__")
-        if self._threads.handled is attributes or self._raised >= MOST_RAISED:
+        """This thread issues an op while it handles an exception. Said once of each: it is known by its arguments,
+        which are held if they are plain, until the thread issues an op that handles none. (Its id may be another's
+        later; whoever held the exception, or its attributes, would hold tensors.) Others are known by where they were
+        raised."""
+        if self._raised >= MOST_RAISED:
             return
-        self._threads.handled = attributes
+        arguments: tuple[Any, ...] = _ARGUMENTS(error)
+        which: tuple[str, int] | None = None
+        if not arguments or not all(type(one) in _PLAIN for one in arguments):
+            arguments, which = (), raised_at(error)
+        before = self._threads.handled
+        if before and before[:2] == (id(error), which) and before[2] is arguments:
+            return
+        self._threads.handled = id(error), which, arguments
         self._raised += 1
         self.raised(error, "handled")
 

@@ -233,7 +233,8 @@ class RowsReader:
     def __init__(self, folder: str | Path, name: str) -> None:
         """`name`: of the process's files."""
         self._path = Path(folder) / f"{name}.kv"
-        self._at, self._requests = 0, _Requests()
+        self.at, self._requests = 0, _Requests()
+        """so many bytes of the file have been read"""
 
     def more(
         self, process: WatchedProcess, most_bytes: int = MOST_BYTES, *, waits: bool = False
@@ -246,10 +247,10 @@ class RowsReader:
                 raise RecordsError(f"{path}: it is not a plain file")
             if path.stat().st_size > MOST_BYTES:
                 raise RecordsError(f"{path}: it has more than {MOST_BYTES:,} bytes")
-            if path.stat().st_size <= self._at:
+            if path.stat().st_size <= self.at:
                 return
             with path.open("rb") as file:
-                yield from self._rows_in(file, process, self._at + most_bytes, waits)
+                yield from self._rows_in(file, process, self.at + most_bytes, waits)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -258,17 +259,17 @@ class RowsReader:
     def _rows_in(
         self, file: BinaryIO, process: WatchedProcess, until: int, waits: bool
     ) -> Iterator[RowsTaken]:
-        file.seek(self._at)
-        while self._at < until and len(data := file.read(_HEAD.size)) == _HEAD.size:
+        file.seek(self.at)
+        while self.at < until and len(data := file.read(_HEAD.size)) == _HEAD.size:
             magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns = _HEAD.unpack(data)
             size = batch * count * columns * 8
             if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in _COLUMNS:
-                raise RecordsError(f"{self._path}: it is damaged at byte {self._at}")
+                raise RecordsError(f"{self._path}: it is damaged at byte {self.at}")
             if size and (size > MOST_BYTES or len(data := file.read(size)) < size):
                 break  # being written, or the process was killed meanwhile
             if size and waits and name and name not in process.taps:
                 break
-            self._at += _HEAD.size + size
+            self.at += _HEAD.size + size
             if not size:  # whatever the other number says
                 continue
             numbers = array("Q")

@@ -276,6 +276,8 @@ class TensorWatch:
     def _placed_ids(self, torch: Any, ids: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Ids [batch, tokens], with mask and positions [batch, tokens, 2]. Never raises."""
         try:
+            if self.is_off or _is_captured(torch, ids):  # a capture would keep what is done here
+                return ids
             mask: Any = args[1] if len(args) > 1 else options.get("attention_mask")
             positions: Any = args[2] if len(args) > 2 else options.get("position_ids")
             if mask is None and positions is None:

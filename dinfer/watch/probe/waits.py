@@ -4,12 +4,16 @@ A thread that waits in `select` for a connection serves others, and its run is n
 both ends of which this process has waits for itself.
 """
 
+import _socket  # as socket.socket may have been replaced, by one that changes descriptors
 import os
 import platform
 import socket
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from functools import cached_property
+from itertools import islice
 
 _X86 = {
     "read": (0,), "poll": (7, 271), "select": (23, 270), "one": (43, 45, 47, 288), "epoll": (232, 281, 441),
@@ -23,6 +27,10 @@ MOST = 4096
 
 _POLLED = struct.Struct("<ihh")
 
+_ASKED = struct.Struct("=IHHIIBBHIIIII")
+"""a request of netlink's sock_diag for one unix socket"""
+_SOCK_DIAG, _BY_FAMILY, _REQUEST, _SHOW_PEER, _PEER, _ANY = 4, 20, 1, 4, 2, 2**32 - 1
+
 
 def waits_for_itself(thread: int) -> bool:
     """Whether that thread, by its number in the system, waits for descriptors, and this process has the other end of
@@ -30,7 +38,7 @@ def waits_for_itself(thread: int) -> bool:
     try:
         found = _waited(thread)
         return bool(found) and all(map(_Own().has_both_ends, found))
-    except (OSError, ValueError, struct.error):
+    except Exception:  # what the system says may be of any form, and this is called amid the user's program
         return False
 
 
@@ -54,7 +62,7 @@ def _waited(thread: int) -> list[int]:
         return [bit for bit in range(size * 8) if any(one >> bit & 1 for one in sets)]
     if kind == "epoll":
         with open(f"/proc/self/fdinfo/{arguments[0]}", encoding="ascii") as file:
-            return [int(line.split()[1]) for line in file if line.startswith("tfd:")]
+            return [int(line.split()[1]) for line in islice(file, MOST) if line.startswith("tfd:")]
     return []
 
 
@@ -71,46 +79,101 @@ class _Own:
     """This process's descriptors."""
 
     def __init__(self) -> None:
-        self._descriptors = [int(name) for name in os.listdir("/proc/self/fd")]
+        self._descriptors = [int(name) for name in os.listdir("/proc/self/fd")[:MOST]]
 
     def has_both_ends(self, descriptor: int) -> bool:
-        """Whether what comes out of it can only be put in by this process."""
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISSOCK(mode):
+        """Whether what comes out of it can only be put in by this process's Python code. Not that of an eventfd: what
+        puts into that is mostly a library's own thread, for what has come from outside, as that of ZeroMQ is."""
+        look = os.fstat(descriptor)
+        if stat.S_ISSOCK(look.st_mode):
             return self._is_own_socket(descriptor)
-        if stat.S_ISFIFO(mode):
-            return descriptor != 0 and self._is_own_pipe(descriptor)
-        return "eventfd" in os.readlink(f"/proc/self/fd/{descriptor}")
-
-    def _is_own_pipe(self, descriptor: int) -> bool:
-        """The end for writing is there, too. (A child may have it as well: then that is waited for as a child.)"""
-        which = os.fstat(descriptor).st_ino
-        return any(os.fstat(other).st_ino == which for other in self._open() if other != descriptor)
+        if stat.S_ISFIFO(look.st_mode):
+            # A child may have the other end as well: then that is waited for as a child.
+            others = self._pipes.get((look.st_dev, look.st_ino), set())
+            return descriptor != 0 and bool(others - {_access(descriptor)})
+        return False
 
     def _is_own_socket(self, descriptor: int) -> bool:
-        with socket.socket(fileno=os.dup(descriptor)) as mine:
+        with _looked_at(descriptor) as mine:
             if mine.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 return False
-            peer = mine.getpeername()
-            if mine.family == socket.AF_UNIX and not peer:
-                # Of a pair, the system knows who made it.
-                made_by = struct.unpack(
-                    "3i", mine.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-                )
-                return bool(made_by[0] == os.getpid())
-        return any(name == peer for name in self._names(descriptor))
+            if mine.family == socket.AF_UNIX:
+                return _peer_of(os.fstat(descriptor).st_ino) in self._sockets
+            return (mine.getpeername(), mine.getsockname()) in self._connections
 
-    def _names(self, besides: int) -> Iterable[object]:
-        for other in self._open():
-            if other != besides and stat.S_ISSOCK(os.fstat(other).st_mode):
-                with socket.socket(fileno=os.dup(other)) as one:
-                    if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                        yield one.getsockname()
+    @cached_property
+    def _pipes(self) -> dict[tuple[int, int], set[int]]:
+        """By device and number, for what they are open here: for reading, for writing."""
+        found: dict[tuple[int, int], set[int]] = {}
+        for descriptor, look in self._open():
+            if stat.S_ISFIFO(look.st_mode):
+                found.setdefault((look.st_dev, look.st_ino), set()).add(_access(descriptor))
+        return found
 
-    def _open(self) -> Iterable[int]:
+    @cached_property
+    def _sockets(self) -> set[int]:
+        return {look.st_ino for _, look in self._open() if stat.S_ISSOCK(look.st_mode)}
+
+    @cached_property
+    def _connections(self) -> set[tuple[object, object]]:
+        """Of each socket that is connected, its own address and that of its peer."""
+        found: set[tuple[object, object]] = set()
+        for descriptor, look in self._open():
+            if stat.S_ISSOCK(look.st_mode):
+                try:
+                    with _looked_at(descriptor) as one:
+                        found.add((one.getsockname(), one.getpeername()))
+                except OSError:  # it is not connected, or not open any more
+                    continue
+        return found
+
+    def _open(self) -> Iterable[tuple[int, os.stat_result]]:
         for descriptor in self._descriptors:
             try:
-                os.fstat(descriptor)
+                yield descriptor, os.fstat(descriptor)
             except OSError:  # it has been closed meanwhile
                 continue
-            yield descriptor
+
+
+def _access(descriptor: int) -> int:
+    import fcntl  # not on every system
+
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+
+
+@contextmanager
+def _looked_at(descriptor: int) -> Iterator[_socket.socket]:
+    """The user's socket. The type says that the descriptor is set as it shall be: else, where the user has called
+    `socket.setdefaulttimeout`, Python would set it not to block, and the user's own with it."""
+    copy = os.dup(descriptor)
+    try:
+        found = _socket.socket(type=socket.SOCK_STREAM | socket.SOCK_NONBLOCK, fileno=copy)
+        try:
+            yield found
+        finally:
+            found.detach()
+    finally:
+        os.close(copy)
+
+
+def _peer_of(number: int) -> int:
+    """Of a unix socket, by its number in the system, that of the one it is connected to; 0 if it is not, or if its
+    other end is closed. Raises OSError where the system does not say."""
+    request = _ASKED.pack(
+        _ASKED.size, _BY_FAMILY, _REQUEST, 1, 0,
+        socket.AF_UNIX, 0, 0, _ANY, number, _SHOW_PEER, _ANY, _ANY,
+    )  # fmt: skip
+    # It is answered while it is sent: there is nothing to wait for.
+    kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    with closing(_socket.socket(socket.AF_NETLINK, kind, _SOCK_DIAG)) as asked:
+        asked.send(request)
+        answer = asked.recv(4096)
+    if struct.unpack_from("=H", answer, 4)[0] != _BY_FAMILY:
+        return 0
+    at = 32
+    while at + 8 <= len(answer):
+        size, what, value = struct.unpack_from("=HHI", answer, at)
+        if what == _PEER:
+            return int(value)
+        at += max(size + 3 & ~3, 4)
+    return 0

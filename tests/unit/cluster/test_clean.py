@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dinfer.cluster.ipyparallel import clean as cleaning
 from dinfer.cluster.ipyparallel.clean import clean, end_cluster, members, report, stop_cluster
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.identity import Identity
@@ -105,10 +106,25 @@ def test_a_record_that_cannot_be_read_ends_nothing(tmp_path: Path, text: str) ->
     assert path.exists()
 
 
+def test_what_slurm_leaves_in_the_logs_is_removed(tmp_path: Path) -> None:
+    note(tmp_path, "dinfer-1-a", GONE)
+    log, left = tmp_path / "log", {"slurm-dinfer-1-ab.sbatch", "ipengine-dinfer-1-ab-0.out", "mine.out"}
+    log.mkdir()
+    gone = {"slurm-dinfer-1-a.sbatch", "ipengine-dinfer-1-a-0.out", "ipengine-dinfer-1-a-11.out"}
+    gone.add("ipengine-dinfer-1-a-1700000000-abcd-99.log")
+    for name in gone | left:
+        (log / name).touch()
+    assert [(found.done, found.files) for found in clean([tmp_path])] == [("ended", 4 + len(gone))]
+    assert {path.name for path in log.iterdir()} == left
+
+
 @pytest.mark.parametrize("cluster_id", ["", "mine", "1700000000-abcd"])
-def test_a_users_cluster_is_never_ended(cluster_id: str) -> None:
+def test_a_users_cluster_is_never_ended(cluster_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Known] = []
+    monkeypatch.setattr(cleaning, "end_remote", asked.append)
     with pytest.raises(ValueError, match="not started by dinfer"):
         end_cluster(Known(Path("profile_default"), cluster_id))
+    assert asked == []  # nor are its engines on other hosts
 
 
 def test_a_users_cluster_is_stopped_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from traitlets.config import Config as Traits
 from typer.testing import CliRunner
 
 from dinfer.cli import app
-from dinfer.cluster.ipyparallel import reach
+from dinfer.cluster.ipyparallel import profiles, reach
 from dinfer.cluster.ipyparallel.clean import END_REMOTE
 from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ipyparallel.facts import EngineFacts, differences, judge_versions
@@ -28,6 +31,7 @@ from dinfer.cluster.ipyparallel.launcher import (
 )
 from dinfer.cluster.ipyparallel.profiles import (
     BATCH,
+    Asked,
     Profile,
     ProfileHost,
     parse_hosts,
@@ -36,6 +40,7 @@ from dinfer.cluster.ipyparallel.profiles import (
 )
 from dinfer.cluster.ipyparallel.remote import rank_names
 from dinfer.config import ConfigError
+from tests.support.runs import wait_for
 from tests.unit.cluster.test_choice import versions
 
 HOSTS = (ProfileHost("alpha", 1, "/a/python"), ProfileHost("me@beta:2222", 2, "/b/python"))
@@ -213,6 +218,57 @@ def test_a_job_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert f"--work-dir={Path.cwd()}" in last
 
 
+@pytest.mark.parametrize(
+    ("option", "own"),
+    [
+        ("--job-name=x", "--job-name"),
+        ("--job=x", "--job-name"),
+        ("-Jx", "--job-name"),
+        ("--ntasks=9", "--ntasks"),
+        ("-n9", "--ntasks"),
+        ("--array=0-2", "--array"),
+        ("-a0-2", "--array"),
+        ("--output=x", "--output"),
+        ("-ox", "--output"),
+        ("--export=NONE", "--export"),
+    ],
+)
+def test_an_option_of_sbatch_that_dinfer_sets_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, own: str
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/it")
+    with pytest.raises(
+        ConfigError, match=rf"^'{option}' cannot be given: {own} is dinfer's, .* Leave it out\."
+    ):
+        write_slurm(tmp_path / "profile_jobs", 3, address="10.0.0.9", options=[option])
+    assert not (tmp_path / "profile_jobs").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        r"--comment=\new",
+        '--comment="""; it ends here',
+        "--comment=it's",
+        "--nodes=3",
+        "-N3",
+        "--ntasks-per-node=1",
+        "--export-file=x",
+    ],
+)
+def test_other_options_come_to_sbatch_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/it")
+    place = tmp_path / "profile_jobs"
+    write_slurm(place, 3, address="10.0.0.9", options=[option])
+    launcher = SlurmRankSetLauncher(
+        config=profiles_config(place), profile_dir=str(place), cluster_id="dinfer-1-a"
+    )
+    launcher.write_batch_script(3)
+    assert f"#SBATCH {option}" in Path(launcher.batch_file).read_text().splitlines()
+
+
 def profiles_config(place: Path) -> Any:
     from traitlets.config.loader import PyFileConfigLoader
 
@@ -274,10 +330,77 @@ def test_machines_that_differ_are_told() -> None:
     assert "the last bits" in text
 
 
+def fake_ssh(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """A program that is found as ssh."""
+    ssh = folder / "ssh"
+    ssh.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_an_option_that_ssh_does_not_take_is_told_before_a_profile_is_written(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_ssh(
+        place, monkeypatch, "echo 'command-line: line 0: Bad configuration option: identityfil' >&2; exit 255"
+    )
+    result = CliRunner().invoke(app, ["profile", "ssh", "a", "--ssh-option=IdentityFil=/x"])
+    assert result.exit_code == 2
+    assert "ssh refuses what it is given for host 'a' (command-line: line 0: Bad conf" in result.stderr
+    assert not (place / "profile_ssh").exists()
+
+
+def test_an_ssh_that_does_not_answer_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ssh(place, monkeypatch, "exec sleep 600")
+    monkeypatch.setattr(profiles, "ASK_S", 0.1)
+    with pytest.raises(ClusterError, match=r"ssh has not read its config for host 'a' within 0\.1 s"):
+        write_ssh(place / "profile_lab", [ProfileHost("a", 1, "/a/python")])
+
+
+def test_who_is_killed_is_not_awaited_though_another_process_holds_its_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiles, "KILLED_S", 0.01)
+    number = tmp_path / "number"
+    asked = Asked(["sh", "-c", f"sleep 600 & echo $! >{number}.part; mv {number}.part {number}; wait"], "")
+    wait_for(number.exists, "it has started another process")
+    pid = int(number.read_text())
+    try:
+        assert asked.answer(0) == (None, "", "")
+        assert psutil.pid_exists(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        asked._thread.join()
+
+
+def test_all_hosts_are_asked_at_once_why_engines_have_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class AskedHost:
+        def __init__(self, words: list[str], _: str) -> None:
+            self.host = words[-5].removeprefix("me@")
+            asked.append(self.host)
+
+        def answer(self, _: float) -> tuple[int | None, str, str]:
+            assert asked == ["alpha", "beta", "beta"]  # before anybody has been awaited
+            return (None, "", "") if self.host == "alpha" else (0, "no\nmemory\n", "")
+
+    monkeypatch.setattr(reach, "Asked", AskedHost)
+    said = reach.why_not_started(
+        Profile("lab", "ssh", 3, "", HOSTS), Known(Path("profile_lab"), "dinfer-1-a"), 3
+    )
+    logs = [f" On me@beta:2222, the log of rank {rank} ends: no / memory." for rank in (1, 2)]
+    assert said == "".join(logs)
+
+
 def test_engines_of_other_hosts_are_awaited(tmp_path: Path) -> None:
     away = {"engines": {"a/0": {"pid": 5, "hostname": "a"}, "b/0": {"pid": -1, "hostname": "b"}}}
     description = {"controller": {"state": {"pid": 3}}, "engines": {"sets": {"1": away}}}
     assert engines_to_come(description, lambda _: False, 100.0) == 1
+    assert engines_to_come(description, lambda _: False, 100.0, was_left=True) == 0
+    assert (
+        engines_to_come(description, lambda _: False, 1.0, was_left=True) == 1
+    )  # their client ended at once
     known = Known(tmp_path, "")
     known.cluster_file.parent.mkdir(parents=True)
     known.cluster_file.write_text(json.dumps(description))

@@ -116,7 +116,9 @@ def test_a_clock_that_was_never_read_is_said() -> None:
     events = [[Event(rank, "compute", "layer", 1, 2, 3, 4)] for rank in range(2)]
     by_rank, about = on_one_clock(events, [None, HostClock()])
     assert by_rank == events
-    assert "that of rank 1 was never read" in clocks_text(rank_clocks(about))
+    assert "2 clocks, of which that of rank 1 was never read: times" in clocks_text(rank_clocks(about))
+    several = [RankClock(0), RankClock(1, error_ns=None), RankClock(2, error_ns=None)]
+    assert "3 clocks, of which those of ranks 1, 2 were never read: times" in clocks_text(several)
     assert error_between(rank_clocks(about), 0, 1) is None
 
 

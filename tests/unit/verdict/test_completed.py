@@ -118,3 +118,22 @@ def test_a_rank_that_always_comes_last() -> None:
         for rank in range(3):
             even.add(rank, "all_reduce", at=step + 0.5 * (rank == step % 3))
     assert found(even) == []
+
+
+def test_a_rank_that_comes_last_in_the_last_minute_of_a_long_session() -> None:
+    """What went well before, of which there may be much, does not hide it."""
+    ops = MadeOps(2)
+    for step in range(100):
+        for rank in range(2):
+            ops.add(rank, "all_reduce", at=step / 10 + 0.01 * (rank == step % 2))
+    for step in range(10):
+        for rank in range(2):
+            ops.add(rank, "all_reduce", at=1000 + step + 0.5 * (rank == 1))
+    (one,) = found(ops)
+    assert (one.kind, one.ranks) == ("slow rank", (1,))
+    assert one.text.startswith(
+        "rank 1 is slow: it came last to 10 of 10 collectives of the last minute, in the "
+    )
+    for rank in range(2):
+        ops.add(rank, "all_reduce", at=2000)
+    assert found(ops) == []

@@ -68,25 +68,66 @@ def test_a_message_that_goes_to_another_rank_than_the_one_that_waits() -> None:
         verdict,
         "wrong peer",
         (2,),
-        "rank 2 is in `send -> 1` ([8, 2] float32) at rank2.py:3, and rank 1 never receives from it",
-        "rank 3 is in `recv <- 2` ([8, 2] float32) at rank3.py:2, which rank 2 never sends",
+        "rank 2 is in `send -> 1` ([8, 2] float32) at rank2.py:3, and rank 1 has not received from it",
+        "rank 3 is in `recv <- 2` ([8, 2] float32) at rank3.py:2, which rank 2 has not sent",
         "rank 1 is in `barrier` ([4] float32) at rank1.py:4",
     )
     assert verdict.blocked == (0, 1, 3)
 
 
 def test_a_message_that_is_awaited_from_another_rank_than_the_one_that_sends() -> None:
-    ops = MadeOps(3)
+    """A ring the other way round, in which rank 1 waits for 0, and 2 sends to it."""
+    ops = MadeOps(4)
+    ops.all("all_reduce", 0, 1, 2, 3)
+    ops.message(0, 3)
+    ops.message(1, 0)
     ops.add(0, "barrier", open=True)
     ops.recv(1, 0, open=True)
     ops.send(2, 1, open=True)
+    ops.add(3, "barrier", open=True)
     assert_verdict(
         explained(ops),
         "wrong peer",
         (1,),
-        "rank 1 is in `recv <- 0` ([4] float32) at rank1.py:1, and rank 0 never sends to it",
-        "rank 2 is in `send -> 1` ([4] float32) at rank2.py:1, which rank 1 never receives",
+        "rank 1 is in `recv <- 0` ([4] float32) at rank1.py:3, and rank 0 has not sent to it",
+        "rank 2 is in `send -> 1` ([4] float32) at rank2.py:2, which rank 1 has not received",
     )
+
+
+@pytest.mark.parametrize("scatters", [True, False])
+@pytest.mark.parametrize("before", ["nothing", "a ring", "a ring and a barrier"])
+@pytest.mark.parametrize("left_out", [1, 2])
+def test_a_rank_that_leaves_out_its_turn_is_to_blame(scatters: bool, before: str, left_out: int) -> None:
+    """Rank 0 sends to one after the other, or receives from them: the one that waits behind is right to wait."""
+    ops = MadeOps(4)
+    if before != "nothing":
+        for rank in range(4):
+            ops.message(rank, (rank - 1) % 4 if scatters else (rank + 1) % 4)
+    if before == "a ring and a barrier":
+        ops.all("barrier", 0, 1, 2, 3)
+    begin, answer = (ops.send, ops.recv) if scatters else (ops.recv, ops.send)
+    for rank in range(1, left_out):
+        begin(0, rank)
+        answer(rank, 0)
+    begin(0, left_out, open=True)
+    for rank in range(left_out + 1, 4):
+        answer(rank, 0, open=True)
+    for rank in range(1, left_out + 1):
+        ops.add(rank, "all_reduce", open=True)
+    assert_verdict(explained(ops), "cycle", (left_out, 0), "`all_reduce`", f"rank{left_out}.py")
+
+
+def test_a_turn_back_in_a_pipeline_is_no_message_astray() -> None:
+    """Rank 1 leaves out the first gradients from rank 2; rank 3 waits for the next micro-batch."""
+    ops = MadeOps(4)
+    for rank in range(3):
+        ops.message(rank, rank + 1)
+    ops.message(3, 2)
+    ops.add(0, "all_reduce", open=True)
+    ops.add(1, "all_reduce", open=True)
+    ops.send(2, 1, open=True)
+    ops.recv(3, 2, open=True)
+    assert_verdict(explained(ops), "cycle", (1, 2), "`all_reduce`", "`send -> 1`")
 
 
 def test_a_rank_that_has_left_a_link_that_it_used_is_to_blame_itself() -> None:

@@ -137,6 +137,15 @@ def test_what_is_wrong_with_kv_is_shown_also_while_a_run_hangs(code: Path) -> No
         assert "<td>4</td>" in part  # tokens of a rank
 
 
+def test_kv_that_is_not_read_to_its_end_is_not_compared(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank's rows may have been read further."""
+    layers = {0: layers_of([rows(0, 1, 2)]), 1: layers_of([rows(0, 1)])}
+    monkeypatch.setattr(WatchedKv, "diff", lambda _: pytest.fail("it was compared"))
+    part = shown(replace(hung(code), kv=WatchedKv(layers, is_behind=True)))["kv"]
+    assert "compared later" in part
+    assert "<td>2</td>" in part
+
+
 def test_what_ended_and_is_wrong_is_shown_beside_the_verdict() -> None:
     sizes = [
         process(rank, op(0, kind, 1, 1.5, peer=1 - rank, nbytes=size, shape=(size,)), op(1, "send", 2, peer=1 - rank),
@@ -202,6 +211,18 @@ def test_the_panel_follows_until_the_watch_is_over_and_then_has_no_thread(made: 
     panel.close()
 
 
+def test_after_the_end_it_follows_until_all_rows_are_read(made: MadeWatch) -> None:
+    layers = {0: layers_of([rows(0, 1, 2)])}
+    made.found = replace(made.found, kv=WatchedKv(layers, is_behind=True))
+    panel = panel_of(made)
+    made.over.set()
+    wait_for(lambda: "ended" in panel.parts["banner"], "the end is shown")
+    made.found = replace(made.found, kv=WatchedKv(layers))
+    wait_for(lambda: not panel._thread.is_alive(), "its thread has ended")
+    assert "compared later" not in panel.parts["kv"]
+    panel.close()
+
+
 def test_a_panel_that_is_closed_has_no_thread_and_leaves_the_watch(made: MadeWatch) -> None:
     panel = panel_of(made)
     panel.close()
@@ -213,7 +234,7 @@ def test_its_output_is_a_picture_without_scripts(made: MadeWatch) -> None:
     panel = panel_of(made)
     data, _ = panel._repr_mimebundle_()
     assert data.keys() == {"text/html", "text/plain"}
-    assert data["text/plain"] == "a watch"
+    assert data["text/plain"] == "runs"  # of the watch itself it asks nothing, which may take long
     assert "<svg" in data["text/html"]
     panel.close()
 

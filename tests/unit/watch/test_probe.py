@@ -181,6 +181,31 @@ def test_functional_messages_are_seen_and_others_then_only_once(watched: Watched
     assert ops == [("send", 3, (2,), 0), ("send", 2, (3,), 0), ("send", 3, (2,), 1), ("send", 2, (3,), 1)]
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.ops._c10d_functional, "isend"), reason="this torch has no functional messages"
+)
+@pytest.mark.usefixtures("fake")
+def test_a_functional_message_waits_for_no_lock_of_another_process_or_once_all_are_seen(
+    watched: Watched,
+) -> None:
+    group, own = dist.group.WORLD, watched.probe.recorder
+    assert group is not None
+    arguments = (torch.zeros(2), 3, 0, group.group_name)
+
+    def send() -> None:
+        thread = threading.Thread(target=torch.ops._c10d_functional.isend, args=arguments, daemon=True)
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+
+    own.placing.acquire()  # as another thread had it when the process forked
+    own._reset()
+    send()
+    with own.placing:
+        send()
+    assert [op.kind for op in watched().ops] == ["send", "send"]
+
+
 @pytest.mark.usefixtures("fake", "hook")
 def test_messages_are_seen_however_their_arguments_are_given(watched: Watched) -> None:
     group = dist.group.WORLD
@@ -342,19 +367,23 @@ def test_an_exception_that_has_the_id_of_one_before_is_another(watched: Watched)
     assert [raised.message for raised in watched().handled] == [str(n) for n in range(len(ids))]
 
 
+@pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.usefixtures("gloo", "watched")
-def test_an_exception_that_was_handled_is_not_kept() -> None:
+def test_an_exception_that_was_handled_is_not_kept(is_first: bool) -> None:
+    """Nor what the user has given it, before its handler issues an op or after."""
+
     def handle() -> weakref.ref[Any]:
         held = torch.ones(2)
         try:
-            raise KeyError(held.shape)
+            raise KeyError(held.shape) if is_first else KeyError("a shape")
         except KeyError as error:
-            error.batch = held  # type: ignore[attr-defined]
+            if is_first:
+                error.batch = held  # type: ignore[attr-defined]
             dist.barrier()
+            error.batch = held  # type: ignore[attr-defined]
         return weakref.ref(held)
 
     tensor = handle()
-    dist.barrier()
     gc.collect()
     assert tensor() is None
 

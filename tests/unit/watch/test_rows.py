@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -35,6 +35,7 @@ from dinfer.watch.probe.rows import (
 )
 from dinfer.watch.probe.start import Probe
 from dinfer.watch.probe.writing import NumberedNames, Records
+from dinfer.watching import folders
 from dinfer.watching.folders import Watched
 from tests.support.runs import wait_for
 
@@ -291,7 +292,8 @@ def test_a_tap_without_a_watch_does_nothing(tmp_path: Path) -> None:
 def test_a_tap_of_what_is_no_tensor_says_so_and_goes_on(tmp_path: Path) -> None:
     probe = Probe(tmp_path)
     try:
-        dinfer.tap("kv", k=torch.zeros(3), v=torch.zeros(3), layer=0)
+        for _ in range(2):
+            dinfer.tap("kv", k=torch.zeros(3), v=torch.zeros(3), layer=0)
         dinfer.tap("hidden", torch.zeros(2, 3))
     finally:
         probe.stop()
@@ -413,6 +415,23 @@ def test_a_model_for_a_comparison(compared: Taken) -> None:
     assert {row.cache for row in rows} == {1}
     assert {len(row.sketches) for row in rows if row.name == "kv"} == {3 * 2 * 16}
     assert {len(row.sketches) for row in rows if row.name in ("hidden", "output")} == {3 * 16}
+
+
+@pytest.mark.parametrize("is_off", [True, False])
+def test_ids_are_left_alone_where_nothing_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_off: bool
+) -> None:
+    """What is done while a graph is captured becomes part of it."""
+    probe, ids = Probe(tmp_path), torch.arange(3)[None]
+    mask = {"attention_mask": torch.ones(1, 3)}
+    try:
+        watch = probe._tensors
+        assert watch._placed_ids(torch, ids, (), mask).shape == (1, 3, 2)
+        watch.is_off = is_off
+        monkeypatch.setattr(tensors, "_is_captured", lambda *_: not is_off)
+        assert watch._placed_ids(torch, ids, (), mask) is ids
+    finally:
+        probe.stop()
 
 
 class Delivery:
@@ -561,6 +580,33 @@ def test_looks_read_rows_as_they_come(tmp_path: Path) -> None:
         (found,) = watched.look(recent=True)
         assert [len(one.rows) for one in watched.kv(found).layers[0].values()] == [5]
         assert [len(one.rows) for one in first.layers[0].values()] == [2]
+    finally:
+        torch.distributed.destroy_process_group()
+        probe.stop()
+
+
+def test_a_panel_reads_no_more_than_a_look_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that it has seen already, it makes nothing anew; and who reads all lets looks read meanwhile."""
+    monkeypatch.setattr(folders, "ROWS_A_LOOK", 1)
+    probe = Probe(tmp_path)
+    torch.distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    try:
+        cache, watched = dynamic(), Watched([tmp_path])
+        for _ in range(6):
+            cache.update(*kv(2), layer_idx=0)
+        probe._tensors.flush()
+        (found,) = watched.look(recent=True)
+        first = watched.kv_so_far(found)
+        assert ([len(one.rows) for one in first.layers[0].values()], first.is_behind) == ([4], True)
+        is_locked: list[bool] = []
+        pause = SimpleNamespace(sleep=lambda _: is_locked.append(watched._reading_rows.locked()))
+        monkeypatch.setattr(folders, "time", pause)
+        assert [len(one.rows) for one in watched.kv(found).layers[0].values()] == [12]
+        assert is_locked == [False] * 4
+        last = watched.kv_so_far(found)
+        assert ([len(one.rows) for one in last.layers[0].values()], last.is_behind) == ([12], False)
+        assert watched.kv_so_far(found) is last
+        assert last.diff() == last.diff() == []
     finally:
         torch.distributed.destroy_process_group()
         probe.stop()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+import zmq
 
 from dinfer.watch.probe.stacks import thread_stacks
 from dinfer.watch.probe.waits import _waited, waits_for_itself
@@ -126,6 +127,68 @@ def test_the_stacks_say_it() -> None:
         found = {thread.ident: thread.native_id for thread in threading.enumerate()}
         (look,) = (look for look in thread_stacks() if found.get(look["ident"]) == number)
         assert look["for_itself"] == 1
+
+
+@pytest.mark.parametrize("seconds", [None, 5.0])
+def test_the_users_sockets_stay_as_they_are(seconds: float | None) -> None:
+    """A default timeout would set them not to block, also those that a C library reads."""
+    one, other = socket.socketpair()
+    with one, other, socket.create_server(("127.0.0.1", 0)) as server:
+        mine = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+        with mine, theirs:
+            socket.setdefaulttimeout(seconds)
+            try:
+                with waiting(lambda: os.read(one.fileno(), 1), lambda: other.send(b"x")) as thread:
+                    assert waits_for_itself(thread)
+                with waiting(lambda: os.read(mine.fileno(), 1), lambda: theirs.send(b"x")) as thread:
+                    assert waits_for_itself(thread)
+            finally:
+                socket.setdefaulttimeout(None)
+            assert all(os.get_blocking(each.fileno()) for each in (one, other, mine, theirs, server))
+
+
+def test_what_nobody_has_foreseen_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(thread: int) -> list[int]:
+        raise IndexError(thread)
+
+    monkeypatch.setattr("dinfer.watch.probe.waits._waited", fails)
+    assert not waits_for_itself(threading.get_native_id())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pair_whose_other_end_is_elsewhere(way: Callable[[int], None]) -> None:
+    """As that of `multiprocessing.Pipe` is once the parent has closed the child's end."""
+    with ExitStack() as stack:
+        mine, other = map(stack.enter_context, socket.socketpair())
+        child = stack.enter_context(
+            subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=other.fileno(), pass_fds=[other.fileno()])
+        )
+        other.close()
+        assert child.stdin
+        with waiting(lambda: way(mine.fileno()), child.stdin.close) as thread:
+            assert not waits_for_itself(thread)
+
+
+def test_a_second_descriptor_of_the_same_end_is_not_the_other_one() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        assert child.stdin
+        again = os.dup(child.stdout.fileno())
+        try:
+            with waiting(lambda: os.read(again, 1), child.stdin.close) as thread:
+                assert not waits_for_itself(thread)
+        finally:
+            os.close(again)
+
+
+def test_a_message_of_zmq_comes_from_outside() -> None:
+    """Its recv waits for an eventfd, in which a thread puts what has come by the network."""
+    with zmq.Context() as context, context.socket(zmq.PULL) as pulls, context.socket(zmq.PUSH) as pushes:
+        port = pulls.bind_to_random_port("tcp://127.0.0.1")
+        pushes.connect(f"tcp://127.0.0.1:{port}")
+        with waiting(pulls.recv, lambda: pushes.send(b"x")) as thread:
+            assert not waits_for_itself(thread)
 
 
 def test_who_computes_waits_for_nothing() -> None:

@@ -232,3 +232,14 @@ def test_a_dump_given_twice_counts_once(tmp_path: Path) -> None:
     (found,) = read([tmp_path, tmp_path / "trace_rank_0"])
     assert found.problem
     assert found.problem.ranks[0] == 1
+
+
+def test_an_all_to_all_of_which_one_part_is_empty_shifts_no_clock(tmp_path: Path) -> None:
+    """Who is sent nothing may end before the others have begun."""
+    early = [("all_to_all", None, float(at), at + 0.1) for at in range(1, 6)]
+    late = [("all_to_all", None, at + 0.5, at + 0.6) for at in range(1, 6)]
+    record(tmp_path / "a", 0, early, ended="exit")
+    record(tmp_path / "b", 1, late, host="near", ended="exit")
+    (found,) = read([tmp_path / "a", tmp_path / "b"])
+    assert len(found.trace.events) == 10
+    assert found.notes == ()

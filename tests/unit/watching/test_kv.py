@@ -53,6 +53,23 @@ def test_only_the_newest_cache_counts() -> None:
     assert found.table().rows == [("0", "0", "2")]
 
 
+def test_a_tapped_store_counts_beside_the_newest_cache() -> None:
+    """Rows that are tapped are of no cache that has a number."""
+    tapped, cached = rows(0, 1, 2, 3, layer=0, cache=0), rows(0, 7, 8, layer=5)
+    for order in (
+        [tapped, cached],
+        [cached, tapped],
+        [rows(0, 9, layer=6), tapped, cached._replace(cache=2)],
+    ):
+        assert kv({0: order}).table().rows == [("0", "0", "3"), ("5", "0", "2")]
+
+
+def test_of_a_layer_that_is_tapped_and_in_a_cache_the_last_used_counts() -> None:
+    tapped, cached = rows(0, 1, 2, 3, cache=0), rows(0, 7, 8)
+    assert kv({0: [tapped, cached]}).table().rows == [("0", "0", "2")]
+    assert kv({0: [cached, tapped]}).table().rows == [("0", "0", "3")]
+
+
 def test_equal_tokens_that_are_written_to_their_place_again_are_no_repetition() -> None:
     assert kv({0: [rows(0, 1, 2), rows(0, 1, 2)]}).diff() == []
 

@@ -56,6 +56,12 @@ def test_a_select_that_only_its_own_process_can_end_is_no_request() -> None:
     assert said(alone, thread(SELECT, SERVES, name="http")._replace(for_itself=True)) == ""
 
 
+def test_a_message_comes_from_outside_whatever_its_library_waits_for() -> None:
+    """Its own thread may tell the one that waits, by a pair of sockets of the process."""
+    for call in ("parts = socket.recv_multipart()", "job = socket.recv_json()"):
+        assert said(thread(mine(call), user=1)._replace(for_itself=True)) == "a message from outside"
+
+
 def test_an_engine_of_a_notebook_whose_cell_is_over_serves_nobody() -> None:
     kernel: Frame = ("/site-packages/ipykernel/kernelapp.py", 739, "start", "self.io_loop.start()")
     assert said(thread(SELECT, kernel)) == ""
