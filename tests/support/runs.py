@@ -53,9 +53,10 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def free_ports(count: int) -> int:
-    """The first of so many free ports in a row; other processes, which also look for some, look elsewhere first."""
+    """The first of so many free ports in a row. Other processes, which look for some at the same time, look elsewhere
+    first: also those whose numbers are neighbours, as those of pytest's workers."""
     for number in range(4000):
-        first = 20000 + 10 * ((os.getpid() + number) % 4000)
+        first = 20000 + 10 * ((61 * os.getpid() + number) % 4000)
         with ExitStack() as stack:
             try:
                 for port in range(first, first + count):
