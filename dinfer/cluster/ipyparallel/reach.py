@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,4 +210,6 @@ def _start_step(command: Sequence[str], environment: dict[str, str], log: Path) 
             )
     except OSError as error:
         raise ClusterError(f"no engine could be started again in job {job}: {error}") from error
+    # It lasts as long as the engine, and nobody else collects it.
+    threading.Thread(target=process.wait, name=f"dinfer srun {process.pid}", daemon=True).start()
     return StartedAgain(process, log)
