@@ -402,12 +402,13 @@ def last_op_text(lanes: Sequence[Lane], stand: Stand, events: Sequence[Event]) -
     """
     if not stand.at_limits or any(stand.started):
         return ""
-    done = {lane.name: lane.ops[:position] for lane, position in zip(lanes, stand.positions, strict=True)}
+    # No slices of the lanes: each update of a panel comes here, and a lane may have 100,000 ops.
+    known = {lane.name: (lane.ops, at) for lane, at in zip(lanes, stand.positions, strict=True)}
     for event in reversed(events[-_RECENT:]):
-        ops = done.get(event.lane, ())
-        if event.index is None or event.index >= len(ops) or ops[event.index].is_transfer or not event.end:
+        ops, position = known.get(event.lane, ((), 0))
+        if event.index is None or event.index >= position or ops[event.index].is_transfer or not event.end:
             continue  # of decode, undone, or none that computes
-        is_last = all(op.is_transfer for op in ops[event.index + 1 :])
+        is_last = all(ops[number].is_transfer for number in range(event.index + 1, position))
         return f"`{event.name}` took {event.busy / 1e6:.3g} ms" if is_last else ""
     return ""
 
