@@ -97,17 +97,13 @@ class _CudaWork:
             sleep(LAG_S)
             self.end.synchronize()
         self.kept.clear()
-        return Times(self._at(self.start), self._at(self.met), self._at(self.end))
+        return Times(*(_time_of(event, self._zero) for event in (self.start, self.met, self.end)))
 
     def header(self) -> bytes:
         return bytes(self.came[_HEADER])
 
     def digests(self) -> tuple[int, int] | None:
         return struct.unpack("QQ", self.came[FOUND]) if self.has_digests else None
-
-    def _at(self, event: torch.cuda.Event) -> int:
-        zero, ns = self._zero
-        return ns + int(zero.elapsed_time(event) * 1e6)
 
 
 class HeaderToSend(NamedTuple):
@@ -210,8 +206,7 @@ class CudaStreams(ABC):
 
     def time_of(self, event: torch.cuda.Event) -> int:
         """When an event was, in monotonic ns."""
-        zero, ns = self._zero
-        return ns + int(zero.elapsed_time(event) * 1e6)
+        return _time_of(event, self._zero)
 
     def close(self, timeout: float) -> bool:  # noqa: ARG002
         """Nothing to do: the executor waits for all that it has issued."""
@@ -236,3 +231,8 @@ class CudaStreams(ABC):
 
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+
+
+def _time_of(event: torch.cuda.Event, zero: tuple[torch.cuda.Event, int]) -> int:
+    """When an event was, in monotonic ns; `zero`: another one, and when that was."""
+    return zero[1] + int(zero[0].elapsed_time(event) * 1e6)

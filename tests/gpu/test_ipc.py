@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -17,11 +16,9 @@ import dinfer
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.cluster.test_recovery import pid_of
-from tests.cluster.test_stepping import act
-from tests.gpu.test_nccl import kv_and_tokens
+from tests.gpu.test_nccl import check_a_walk_back_and_forth, kv_and_tokens
 from tests.gpu.test_one_card import _run
 from tests.support.runs import wait_for
-from tests.support.stepped import stepped
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
@@ -76,24 +73,8 @@ def test_graphs_give_the_same_over_gloo(tiny: Path, tmp_path: Path, kernels: str
 def test_a_walk_back_and_forth_ends_as_if_nothing_had_been(
     tiny: Path, over_gloo: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = {
-        "world_size": 3,
-        "gpu_ids": (0, 0, 0),
-        "chunk_size": 4,
-        "max_new_tokens": 6,
-        "kernels": "exact",
-        "backend": "ipc",
-    }
-    with stepped(tiny, prompt(22), tmp_path / "logs", **config) as run:
-        assert run.job.config.backend == "ipc"
-        random = Random(5)
-        for _ in range(40):
-            act(run, random)
-            run.assert_stands()
-        run.stepper.resume()
-        run.stepper.wait(60)
-        results = run.decode()
-    assert kv_and_tokens(results) == kv_and_tokens(over_gloo["ranks"])
+    ranks = {"world_size": 3, "gpu_ids": (0, 0, 0), "kernels": "exact"}
+    check_a_walk_back_and_forth(tiny, over_gloo, tmp_path, backend="ipc", **ranks)
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,23 @@ def assert_same(result: dict[str, Any], other: dict[str, Any]) -> None:
     assert found == found[:1] * len(found)
 
 
+def check_a_walk_back_and_forth(
+    model: Path, over_gloo: dict[str, Any], folder: Path, *, backend: str, **config: object
+) -> None:
+    """Forty steps and backs, and on to the end: the KV and tokens of the run over gloo."""
+    config |= {"chunk_size": 4, "max_new_tokens": 6, "backend": backend}
+    with stepped(model, prompt(22), folder / "logs", **config) as run:
+        assert run.job.config.backend == backend
+        random = Random(5)
+        for _ in range(40):
+            act(run, random)
+            run.assert_stands()
+        run.stepper.resume()
+        run.stepper.wait(60)
+        results = run.decode()
+    assert kv_and_tokens(results) == kv_and_tokens(over_gloo["ranks"])
+
+
 @pytest.fixture(scope="module")
 def over_gloo(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The run of two ranks that NCCL is compared with."""
@@ -81,17 +98,7 @@ def test_two_ranks(tiny: Path, over_gloo: dict[str, Any], tmp_path: Path, schedu
 def test_a_walk_back_and_forth_ends_as_if_nothing_had_been(
     tiny: Path, over_gloo: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = {"world_size": 2, "gpu_ids": (0, 1), "chunk_size": 4, "max_new_tokens": 6}
-    with stepped(tiny, prompt(22), tmp_path / "logs", **config) as run:
-        assert run.job.config.backend == "nccl"
-        random = Random(5)
-        for _ in range(40):
-            act(run, random)
-            run.assert_stands()
-        run.stepper.resume()
-        run.stepper.wait(60)
-        results = run.decode()
-    assert kv_and_tokens(results) == kv_and_tokens(over_gloo["ranks"])
+    check_a_walk_back_and_forth(tiny, over_gloo, tmp_path, world_size=2, gpu_ids=(0, 1), backend="nccl")
 
 
 @two_gpus
