@@ -169,10 +169,8 @@ def check_saved(trial: Broken, folder: Path) -> None:
     saved = dinfer.open(trial.run.save(folder))
     assert saved.verdict().sentence == trial.run.verdict().sentence
     assert saved.verdict().rank == trial.rank
-    if trial.signal == "SIGSTOP" and trial.place.startswith("decode"):  # the others wait for its token
-        assert "no KV: no rank answered" in str(saved)
-    else:
-        assert set(saved.source().ranks) == {0, 1, 2} - {trial.rank}
+    # In decode the others wait for its token, and answer all the same: reads have a thread of their own.
+    assert set(saved.source().ranks) == {0, 1, 2} - {trial.rank}
 
 
 def check_recovered(
