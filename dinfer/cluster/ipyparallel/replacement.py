@@ -1,4 +1,4 @@
-"""An engine in place of one that has ended: `python -m dinfer.cluster.ipyparallel.replacement LOG CONTROLLER ARGUMENT…`.
+"""Replaces an engine that has ended: `python -m dinfer.cluster.ipyparallel.replacement LOG CONTROLLER ARGUMENT…`.
 
 It belongs to its cluster and not to the process that starts it: it is nobody's child, and ends when the controller
 ends.
