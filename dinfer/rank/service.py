@@ -181,6 +181,7 @@ class RankService:
             begun=tokens.begun if tokens else 0,
             lost_events=recorder.lost if recorder else 0,
             preparing=self._preparing,
+            measured=self._remembered.measured(),
         )
 
     def _ask_stands(self) -> list[Stand | None]:

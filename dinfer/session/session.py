@@ -40,6 +40,7 @@ from dinfer.session.measure import (
     check_auto,
     choose,
     measured,
+    measured_before,
     with_choice,
     without_auto,
 )
@@ -410,6 +411,7 @@ class Session(Tidy, Announced, Closing):
         if loaded is None:
             return ""
         self._config, self.spec, self._devices = loaded
+        self._measured = measured_before(held)
         self._bare = set()
         model = f"the ranks still hold {self._config.model_path}, so nothing has to be loaded"
         try:

@@ -177,6 +177,7 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
         "machine": findings.machine and facts.pairs({**findings.machine, **findings.versions}),
         "environment": findings.environment and facts.pairs(findings.environment),
         "differences": facts.difference_table(findings),
+        "predicted": _is_over(trace) and facts.prediction_table(trace, findings),
         "others": others and facts.compared_table([(f"this run ({name})", summary(trace)), *others]),
     }
     return {
@@ -206,10 +207,16 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
 
 def _predicted(trace: Trace) -> str:
     """The planner's prediction beside the prefill that was measured; "" without one, or where prefill has not ended."""
-    predicted_s, found = trace.about.get("predicted_s"), summary(trace)
-    if not predicted_s or not found["ended"] or not found["prefill_s"]:
+    predicted_s = trace.about.get("predicted_s")
+    if not predicted_s or not _is_over(trace):
         return ""
-    return f"{predicted_s:.3g} s of prefill, by the planner; it took {found['prefill_s']:.3g} s"
+    return f"{predicted_s:.3g} s of prefill, by the planner; it took {summary(trace)['prefill_s']:.3g} s"
+
+
+def _is_over(trace: Trace) -> bool:
+    """Whether prefill has ended, in a time that was measured."""
+    found = summary(trace)
+    return bool(found["ended"] and found["prefill_s"])
 
 
 def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
