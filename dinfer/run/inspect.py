@@ -27,10 +27,10 @@ from dinfer.model.checkpoint import check_unchanged
 from dinfer.model.text import texts_of
 from dinfer.plan.ops import NothingYet, PlanError
 from dinfer.plan.partition import within
+from dinfer.progress import rank_bars
 from dinfer.run.action import Actions
 from dinfer.run.failure import RankFailed, silent_text
 from dinfer.run.kept import KeptKv
-from dinfer.run.progress import rank_bars
 from dinfer.run.state import RunState
 from dinfer.run.stepper import NoProgress
 from dinfer.verdict.where import at_text

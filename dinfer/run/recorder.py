@@ -31,6 +31,7 @@ from dinfer.run.kept import KeptKv, kept_digests, kept_values
 from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
 from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State, last_op_text, nonfinite_marks
 from dinfer.run.stepper import NoProgress
+from dinfer.saved.bisect.collect import Collected, collect
 from dinfer.saved.format import SavedError
 from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
@@ -321,6 +322,27 @@ class RunRecorder:
             block=lambda chunk, layer: blocks.get((chunk, layer)),
             failure=self.state.failure,
         )
+
+    def collected(self, rank: int | None) -> Collected:
+        """What a bisect compares, of a run that stands still or has failed: see `saved.bisect.collect`."""
+        source, state = self._last_source(), self.state
+
+        def light(one: int) -> RankRecord:
+            """Without the blocks that the rank received."""
+            return record_of(
+                source,
+                one,
+                self._own(source, one),
+                config=state.job.config,
+                positions=state.stands()[one].positions,
+                hidden=lambda chunk, layer: source.hidden(one, chunk, layer),
+                block=lambda *_: None,
+                failure=state.failure,
+            )
+
+        last = state.plan.shape.owners[-1]
+        final = source.tensor_if_any(last, source.ask([last], ReadFinalHidden())[0])
+        return collect(source, light, rank, final)
 
     def _own(self, source: Live, rank: int) -> Own:
         """What only the rank itself knows of its part of the run."""

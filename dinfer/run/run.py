@@ -71,6 +71,9 @@ from dinfer.run.state import (
     where_of,
 )
 from dinfer.run.stepper import Move, NoProgress
+from dinfer.saved.bisect.collect import Collected
+from dinfer.saved.bisect.result import Bisection
+from dinfer.saved.bisect.search import Bisectable, bisect_run
 from dinfer.saved.replay.replay import Replay
 from dinfer.saved.saved import Saved
 from dinfer.severity import Severity
@@ -133,9 +136,9 @@ class Run(Tidy, Displayable):
     """
 
     INTERNAL = frozenset({
-        "INTERNAL", "cause", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "keeps",
-        "kept", "last_call", "last_standing", "left_blocked", "look", "mend", "on_change", "recover", "recovering",
-        "reporter", "said", "say", "show", "silence", "story", "stuck_ranks", "told",
+        "INTERNAL", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings", "hold",
+        "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "look", "mend", "on_change", "recover",
+        "recovering", "reporter", "said", "say", "show", "silence", "story", "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
@@ -406,6 +409,31 @@ class Run(Tidy, Displayable):
             return compare_runs(self, what)
         return self._compare(what, chunked=chunked, dtype=dtype)
 
+    def bisect(
+        self,
+        against: "str | Bisectable" = "reference",
+        *,
+        rank: int | None = None,
+        what: str | None = None,
+        model_path: str | Path = "",
+        device: str = "",
+        decoder: Decoder | None = None,
+    ) -> Bisection:
+        """The first block with which the answer of `rank` turns from another's into its own: K or V, or a hidden state
+        that entered a rank; and whether the answer agrees once that alone is the other's.
+
+        `against`: transformers' own forward, "reference", or another run of the same prompt, live or saved; `rank`: by
+        default all, and the first wrong part is told; `what`: whether new "tokens", "logits" or "hidden" states have to
+        agree, by default tokens if they differ, else logits.
+
+        Prefill is computed again in this process, on one copy of the weights, once for each halving of the parts that
+        differ; the run is only read. `model_path`, `device`, `decoder`: as `replay` takes them. Raises NothingYet
+        before the end of prefill, PlanError for another prompt or model, and as `replay` does.
+        """
+        return bisect_run(
+            self, against, rank=rank, what=what, model_path=str(model_path), device=device, decoder=decoder
+        )
+
     def sha256(self) -> list[str]:
         """SHA-256 of the KV that each rank holds of the prompt, once prefill is done."""
         return self._inspector.sha256()
@@ -530,6 +558,11 @@ class Run(Tidy, Displayable):
         return Replay(record, model_path=str(model_path), device=device, decoder=decoder)
 
     # -- for the session
+
+    def collected(self, rank: int | None = None) -> Collected:
+        """What a bisect compares."""
+        with self.hold():
+            return self._recorder.collected(rank)
 
     def look(self) -> None:
         """Take in what the ranks report. Called often, on the session's thread."""

@@ -22,11 +22,11 @@ from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
 from dinfer.planner.choose import CHOICES
 from dinfer.planner.machine import unmeasured
+from dinfer.progress import rank_bars
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import RankFailed
 from dinfer.run.hang import Hung
 from dinfer.run.left import LeftRun
-from dinfer.run.progress import rank_bars
 from dinfer.run.report import NO_VIEWS, Reporter
 from dinfer.run.run import Run
 from dinfer.run.state import with_remedy
