@@ -2,32 +2,52 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from dinfer.cluster.ranks import RankRefused
+from dinfer.config import Config
 from dinfer.display import Composed, Displayable, Table, Tidy, numbers_text
 from dinfer.errors import DinferError
 from dinfer.kv.difference import Diff
 from dinfer.kv.ledger import BlockKey
+from dinfer.kv.source import ViewableSource
+from dinfer.kv.view import KV
 from dinfer.plan.ops import PlanError
 from dinfer.plan.plan import Plan
 from dinfer.run.failure import RankFailed
 from dinfer.run.report import parameters
-from dinfer.run.state import State
+from dinfer.run.state import Standing, State
 from dinfer.saved.saved import Saved
 from dinfer.severity import Severity
 from dinfer.trace.findings import Findings, findings_of, with_findings
 from dinfer.trace.summary import summary, verdict
 from dinfer.trace.trace import Trace
 
-if TYPE_CHECKING:
-    from dinfer.run.run import Run
-
 MARK = "≠"
 """in the last column of rows in which the runs differ"""
 
 LESS = 1.05
 """times that differ by a smaller factor are not marked: one run of each cannot show so small a difference"""
+
+
+class HeldRun(Protocol):
+    """A run of a session, as it is compared."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def config(self) -> Config: ...
+    @property
+    def trace(self) -> Trace: ...
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def text(self) -> str: ...
+    def last_standing(self) -> Standing: ...
+    def source(self) -> ViewableSource: ...
+    def kv(self) -> KV: ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +129,7 @@ class RunComparison(Tidy, Composed):
         return f"new token {at + 1} is the first that differs: {one.tokens[at]} and {other.tokens[at]}"
 
 
-def compare_runs(one: "Run | Saved", other: "Run | Saved") -> RunComparison:
+def compare_runs(one: "HeldRun | Saved", other: "HeldRun | Saved") -> RunComparison:
     """Compare two runs as far as both have come. Raises as `trace` and `kv` of a run that moves and cannot go on do."""
     sides = side_of(one), side_of(other)
     kv, why = None, ""
@@ -132,7 +152,7 @@ def compare_runs(one: "Run | Saved", other: "Run | Saved") -> RunComparison:
     )
 
 
-def side_of(run: "Run | Saved") -> ComparedSide:
+def side_of(run: "HeldRun | Saved") -> ComparedSide:
     """What is compared of a run, besides its KV."""
     if isinstance(run, Saved):
         source, findings = run.source(), run.findings
