@@ -10,7 +10,7 @@ the contract for import-linter; imports in functions and for types count too):
 - `severity`, `version`; `errors`, `messages`: how grave a message is, the base of all errors, the messages between
   session and rank; standard library only.
 - `files`, `arguments`; `config`, `display`: files that are read within bounds and written beside others; what a call
-  takes; a run's parameters, validated; how values are shown as text and HTML.
+  takes; a run's parameters, validated; how values are shown as text and HTML. `progress`: bars.
 - `plan`, `model`: what will be done: ops, lanes, schedules, proofs, simulated time; and transformers' layers one by
   one, without ranks. `planner`: what layers and links cost, and which plan to run.
 - `results`, `trace`, `kv`, `history`: what happened: results of calls, events and figures; whose KV differs, where and
@@ -21,7 +21,7 @@ the contract for import-linter; imports in functions and for types count too):
 - `rank`: an engine as a process: commands from the session, the watcher beside it, stacks, memory, faults.
 - `cluster`: the ranks as a session reaches them: engines of ipyparallel or threads; leases and recovery.
 - `monitor`: watches for hangs and gathers the evidence.
-- `saved`: runs as folders, and replay of one rank.
+- `saved`: runs as folders, replay of one rank, and the search for the block that makes an answer wrong.
 - `run`: what a user holds: step, break, decode, inspect, inject, report; `watching`: the same of other people's code,
   judged from what `watch` has recorded.
 - `session`, `launch`, `views`: notebooks; ranks of the command line; panels, figures and reports.

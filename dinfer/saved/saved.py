@@ -18,6 +18,9 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
 from dinfer.saved.about import About, read_about
+from dinfer.saved.bisect.collect import Collected, collect
+from dinfer.saved.bisect.result import Bisection
+from dinfer.saved.bisect.search import Bisectable, bisect_run
 from dinfer.saved.format import HIDDEN, SavedError, hidden_name
 from dinfer.saved.read import (
     SavedSource,
@@ -47,7 +50,7 @@ class Saved(Tidy, Displayable):
     from; `write`: writes reports; `show`: makes panels; `about`: what a folder's `run.json` says; `source`: its KV. A
     folder has both of these, a report neither."""
 
-    INTERNAL = frozenset({"source", "about", "noted_kv"})
+    INTERNAL = frozenset({"about", "collected", "noted_kv", "source"})
 
     def __init__(
         self,
@@ -140,6 +143,28 @@ class Saved(Tidy, Displayable):
         if self._show is None:
             raise NotPossible("this was opened without views: use dinfer.open(…).")
         return self._show(self)
+
+    def bisect(
+        self,
+        against: "str | Bisectable" = "reference",
+        *,
+        rank: int | None = None,
+        what: str | None = None,
+        model_path: str | Path = "",
+        device: str = "",
+        decoder: Decoder | None = None,
+    ) -> Bisection:
+        """The block with which the run's answer turns wrong: see `run.bisect`. It needs the run's checkpoint, and a
+        folder with KV and hidden states. Raises as `replay` does."""
+        return bisect_run(
+            self, against, rank=rank, what=what, model_path=str(model_path), device=device, decoder=decoder
+        )
+
+    def collected(self, rank: int | None = None) -> Collected:
+        """What a bisect compares: see `saved.bisect.collect`."""
+        about, source = self._of_folder("KV and hidden states to bisect")
+        failure = self.findings.failure
+        return collect(source, lambda one: read_record(self.path, about, source, one, failure), rank)
 
     def report(self, path: str | Path = "report.html") -> Path:
         """Write it as one HTML file, and return where that is. A file that is there is kept, unless this object wrote

@@ -12,6 +12,7 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
+from dinfer.run.prediction import HEADS, beside
 from dinfer.run.state import Mark
 from dinfer.severity import Severity
 from dinfer.trace.findings import Findings
@@ -113,6 +114,13 @@ def link_table(trace: Trace) -> FactTable:
         times = map(milliseconds, (*wire[1:], *waited[1:]))
         rows.append([link_name(link), str(len(found)), megabytes, *times])
     return FactTable(heads, rows, left_out=_left_out(len(rows), len(links), "links"))
+
+
+def prediction_table(trace: Trace, findings: Findings) -> FactTable | None:
+    """What the planner predicted of prefill, ranks and links beside what was measured; None where it did not."""
+    rows = beside(findings.predicted, trace)
+    more = f"The first {MOST_LAYERS} of {len(rows):,} rows." if len(rows) > MOST_LAYERS else ""
+    return FactTable(HEADS, rows[:MOST_LAYERS], left_out=more) if rows else None
 
 
 def collective_table(trace: Trace) -> FactTable:
