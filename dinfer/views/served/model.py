@@ -20,7 +20,7 @@ STYLE = ("_esm", "_css", "_anywidget_id")
 """traits that a page gets as its script and style"""
 
 
-class Listener(Protocol):
+class WidgetBrowser(Protocol):
     """A browser. `hear` may be called on any thread."""
 
     def hear(self, text: str, buffers: Sequence[Buffer]) -> None: ...
@@ -32,7 +32,7 @@ class SocketComm:
     def __init__(self, widget: Widget) -> None:
         self.comm_id: str = widget.model_id
         self._widget, self._on_message = widget, list[OnMessage]()
-        self._listeners: tuple[Listener, ...] = ()
+        self._browsers: tuple[WidgetBrowser, ...] = ()
         widget.comm = self  # in place of one that leads nowhere, as there is no kernel
 
     # -- the widget's end
@@ -43,22 +43,22 @@ class SocketComm:
     def send(self, data: Json, metadata: object = None, buffers: Sequence[Buffer] | None = None) -> None:  # noqa: ARG002
         """To all browsers, from any thread."""
         text = json.dumps({**data, "buffers": len(buffers or ())})
-        for listener in self._listeners:
-            listener.hear(text, buffers or ())
+        for browser in self._browsers:
+            browser.hear(text, buffers or ())
 
     def close(self, *_: object, **__: object) -> None:
         """The widget was closed; browsers see that when the server ends."""
-        self._listeners = ()
+        self._browsers = ()
 
     # -- the browsers' end
 
-    def join(self, listener: Listener) -> None:
+    def join(self, browser: WidgetBrowser) -> None:
         """A browser has come: it gets the whole state, and from then on what changes."""
-        self._listeners = (*self._listeners, listener)
+        self._browsers = (*self._browsers, browser)
         self._widget.send_state([name for name in self._widget.keys if name not in STYLE])
 
-    def leave(self, listener: Listener) -> None:
-        self._listeners = tuple(one for one in self._listeners if one is not listener)
+    def leave(self, browser: WidgetBrowser) -> None:
+        self._browsers = tuple(one for one in self._browsers if one is not browser)
 
     def receive(self, content: Json) -> None:
         """A message of a browser for the widget, which must not wait."""
