@@ -90,11 +90,12 @@ def connect(
 @checked
 def open(path: str | Path) -> "Saved":
     """Open a run that `run.save` wrote to a folder or `run.report` to a file, without a cluster: its trace, plan,
-    verdict and KV. `.diff(…)` compares it with another run, saved or live. Raises SavedError."""
+    verdict and KV. `.debugger()` shows it, `.diff(…)` compares it with another run, saved or live. Raises
+    SavedError."""
     _announce_import()
     from dinfer.saved.saved import open_saved
 
-    return open_saved(path, _write)
+    return open_saved(path, _write, _show)
 
 
 def _watch(
@@ -135,8 +136,9 @@ def _write(trace: "Trace", path: "Path") -> "Path":
     return write_report([trace], path)
 
 
-def _show(shown: "Run | Watch") -> Any:
-    """The panel of a run or a watch."""
+def _show(shown: "Run | Watch | Saved") -> Any:
+    """The panel of a run, a watch or a saved run."""
+    from dinfer.saved.saved import Saved
     from dinfer.watching.live import Watch
 
     if isinstance(shown, Watch):
@@ -145,6 +147,10 @@ def _show(shown: "Run | Watch") -> Any:
         return WatchPanel(shown)
     from dinfer.views.panel import Panel
 
+    if isinstance(shown, Saved):
+        from dinfer.views.read_only import ReadOnlyRun
+
+        return Panel(ReadOnlyRun(shown))
     return Panel(shown)
 
 
