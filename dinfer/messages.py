@@ -385,7 +385,7 @@ class Holdings(Answer, frozen=True, kw_only=True):
     """What a rank holds of an earlier session: the commands by which it has loaded, met and prepared, None for what it
     does not have; the plan that it runs; what was armed last; the tokens that it has generated, and begun; how many of
     its events are overwritten; whether it is still preparing a prompt, or measures, and may wait for a rank that was
-    never asked."""
+    never asked; and what was measured with these weights: with digests or without, up to which position."""
 
     load: LoadModel | None
     group: JoinGroup | None
@@ -397,6 +397,7 @@ class Holdings(Answer, frozen=True, kw_only=True):
     begun: int
     lost_events: int
     preparing: bool = False
+    measured: tuple[tuple[bool, int, RankMeasured], ...] = ()
 
 
 class GetHeld(Command[Holdings], frozen=True):

@@ -57,7 +57,7 @@ def diff_sources(one: Source, other: Source, chosen: Selection, values: int | No
     """Between each chosen rank of `one` and the same rank of `other`, or its first where it has none such. Raises
     PlanError where that would mean nothing, or nothing can be compared yet."""
     before, subject, theirs = one.bytes_moved + other.bytes_moved, one.subject, other.subject
-    _check_comparable(subject, theirs)
+    check_alike(subject, theirs)
     spans = _common_spans(subject, theirs)
     there = chosen._replace(ranks=tuple(r if r in other.ranks else min(other.ranks) for r in chosen.ranks))
     mine = held_blocks(one, one.held(chosen.ranks), chosen, spans, f" of {subject.name}")
@@ -80,7 +80,7 @@ def diff_sources(one: Source, other: Source, chosen: Selection, values: int | No
     return found.diff(compared, one.bytes_moved + other.bytes_moved - before)
 
 
-def _check_comparable(a: Subject, b: Subject) -> None:
+def check_alike(a: Subject, b: Subject) -> None:
     """Raises PlanError where a comparison would mean nothing."""
     names = f"{a.name} and {b.name}"
     if a.checkpoint != b.checkpoint:

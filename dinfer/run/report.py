@@ -19,6 +19,7 @@ from dinfer.kv.source import Selection, Source
 from dinfer.plan.lower import lower
 from dinfer.plan.ops import PlanError
 from dinfer.plan.schedule import build
+from dinfer.run.prediction import predicted
 from dinfer.run.state import nonfinite_marks
 from dinfer.saved.saved import WriteReport
 from dinfer.trace.findings import BlockState, Findings, KvFinding, RankFinding
@@ -99,6 +100,7 @@ def findings_of_job(job: Job, done: Done, *, prompt: bool = False) -> Findings:
         proved=job.verdict.proved,
         proof=str(job.verdict),
         plan=plan.text() if own else "",
+        predicted=predicted(job),
         commands=commands(config, replace(done, own_plan=own), prompt=prompt),
         prompt=config.prompt_text() or ", ".join(map(str, job.ids)) if prompt else None,
     )

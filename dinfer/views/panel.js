@@ -32,6 +32,7 @@ class View {
 
   build(el) {
     this.root = make("div", "panel", el);
+    this.root.classList.toggle("dinfer-readonly", Boolean(this.board.read_only)); // panel.css hides what moves a run
     this.root.tabIndex = -1; // a click anywhere gives it the keyboard
     const bar = make("div", "bar", this.root);
     for (const button of BUTTONS) button ? this.button(bar, ...button) : make("span", "gap", bar);
@@ -54,7 +55,7 @@ class View {
     const asking = make("div", "fields asking", this.root), answers = make("div", "answers", this.root);
     this.pages = Object.fromEntries(TABS.map((name) => [name, this.page(name)]));
     this.state = make("span", "state", this.tabs);
-    make("span", "keys", this.tabs, "keys ⓘ").title = KEYS;
+    make("span", "keys", this.tabs, "keys ⓘ").title = this.board.read_only ? READING_KEYS : KEYS;
     this.buildMap(make("div", "body", this.pages.map));
     const send = (message) => this.send(message);
     this.inspector = new Inspector(this.pages.KV, this.root, this.board, this.name, send);
@@ -188,7 +189,7 @@ class View {
   }
 
   get ended() {
-    return this.lost ? LOST : this.model.get("shown").over;
+    return this.lost ? this.model.lost ?? LOST : this.model.get("shown").over;
   }
 
   // Disable what cannot work any more: controls that need ranks and, without a kernel, those that need it.
@@ -207,7 +208,7 @@ class View {
   // -- user actions
 
   press(action) {
-    if (this.ended) return;
+    if (this.ended || (this.board.read_only && !ASKING.includes(action))) return;
     const [verb, unit] = action.split(":");
     const block = this.model.get("selected");
     this.hint = "";
@@ -292,7 +293,7 @@ class View {
   }
 
   toggleBreakpoint(cell) {
-    if (!cell || this.ended) return;
+    if (!cell || this.ended || this.board.read_only) return;
     const [layer, chunk] = cell;
     const here = this.model.get("shown").breakpoints.find((one) => one.layer === layer && one.chunk === chunk);
     this.send(here ? { do: "remove_breakpoint", number: here.number } : { do: "break_at", layer, chunk });
@@ -334,7 +335,7 @@ class View {
     this.state.textContent = `${isGrave ? `${this.board.severities[shown.state_severity]} ` : ""}${state}${tokens}`;
     this.state.dataset.severity = isGrave ? shown.state_severity : "";
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
-    this.banner.show(shown, this.ended, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
+    this.banner.show(shown, this.ended || this.board.read_only, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
     this.nonfinite.textContent = `${this.board.severities.warning} ${shown.nonfinite}`;
     this.nonfinite.hidden = !shown.nonfinite;
     this.faultLines.textContent = shown.faults.join("\n");

@@ -19,6 +19,7 @@ from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.finder import Finder
 from dinfer.views.inspector import Inspector, stamp_of
 from dinfer.views.protocol import InspectableRun, Json
+from dinfer.views.read_only import read_only
 from dinfer.views.recorded import RecordedRun
 from dinfer.views.scrubber import Scrubber
 from dinfer.views.slotted import SlottedWidget, texts_of
@@ -139,7 +140,8 @@ class Panel(SlottedWidget):
         self._painted: object = None
         self._answered = 0, ""
         """the number of actions done when the last one ended, and the stamp of the run then"""
-        super().__init__(board={**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)})
+        board = layout(run.plan, run.chunk_labels())
+        super().__init__(board={**board, "figures": list(FIGURES), "read_only": read_only(run)})
         self._paint()
         self.on_msg(self._on_message)
         self._unsubscribe: Callable[[], None] | None = run.on_change(self._painter.touch)
