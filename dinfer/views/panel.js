@@ -338,7 +338,7 @@ class View {
     this.state.dataset.severity = isGrave ? shown.state_severity : "";
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
     this.banner.show(shown, this.ended || this.board.read_only, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
-    this.why.show(shown, this.ended);
+    this.why.show(shown);
     this.nonfinite.textContent = `${this.board.severities.warning} ${shown.nonfinite}`;
     this.nonfinite.hidden = !shown.nonfinite;
     this.faultLines.textContent = shown.faults.join("\n");

@@ -1,5 +1,5 @@
-// Why: the verdict as a picture, a fold for each rank with the lines of code in which it is held up, and the call after
-// which the run can go on as a button. The kernel makes the picture and the folds.
+// Why: the verdict as a picture, and a fold for each rank with the lines of code in which it is held up. The kernel makes
+// both; what helps is a button of the banner above.
 
 const CANNOT_GO_ON = ["hung", "failed", "lost"];
 
@@ -7,22 +7,16 @@ class WhySection {
   constructor(parent, name, send) {
     Object.assign(this, { name, send, have: null });
     this.box = make("details", "why", parent);
-    this.title = make("summary", "", this.box, "who waits for whom");
-    this.mend = make("button", "", this.box);
-    this.mend.dataset.do = "mend";
-    this.mend.onclick = () => send({ do: "mend" });
-    this.place = make("div", "", this.box);
+    make("summary", "", this.box, "who waits for whom");
+    this.place = make("div", "picture", this.box);
     this.box.hidden = true;
     this.box.open = true;
   }
 
-  // `shown`: the kernel's trait; `ended`: why the run cannot move any more. Asks once for each verdict.
-  show(shown, ended) {
+  // `shown`: the kernel's trait. Asks once for each verdict.
+  show(shown) {
     const hangs = shown.verdict || CANNOT_GO_ON.includes(shown.state), key = hangs ? `${shown.state} ${shown.verdict || shown.message}` : "";
     if (!hangs) this.box.hidden = true;
-    Object.assign(this.mend, { textContent: shown.remedy && shown.mend ? `${shown.mend}: ${shown.remedy}` : "", title: shown.remedy });
-    this.mend.hidden = !this.mend.textContent || Boolean(ended);
-    this.mend.disabled = this.mend.hidden || shown.working.includes(shown.remedy);
     if (key === this.have) return;
     this.have = key;
     if (key) this.send({ do: "explain", view: this.name, have: key });

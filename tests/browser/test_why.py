@@ -85,7 +85,7 @@ def test_a_hang_is_drawn_with_its_cycle_and_a_fold_for_each_rank(
     expect(link).to_have_text("infer.py:31")
     expect(link).to_have_attribute("href", "vscode://file/home/ann/work/my%20code/infer.py:31")
     shot(f"why-{scheme}")
-    hung.why.get_by_role("button", name=re.compile("recover and restart")).click()
+    hung.root.get_by_role("button", name="recover and restart").click()
     assert hung.panel.sent("mend")["do"] == "mend"
 
 
