@@ -11,11 +11,12 @@ from .caches import TransformersCaches
 from .captures import captures
 from .cells import Cells
 from .endings import Endings
+from .groups import NO_GROUP
 from .imports import ImportWatch
 from .kv_methods import watch_methods
 from .models import TransformersModels
 from .paged import PagedCaches
-from .recorder import NO_GROUP, OpRecorder
+from .recorder import OpRecorder
 from .records import NOTHING
 from .stacks import dump_no_more, dump_on_signal, dumps_still
 from .tensors import TensorWatch
