@@ -49,6 +49,7 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
+from dinfer.run.graft import Grafts
 from dinfer.run.hang import Health, Hung
 from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
@@ -172,6 +173,7 @@ class Run(Tidy, Displayable):
         self._recorder = RunRecorder(
             state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
         )
+        self._grafts = Grafts(state, self._inspector, self._recorder, history)
         self._begin(left)
 
     # -- moving
@@ -470,6 +472,29 @@ class Run(Tidy, Displayable):
         )  # fmt: skip
         self.look()
         return injected
+
+    @action()
+    def graft(
+        self,
+        *,
+        layer: int,
+        chunk: int,
+        source: "str | Bisectable",
+        rank: int | None = None,
+        part: str | None = None,
+    ) -> DisplayableText:
+        """Put another run's block into the cache of `rank`, or of all ranks that hold it, in the place of their own; as
+        the rank of that run held it that computed it. What was computed from the old block stays: to have it computed
+        again, go back before it and on.
+
+        `source`: another run of the same prompt, live or saved, or "reference", transformers' own forward, which is run
+        in this process; `part`: "K" or "V", by default both. It counts as an edit by hand, and can be undone. Raises
+        PlanError for another prompt or model, a block that does not exist, and one that is not there yet.
+        """
+        with self.hold():
+            done = self._grafts.graft(layer=layer, chunk=chunk, source=source, rank=rank, part=part)
+            self.look()
+            return done
 
     @property
     def faults(self) -> Armed:

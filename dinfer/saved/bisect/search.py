@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from dinfer.display import listed
 from dinfer.kv.diff import check_alike
@@ -95,6 +96,17 @@ def bisect_run(
     return replace(
         first, remarks=(*first.remarks, f"Ranks do not give one wrong answer: see {listed(others)}.")
     )
+
+
+def reference_block(record: RankRecord, source: str, layer: int, rows: range) -> Tensor:
+    """A block as transformers' own forward makes it, [tokens, 2, kv_heads, head_dim]. `record`: of a rank of the run,
+    in whose chunks it is fed; `source`: what the user asked for. Raises PlanError for anything but the reference."""
+    if source != REFERENCE:
+        raise PlanError(f'source is {source!r}; it must be "reference", or another run, live or saved.')
+    with _threads(record.config.threads):
+        run = RunParts(name="", plan=record.plan, tokens=(), rank=record.rank, owned=())
+        made = reference_parts(decoder_of(record), record.ids, run, lambda _: None)
+    return made.owned[layer][rows.start : rows.stop]
 
 
 class Search:
