@@ -51,7 +51,9 @@ class Forward:
         self, ids: Sequence[int], mask: Sequence[int] | None = None, positions: Sequence[int] | None = None
     ) -> PieceOutput:
         """Run the next tokens of the prompt. `mask`: of all tokens so far, these included, 0 for padding; `positions`:
-        of these tokens; if not given, as transformers numbers them. Raises what `see` raises."""
+        of these tokens; if not given, as transformers numbers them. Raises what `see` raises, and `ModelError` where
+        weight files have been written to."""
+        self._decoder.check_files()
         device = self._decoder.device
         given: dict[str, Tensor] = {}
         if mask is not None:

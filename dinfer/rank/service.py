@@ -24,6 +24,7 @@ from dinfer.engine.engine import Engine
 from dinfer.engine.kernels import Kernels, kernels_of
 from dinfer.engine.lanes import LaneExecutor, OpFailed
 from dinfer.engine.measure import time_layers, time_links, token_bytes
+from dinfer.errors import NotPossible
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.graph import Channel
@@ -147,7 +148,10 @@ class RankService:
 
     def _prompted(self) -> PromptOnRank:
         if self.prompt is None:
-            raise RuntimeError(f"rank {self.rank} has no prompt yet: session.prefill(…) first.")
+            raise NotPossible(
+                f"rank {self.rank} holds no run: it has none yet, or gave it up when it recovered or loaded another "
+                "checkpoint; session.prefill(…) begins one"
+            )
         return self.prompt
 
     def report(self, report: messages.RankReport) -> None:

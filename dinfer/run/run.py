@@ -14,10 +14,9 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import wraps
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from dinfer.arguments import CHECKED, argument_check
-from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
 from dinfer.display import Displayable, DisplayableText, Table, Tidy
@@ -27,6 +26,7 @@ from dinfer.errors import NotPossible, ipython
 from dinfer.history import History, call_text
 from dinfer.job import Job
 from dinfer.kv.reference.comparison import Comparison
+from dinfer.kv.source import ViewableSource
 from dinfer.kv.view import KV, AttentionWeights, Hidden
 from dinfer.messages import (
     Answer,
@@ -45,6 +45,7 @@ from dinfer.plan.ops import OpKind, PlanError
 from dinfer.results import Breakpoints, Decoded, Moved, Where
 from dinfer.run.action import Actions
 from dinfer.run.breakpoints import BreakpointTable
+from dinfer.run.comparison import RunComparison, compare_runs
 from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
@@ -53,6 +54,7 @@ from dinfer.run.graft import Grafts
 from dinfer.run.hang import Health, Hung
 from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
+from dinfer.run.kept import KeptKv
 from dinfer.run.left import LeftRun
 from dinfer.run.moves import Moves
 from dinfer.run.play import Player, period_of
@@ -74,6 +76,7 @@ from dinfer.saved.bisect.collect import Collected
 from dinfer.saved.bisect.result import Bisection
 from dinfer.saved.bisect.search import Bisectable, bisect_run
 from dinfer.saved.replay.replay import Replay
+from dinfer.saved.saved import Saved
 from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings
@@ -135,14 +138,16 @@ class Run(Tidy, Displayable):
 
     INTERNAL = frozenset({
         "INTERNAL", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings", "hold",
-        "job", "last_call", "left_blocked", "look", "mend", "on_change", "recover", "recovering", "reporter", "said",
-        "say", "show", "silence", "story", "stuck_ranks", "told",
+        "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "look", "mend", "on_change", "recover",
+        "recovering", "reporter", "said", "say", "show", "silence", "story", "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None
     recover: Callable[[], object] | None = None
     """frees the session's ranks and brings back lost ones"""
+    keeps = False
+    """whether the values of its KV are kept once it is over"""
 
     def __init__(
         self,
@@ -376,12 +381,24 @@ class Run(Tidy, Displayable):
         the rank that owns the layer, from its hidden state and the KV that it holds. Raises PlanError."""
         return self._inspector.attention(layer, chunk, head)
 
-    @action(alone=False)
+    @overload
     def compare(
         self, what: str = "reference", *, chunked: bool | None = None, dtype: str | None = None
-    ) -> Comparison:
-        """Compare what the ranks hold with transformers' own forward of the same checkpoint, at the ranks' thread
-        count: K, V and hidden states of every layer and chunk, and every new token fed as the run fed it.
+    ) -> Comparison: ...
+    @overload
+    def compare(self, what: "Run | Saved") -> RunComparison: ...
+    def compare(
+        self,
+        what: "str | Run | Saved" = "reference",
+        *,
+        chunked: bool | None = None,
+        dtype: str | None = None,
+    ) -> Comparison | RunComparison:
+        """Compare with another run, live, over or saved: KV by digests, first block and first new token that differ,
+        times, plan, parameters, side by side. Where prompt, checkpoint or dtype differ, the KV is not compared.
+
+        "reference": compare what the ranks hold with transformers' own forward of the same checkpoint, at the ranks'
+        thread count: K, V and hidden states of every layer and chunk, and every new token fed as the run fed it.
 
         By default, in the run's chunks and dtype, every bit must be the same (on a CPU). `chunked=False` feeds the
         prompt at once, and `dtype` loads the checkpoint in another one; then differences up to a stated tolerance are
@@ -390,9 +407,9 @@ class Run(Tidy, Displayable):
         is compared as far as it has come. Raises PlanError where nothing is computed yet or an argument is unknown, and
         RankRefused where a second KV, or the weights in `dtype`, do not fit into memory.
         """
-        check_comparable(what, dtype)
-        self.wait()
-        return self._inspector.compare(chunked=chunked, dtype=dtype)
+        if isinstance(what, Run | Saved):
+            return compare_runs(self, what)
+        return self._compare(what, chunked=chunked, dtype=dtype)
 
     def bisect(
         self,
@@ -423,14 +440,15 @@ class Run(Tidy, Displayable):
         """SHA-256 of the KV that each rank holds of the prompt, once prefill is done."""
         return self._inspector.sha256()
 
-    def source(self) -> Live:
-        """What the ranks hold, once the run stands still. Raises RunOver for a run that is over."""
+    def source(self) -> ViewableSource:
+        """What the ranks hold, once the run stands still; of a run that is over, what was kept of it. Raises RunOver
+        where nothing was."""
         return self._inspector.source()
 
     def hold(self) -> AbstractContextManager[None]:
-        """Wait until the run stands still, and let no action move it meanwhile. Raises RunOver for a run that is over,
-        and as `check` does for one that moves and cannot go on."""
-        return self._actions.hold()
+        """Wait until the run stands still, and let no action move it meanwhile. Raises RunOver for a run that is over
+        and of which nothing was kept, and as `check` does for one that moves and cannot go on."""
+        return self._inspector.hold()
 
     # -- faults
 
@@ -589,18 +607,38 @@ class Run(Tidy, Displayable):
         self._state.note_recovery(ended=ended)
         self._actions.tell()
 
-    def close(self, why: str) -> None:
-        """The run is over: its ranks are stopped, if possible, and asked nothing more."""
+    def close(self, why: str, *, patient: bool = True) -> None:
+        """The run is over: its ranks are stopped, if possible, and asked nothing more after what it answers from
+        afterwards has been gathered. `patient`: see `RunRecorder.keep`."""
         if self.closed:
             return
         self._state.ending = why
         try:
             with self._actions.halted(self._stop, END_S):
+                self._recorder.keep(self.reporter, values=self.keeps, patient=patient)
                 self._state.ranks.give_back(why)
                 self._state.close(why)
                 self._actions.tell()
         finally:
             self._state.ending = ""
+
+    @property
+    def name(self) -> str:
+        """Its name among `session.runs`."""
+        return self._inspector.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._inspector.name = name
+
+    @property
+    def kept(self) -> KeptKv | None:
+        """Of a run that is over: what was kept of its KV; None where its ranks did not answer."""
+        return self._inspector.kept
+
+    def last_standing(self) -> Standing:
+        """The run at this moment or, once it is over, before it was."""
+        return self._recorder.last_standing()
 
     message: str = _of_state("message", "Why the last action stopped.")
     cause: str = _of_state("cause", "The failure, without what the session has done about it since.")
@@ -640,6 +678,15 @@ class Run(Tidy, Displayable):
         return {**data, "text/plain": str(self)}, metadata
 
     # -- within
+
+    def _compare(self, what: str, *, chunked: bool | None, dtype: str | None) -> Comparison:
+        """Compare with the reference, as an action."""
+        given = {"chunked": chunked, "dtype": dtype}
+        call = call_text("compare", (what,), {name: one for name, one in given.items() if one is not None})
+        with self._actions.taken(call, alone=False):
+            check_comparable(what, dtype)
+            self.wait()
+            return self._inspector.compare(chunked=chunked, dtype=dtype)
 
     def _begin(self, left: LeftRun | None = None) -> None:
         plan_ids = left.plan_ids if left else self._prepare()
