@@ -21,6 +21,7 @@ from dinfer.files import WrittenFiles, check_folder
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Source
 from dinfer.messages import EditedBlocks, ListKv, ReadBlocks, ReadEdit, ReadFinalHidden, ReadNotes
+from dinfer.plan.faults import SLOW
 from dinfer.plan.ops import PlanError
 from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.events import RunEvents
@@ -354,7 +355,11 @@ class RunRecorder:
             begun=tuple(stand.started),
             final=source.tensors([rank], ReadFinalHidden())[0] if has_final else None,
             edits=_edits(source, rank, notes.edits),
-            faults=tuple(one.fault for one in self.faults if rank in [by for by, _, _ in one.strikes]),
+            faults=tuple(
+                one.fault
+                for one in self.faults
+                if rank in [by for by, _, _ in one.strikes] and one.fault.kind not in SLOW
+            ),
         )
 
 

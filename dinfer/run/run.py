@@ -72,7 +72,7 @@ from dinfer.run.state import (
     where_of,
 )
 from dinfer.run.stepper import Move, NoProgress
-from dinfer.saved.bisect.collect import Collected
+from dinfer.saved.bisect.collect import Collected, collect
 from dinfer.saved.bisect.result import Bisection
 from dinfer.saved.bisect.search import Bisectable, bisect_run
 from dinfer.saved.replay.replay import Replay
@@ -468,6 +468,10 @@ class Run(Tidy, Displayable):
         where: str | None = None,
         dtype: str | None = None,
         seed: int | None = None,
+        source: int | None = None,
+        target: int | None = None,
+        ms: float | None = None,
+        factor: float | None = None,
     ) -> Injected:
         """Break something on purpose, now or as soon as it exists; for a run that stands still.
 
@@ -481,12 +485,17 @@ class Run(Tidy, Displayable):
         that receives the block first, K, head 0, the chunk's first token, dim 0, a bit in the middle of the mantissa.
         `token` is a position in the prompt and selects its chunk.
 
+        Time, and no byte: "slow link": each message from rank `source` to rank `target` takes `ms` milliseconds longer;
+        "slow rank": each layer on `rank` does, in prefill, or takes `factor` times as long. In sessions on threads and
+        over gloo.
+
         It strikes again whenever the block is made again, until `run.faults.clear()`. Raises PlanError for a fault that
         is not possible.
         """
         injected = self._faults.inject(
             self._ask_all(GetStand()), kind, rank=rank, layer=layer, chunk=chunk, tensor=tensor, head=head,
-            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed,
+            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed, source=source, target=target, ms=ms,
+            factor=factor,
         )  # fmt: skip
         self.look()
         return injected
@@ -587,7 +596,7 @@ class Run(Tidy, Displayable):
     def collected(self, rank: int | None = None) -> Collected:
         """What a bisect compares."""
         with self.hold():
-            return self._recorder.collected(rank)
+            return collect(self.kept.source, None, rank) if self.kept else self._recorder.collected(rank)
 
     def look(self) -> None:
         """Take in what the ranks report. Called often, on the session's thread."""

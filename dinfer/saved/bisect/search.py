@@ -31,7 +31,7 @@ from dinfer.saved.bisect.collect import Collected, reference_parts
 from dinfer.saved.bisect.parts import RunPart, RunParts, same
 from dinfer.saved.bisect.rerun import RerunAnswer, Reruns, RerunState
 from dinfer.saved.bisect.result import REFERENCE, AnswerFigures, Bisection, BisectStep, place_text
-from dinfer.saved.replay.record import RankRecord
+from dinfer.saved.replay.record import RankRecord, RecordError
 from dinfer.saved.replay.replay import decoder_of
 
 NEW_TOKENS = 8
@@ -72,7 +72,12 @@ def bisect_run(
         )
     if not isinstance(against, str):
         check_alike(run.source().subject, against.source().subject)
-    ranks = run.collected(rank).ranks
+    ranks = [(parts, record) for parts, record in run.collected(rank).ranks if record is not None]
+    if not ranks:
+        raise RecordError(
+            f"what had entered the ranks of {run.source().subject.name} was not kept, so it can be compared with, but "
+            "not bisected: bisect a run before the next prefill, or save it with hidden=True."
+        )
     theirs = None if isinstance(against, str) else against.collected().ranks[0][0]
     mine, record = ranks[0]
     model = decoder_of(record, model_path, device, decoder)
