@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -47,10 +48,10 @@ _OTHERS = ": a folder that run.save has written does"
 
 class Saved(Tidy, Displayable):
     """A run that `run.save` has written or, of a report, its `trace` and `findings` alone. `path`: where it was read
-    from; `write`: writes reports; `about`: what a folder's `run.json` says; `source`: its KV. A folder has both of
-    them, a report neither."""
+    from; `write`: writes reports; `show`: makes panels; `about`: what a folder's `run.json` says; `source`: its KV. A
+    folder has both of these, a report neither."""
 
-    INTERNAL = frozenset({"collected", "source"})
+    INTERNAL = frozenset({"about", "collected", "noted_kv", "source"})
 
     def __init__(
         self,
@@ -59,8 +60,9 @@ class Saved(Tidy, Displayable):
         write: WriteReport | None = None,
         about: About | None = None,
         source: SavedSource | None = None,
+        show: "Callable[[Saved], Any] | None" = None,
     ) -> None:
-        self.path, self.trace, self._write = path, trace, write
+        self.path, self.trace, self._write, self._show = path, trace, write, show
         self._about, self._source = about, source
         self._written = WrittenFiles()
 
@@ -68,6 +70,11 @@ class Saved(Tidy, Displayable):
     def findings(self) -> Findings:
         """What was known of the run besides its events."""
         return findings_of(self.trace)
+
+    @property
+    def about(self) -> About | None:
+        """What a folder's `run.json` says; None of a report or a trace."""
+        return self._about
 
     @property
     def plan(self) -> Plan:
@@ -85,6 +92,10 @@ class Saved(Tidy, Displayable):
         """The KV that the ranks held: see `run.kv`. Raises PlanError for an unknown layer, chunk or rank, SavedError
         for values that were not saved."""
         return KV(self.source, layer=layer, chunk=chunk, rank=rank, remark=self._nonfinite)
+
+    def noted_kv(self, layer: int | None, note: Callable[[Diff, Selection], None]) -> KV:
+        """The same; `note(diff, selection)` is called after ranks were compared."""
+        return KV(self.source, layer=layer, chunk=None, rank=None, remark=self._nonfinite, note=note)
 
     def diff(self, other: "Other | Source | None" = None, values: int | None = VALUES) -> Diff:
         """Where the ranks differed from one another or, given another run, saved or live, from that: see `KV.diff`."""
@@ -126,6 +137,13 @@ class Saved(Tidy, Displayable):
         about, source = self._of_folder("hidden states to replay a rank from")
         recorded = read_record(self.path, about, source, rank, self.findings.failure)
         return Replay(recorded, model_path=str(model_path), device=device, decoder=decoder)
+
+    def debugger(self) -> Any:
+        """The panel of `session.debugger()`, read-only: map, KV and communication as the run stood. `dinfer desk PATH`
+        shows the same in a browser. Raises NotPossible for a trace that is of no plan of dinfer."""
+        if self._show is None:
+            raise NotPossible("this was opened without views: use dinfer.open(…).")
+        return self._show(self)
 
     def bisect(
         self,
@@ -204,7 +222,9 @@ class Saved(Tidy, Displayable):
         return SavedError(f"{str(self.path)!r} holds a trace and findings, but no {what}.")
 
 
-def open_saved(path: str | Path, write: WriteReport | None = None) -> Saved:
+def open_saved(
+    path: str | Path, write: WriteReport | None = None, show: Callable[[Saved], Any] | None = None
+) -> Saved:
     """Open what `run.save` or `run.report` has written. Raises SavedError for anything else."""
     try:
         found = Path(path).expanduser()
@@ -217,13 +237,13 @@ def open_saved(path: str | Path, write: WriteReport | None = None) -> Saved:
     if is_folder:
         folder = found.resolve()
         about = read_about(folder)
-        return Saved(folder, read_trace(folder, about), write, about, read_source(folder, about))
+        return Saved(folder, read_trace(folder, about), write, about, read_source(folder, about), show)
     if not is_there:
         raise SavedError(
             f"there is no {str(path)!r}: give a folder that run.save(…) has written, or a report."
         )
     try:
-        return Saved(found, read_traces(found)[0], write)
+        return Saved(found, read_traces(found)[0], write, show=show)
     except OSError as error:
         raise SavedError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
     except TraceError as error:
