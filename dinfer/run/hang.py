@@ -73,7 +73,10 @@ class Health:
 
     def verdict(self) -> Verdict:
         """Why the run does not move."""
-        found = self.judge(is_moving=not self._state.failure and self._is_moving())
+        state = self._state
+        found = self.judge(is_moving=not state.failure and self._is_moving())
+        if state.closed and state.hang:  # as it was: of ranks that are another's nobody can judge anew
+            found = state.hang
         known = (self._state.failure or self._state.silence).partition("\n")[0]
         return replace(found, sentence=known) if known else found
 

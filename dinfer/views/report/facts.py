@@ -72,7 +72,7 @@ def owners_of(trace: Trace, plan: Plan | None) -> Sequence[int]:
     return [computed.get(layer, 0) for layer in range(layers)]
 
 
-def _stands_in(plan: Plan, positions: Sequence[Sequence[int]]) -> bool:
+def stands_in(plan: Plan, positions: Sequence[Sequence[int]]) -> bool:
     """Whether these are positions of that plan."""
     if [len(at) for at in positions] != [len(lanes) for lanes in plan.lanes]:
         return False
@@ -84,7 +84,7 @@ def _stands_in(plan: Plan, positions: Sequence[Sequence[int]]) -> bool:
 
 def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> CellStates | None:
     """What each rank held of each block at the end; None if the trace has no blocks."""
-    if plan and _stands_in(plan, findings.positions):  # or they are of another plan
+    if plan and stands_in(plan, findings.positions):  # or they are of another plan
         return CellMap(plan).states([Signs(at, (False,) * len(at), at) for at in findings.positions])
     held = np.array([trace.received(rank) for rank in trace.ranks], bool)
     return held_states(held.transpose(2, 1, 0)) if held.size else None
