@@ -34,7 +34,7 @@ SHOWN: dict[str, list[str]] = {
     "differ": ["rank 2 differs at layer 1, K, head 0, token 8 ", "changed afterwards in its memory"],
     "again": ["all 3 ranks hold the same 6 × ", "bit for bit"],
     "sweep": ["sync_strategy", "exposed_wire", "= 100 %", "pairwise ", "ring "],
-    "slow": ["armed: #2 slow link 0→2, 20 ms more for each message"],
+    "slow": ["armed: #1 slow link 0→2, 20 ms more for each message"],
     "links": ["0→1: ", "0→2: ", " bytes, a transfer "],
     "refused": ["refuted: deadlock with rendezvous sends", "┌▶ rank 0 sends block c0 l0"],
     "hang": [f"deadlock: {CIRCLE}"],
