@@ -9,7 +9,7 @@ from typing import Any
 
 from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
 from dinfer.errors import NotPossible
-from dinfer.run.progress import progress_bar
+from dinfer.progress import progress_bar
 from dinfer.run.run import Run
 from dinfer.trace.shares import ABOUT_PARTS, percentages, shares
 

@@ -254,7 +254,7 @@ def test_states_that_are_not_computed_yet_are_refused(run: Run) -> None:
 def test_a_run_that_is_over_is_refused(session: Session, run: Run) -> None:
     session.prefill(PROMPT, chunk_size=8, paused=True)
     with pytest.raises(RuntimeError, match="this run is over, and its ranks hold its KV no more"):
-        run.kv()
+        run.hidden(chunk=0, layer=0)
 
 
 def test_a_run_that_has_failed_can_still_be_looked_at(session: Session, run: Run) -> None:

@@ -312,10 +312,10 @@ def test_a_run_that_has_failed(session: Session, tmp_path: Path, monkeypatch: py
     session.recover()
 
 
-def test_a_run_that_is_over_cannot_be_saved(session: Session, run: Run, tmp_path: Path) -> None:
+def test_a_run_that_is_over_cannot_be_saved_with_values(session: Session, run: Run, tmp_path: Path) -> None:
     session.prefill(PROMPT, chunk_size=8, paused=True)
-    with pytest.raises(RuntimeError, match="this run is over"):
-        run.save(tmp_path / "over")
+    with pytest.raises(RuntimeError, match="this run is over, and of its KV only digests were kept"):
+        run.save(tmp_path / "over", kv=[0])
     assert not list(tmp_path.iterdir())
 
 
