@@ -22,6 +22,7 @@ from dinfer.model.decoder import Decoder
 from dinfer.model.reference import Forward
 from dinfer.model.tolerance import UNIT_ROUNDOFF, tolerance
 from dinfer.severity import Severity
+from dinfer.tabular import Cells, Tabular
 from dinfer.verdict.where import ranks_text
 from dinfer.watch.probe.digests import SKETCH, last_dim_digests, row_sketches, token_digests, token_sketches
 from dinfer.watch.probe.rows import RowsTaken
@@ -169,7 +170,7 @@ def compare(
     return WatchedComparison(compared, tensors, reference, pieces, about, others)
 
 
-class WatchedComparison(Tidy, Composed):
+class WatchedComparison(Tidy, Tabular, Composed):
     """What `watch.compare("reference")` returns. `first`: the first place where a rank differs from the reference by
     more than rounding explains, None if there is none; `not_compared`: names of taps that the reference does not
     have."""
@@ -242,6 +243,9 @@ class WatchedComparison(Tidy, Composed):
             cells = [f"{max(shares[name]):.2g}" if shares[name] else "–" for name in names]
             lines.append(["end" if layer == AFTER_ALL else layer, *cells, f"{mine[0].tolerated:.2g}"])
         return Table(["layer", *names, "tolerated"], lines, about=ABOUT_COLUMNS)
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+        return self.table()._tabulated()
 
     def _parts(self) -> Iterable[str | Displayable]:
         lines = [self.verdict, self._about, self._extent()]
