@@ -150,18 +150,20 @@ class Faults:
         """A layer op has written its block; its digests are not taken yet."""
         self._strike_at("compute", op, block)
 
-    def on_wire(self, op: Op, block: Tensor) -> None:
-        """A recv has written its block; its digests are not taken yet."""
-        self._strike_at("wire", op, block)
+    def on_wire(self, op: Op, block: Tensor) -> bool:
+        """A recv has written its block; its digests are not taken yet. Returns whether a fault has struck it."""
+        return self._strike_at("wire", op, block)
 
     def in_memory(self, op: Op, block: Tensor) -> None:
         """The rank holds the block and its digests are taken."""
         self._strike_at("memory", op, block)
 
-    def _strike_at(self, where: FaultPlace, op: Op, block: Tensor) -> None:
-        for one in self._armed:
-            if one.where == where and one.is_at(op.chunk, op.layer) and one.kind != "append_twice":
-                self._strike(one, block)
+    def _strike_at(self, where: FaultPlace, op: Op, block: Tensor) -> bool:
+        due = [one for one in self._armed if one.where == where and one.is_at(op.chunk, op.layer)]
+        due = [one for one in due if one.kind != "append_twice"]
+        for one in due:
+            self._strike(one, block)
+        return bool(due)
 
     def ended(self, op: Op) -> bool:
         """An op has ended. Appends duplicate rows to its layer if a fault is due there; returns whether it did.

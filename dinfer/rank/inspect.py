@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dinfer import messages
+from dinfer.engine.prefill import Prefill
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
 from dinfer.kv.measure import per_head
 from dinfer.model.attention import attention, hidden_before
@@ -77,7 +78,7 @@ class Inspection:
 
     def ledger(self, command: messages.ReadNotedKv) -> messages.NotedKv:
         blocks, came = list[messages.NotedBlock](), list[Tensor]()
-        for (chunk, layer), entry in sorted(self._prompt().engine.prompt.state.ledger.entries.items()):
+        for (chunk, layer), entry in sorted(self._state().ledger.entries.items()):
             if layer in command.layers:
                 differs = entry.announced not in (None, (0, 0), as_numbers(entry.digests))
                 came.append(entry.digests)
@@ -88,7 +89,7 @@ class Inspection:
         return messages.NotedKv(data.size, data.number, data.data, blocks=tuple(blocks))
 
     def ledger_rows(self, command: messages.ReadNotedRows) -> messages.TensorData:
-        entry = self._prompt().engine.prompt.state.ledger.entries.get((command.chunk, command.layer))
+        entry = self._state().ledger.entries.get((command.chunk, command.layer))
         return self._answer(entry.rows if entry else None)
 
     def row_digests(self, command: messages.DigestRows) -> messages.TensorData:
@@ -126,7 +127,7 @@ class Inspection:
         engine, layer = self._prompt().engine, command.layer
         state = engine.prompt.state
         hidden, start = self._hidden(command.chunk, layer)[None], state.rows(command.chunk).start
-        found = attention(engine.decoder, layer, hidden, state.cache, start)
+        found = attention(engine.decoder, layer, hidden, state.coded.cache, start)
         weights = found.weights[list(command.heads)] if command.heads else found.weights
         data = self._answer(weights)
         return messages.AttentionData(data.size, data.number, data.data, first_key=found.first_key)
@@ -135,7 +136,7 @@ class Inspection:
         engine = self._prompt().engine
         state = engine.prompt.state
         start = state.rows(chunk).start
-        found = hidden_before(engine.decoder, chunk, layer, state.hidden, state.cache, start)
+        found = hidden_before(engine.decoder, chunk, layer, state.hidden, state.coded.cache, start)
         if found is None:
             raise RuntimeError(
                 f"rank {self._rank} has no hidden state of chunk {chunk} to come to layer {layer} from."
@@ -145,7 +146,7 @@ class Inspection:
     # -- what a replay needs beside that
 
     def blocks(self, command: messages.ReadBlocks) -> messages.TensorData:
-        state = self._prompt().engine.prompt.state
+        state = self._state()
         return self._answer(torch.cat([state.block(chunk, command.layer) for chunk in command.chunks]))
 
     def final(self, _: messages.ReadFinalHidden) -> messages.TensorData:
@@ -163,6 +164,10 @@ class Inspection:
         edit = self._prompt().engine.prompt.edits.history[command.number]
         tensors = edit.kv if command.what == "kv" else edit.hidden
         return self._answer(tensors[command.chunk, command.layer])
+
+    def _state(self) -> Prefill:
+        """The prompt's, with all blocks as all ranks get them."""
+        return Inventory(self._prompt()).state
 
     # -- tensors as bytes
 

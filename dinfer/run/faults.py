@@ -139,6 +139,7 @@ class Armed(Tidy, Displayable, called="run.faults"):
             self._history.add(call, partial(self._restore, before))
 
     def _disarm(self, gone: list[Injected], call: str) -> None:
+        self._state.note_call(call)
         self._replace({number: one for number, one in self._found.items() if one not in gone}, call)
         if left := self._left_by(gone):
             self._state.say(f"disarmed; {left}")

@@ -40,7 +40,7 @@ from dinfer.messages import (
 )
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
-from dinfer.plan.cut import Unit, count_of, unit_of
+from dinfer.plan.cut import Unit, count_of, cut_of, unit_of
 from dinfer.plan.ops import OpKind, PlanError
 from dinfer.results import Breakpoints, Decoded, Moved, Where
 from dinfer.run.action import Actions
@@ -55,6 +55,7 @@ from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.kept import KeptKv
 from dinfer.run.left import LeftRun
+from dinfer.run.log import CallLog
 from dinfer.run.moves import Moves
 from dinfer.run.play import Player, period_of
 from dinfer.run.prediction import prediction
@@ -112,8 +113,12 @@ def action(*, alone: bool = True, moves: bool = False) -> Callable[[RunMethod[P,
             call = call_text(name, args, kwargs)
             if moves:
                 run._end_play()
-            with run._actions.taken(call, alone=alone), run._moving.moving(call) if moves else nullcontext():
-                return method(run, *args, **kwargs)
+            with run._actions.taken(call, alone=alone) as made:
+                with run._moving.moving(made) if moves else nullcontext():
+                    found = method(run, *args, **kwargs)
+                if isinstance(found, Decoded) and found.stopped == "user":
+                    made.tokens = len(found.tokens)
+                return found
 
         setattr(called, CHECKED, True)
         return called
@@ -165,7 +170,7 @@ class Run(Tidy, Displayable):
         self.check, self.say = self._health.check, state.say  # for the session, as are the next
         self.stuck_ranks, self.left_blocked = self._health.stuck_ranks, self._health.left_blocked
         self._history = history = History()
-        self._breakpoints = BreakpointTable(job.config, self._ask_all, history)
+        self._breakpoints = BreakpointTable(job.config, self._ask_all, history, state.note_call)
         self._faults = Armed(state, self._ask_all, history)
         self._generation = Generation(state, self.check, tokenizer)
         self._events = RunEvents(state)
@@ -212,7 +217,7 @@ class Run(Tidy, Displayable):
         stood before it, with as many new tokens as it had there; decode; a restart; or a change of breakpoints or
         faults. The next undo goes further back. What was edited by hand stays as it is."""
         self._end_play()
-        with self._actions.taken("run.undo()"):
+        with self._actions.taken("run.undo()") as made, self._moving.undoing(made):
             return self._history.undo()
 
     @action(moves=True)
@@ -220,6 +225,12 @@ class Run(Tidy, Displayable):
         """Stop just after that block is on every rank, with all blocks before it; forward or back. Raises PlanError for
         an unknown block."""
         return self._moves.moved(self._moves.leaving().run_to(chunk, layer))
+
+    @action(moves=True)
+    def go_to(self, positions: Sequence[Sequence[int]]) -> Moved:
+        """Go to any cut, forward or back, past breakpoints: `positions[rank][lane]` is how many ops of that lane are
+        done then. Logs of calls have such cuts. Raises PlanError where ranks would wait for one another there."""
+        return self._moves.moved(self._moves.leaving().go_to(cut_of(self._moves.stepper.cuts, positions)))
 
     @action(moves=True)
     def resume(self) -> None:
@@ -255,12 +266,13 @@ class Run(Tidy, Displayable):
         """Begin again, paused at the start, with the same breakpoints and faults; also after `session.recover()`. Stops
         what is under way first."""
         with self._actions.halted(self._stop), self._moving.restarting("run.restart()"):
-            self._actions.begin("run.restart()")
+            made = self._actions.begin("run.restart()")
             self._breakpoints.expect([])
             self._begin()
             self._breakpoints.arm()
             if self._faults:
                 self._faults.arm()
+            made.after = self._state.cut_now()
         self._actions.tell()
         return self.where()
 
@@ -271,9 +283,10 @@ class Run(Tidy, Displayable):
         if remedy not in (RECOVER, RESTART) or (remedy == RECOVER and recover is None):
             raise NotPossible(f"nothing here can be mended: {remedy or f'the run is {self._state.now}'}")
         if remedy == RECOVER and recover:
+            self._state.note_call("session.recover()")
             recover()
         where = self.restart()
-        self.last_call = remedy
+        self._state.last_call = remedy
         return where
 
     # -- breakpoints
@@ -300,6 +313,11 @@ class Run(Tidy, Displayable):
     def breakpoints(self) -> Breakpoints:
         """The breakpoints that are set; `run.breakpoints.clear()` and `.remove(number)` remove them."""
         return self._breakpoints.view
+
+    @property
+    def calls(self) -> CallLog:
+        """The calls made on this run so far; `run.calls.cell()` and `.save("replay.ipynb")` make them again."""
+        return self._state.calls
 
     # -- decode
 
@@ -633,7 +651,7 @@ class Run(Tidy, Displayable):
 
     @last_call.setter
     def last_call(self, call: str) -> None:
-        self._state.last_call = call
+        self._state.note_call(call)
 
     @property
     def hang(self) -> str:

@@ -27,7 +27,7 @@ from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import RankFailed
 from dinfer.run.hang import Hung
 from dinfer.run.left import LeftRun
-from dinfer.run.report import NO_VIEWS, Reporter
+from dinfer.run.report import NO_VIEWS, Reporter, opening
 from dinfer.run.run import Run
 from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
@@ -91,11 +91,15 @@ class Session(Tidy, Announced, Closing):
     happened, a line each; `runs`: the current run and the last ones before it. `show` makes the panels that `debugger`
     returns, `write` the reports of runs."""
 
-    INTERNAL = frozenset({"INTERNAL", "announce", "give_way", "ranks", "reattached", "severity"})
+    INTERNAL = frozenset(
+        {"INTERNAL", "announce", "connected_by", "give_way", "ranks", "reattached", "severity"}
+    )
 
     def __init__(self, ranks: Ranks, show: Show | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
         self.log: list[str] = []
+        self.connected_by = f"dinfer.connect(n={ranks.world_size})"
+        """the call that makes a session like this"""
         self.spec: Spec | None = None
         self._show, self._write = show, write
         self._past: list[tuple[Job, dict[str, Any]]] = []
@@ -397,6 +401,7 @@ class Session(Tidy, Announced, Closing):
             job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan), left
         )
         run.show, run.recover = self._show, self.recover
+        run.calls.opening = lambda: opening(job.config, self.connected_by, plan, keep=run.keeps)
         self.runs.add(run)
         if self._write:
             run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))

@@ -52,6 +52,7 @@ class View {
     Object.assign(disarm, { title: "run.faults.clear()", onclick: () => this.send({ do: "clear_faults" }) });
     this.tabs = make("div", "tabs", this.root);
     this.tabs.setAttribute("role", "tablist");
+    const asking = make("div", "fields asking", this.root), answers = make("div", "answers", this.root);
     this.pages = Object.fromEntries(TABS.map((name) => [name, this.page(name)]));
     this.state = make("span", "state", this.tabs);
     make("span", "keys", this.tabs, "keys ⓘ").title = this.board.read_only ? READING_KEYS : KEYS;
@@ -59,10 +60,36 @@ class View {
     const send = (message) => this.send(message);
     this.inspector = new Inspector(this.pages.KV, this.root, this.board, this.name, send);
     this.communication = new Communication(this.pages.communication, this.root, this.board, this.name, send);
+    this.buildTime(asking, answers, send);
     const call = make("div", "call last", this.root);
     this.call = copyable(call, "last call");
     this.working = make("span", "working", call);
     this.open("map");
+  }
+
+  buildTime(bar, parent, send) {
+    this.time = new TimeStrip(bar, parent, this.root, this.board, this.name, {
+      send,
+      select: (block) => this.lead(block),
+      rank: (rank) => this.ranks.point(rank),
+      changed: () => this.update(),
+    });
+    this.finder = new FindBox(bar, parent, this.board, this.name, {
+      send,
+      lead: (hit) => this.time.lead(hit),
+      found: (blocks) => {
+        this.found = blocks;
+        this.map?.draw();
+      },
+      leave: () => this.root.focus({ preventScroll: true }),
+    });
+  }
+
+  // To a block on the map, from a hit or from something on the strip.
+  lead(block) {
+    if (this.tab !== "map") this.open("map");
+    this.rest();
+    this.select(block);
   }
 
   page(name) {
@@ -147,6 +174,8 @@ class View {
     this.map.close();
     this.inspector.remove();
     this.communication.remove();
+    this.time.close();
+    this.finder.close();
     this.themed.close();
     this.silent.forEach(clearTimeout);
   }
@@ -173,6 +202,7 @@ class View {
     this.map.draw();
     this.inspector.map.draw();
     this.communication.theme();
+    this.time.draw();
   }
 
   // -- user actions
@@ -208,6 +238,8 @@ class View {
     if (message.heard) this.heard(message.heard);
     this.inspector.hear(message, buffers);
     this.communication.hear(message, buffers);
+    this.time.hear(message, buffers);
+    this.finder.hear(message);
   }
 
   heard(id) {
@@ -277,6 +309,8 @@ class View {
     else if (zoom) zoom[2](this.map, this.model.get("selected"));
     else if (button) this.press(button[1]);
     else if (event.key === "Enter") this.toggleBreakpoint(this.model.get("selected"));
+    else if (event.key === "t") this.time.toggle();
+    else if (event.key === "/") this.finder.focus();
     else if (TABS[event.key - 1]) this.open(TABS[event.key - 1]);
     else return;
     event.preventDefault();
@@ -317,7 +351,8 @@ class View {
     const waiting = shown.waiting ? `, then ${shown.waiting}` : "";
     const working = [shown.playing, ...shown.working].filter(Boolean).join(", ");
     this.working.textContent = working && `at work: ${working}${waiting}`;
-    this.ranks.show(shown.ranks);
+    this.time.follow(shown);
+    this.ranks.show(this.time.ranksOf(shown.ranks));
     this.describe();
     this.map.draw();
     if (this.ended) this.disable();
@@ -340,6 +375,7 @@ class View {
 
   // Unpacked once for each message.
   bytes() {
+    if (this.time.cells) return this.time.cells;
     const view = this.model.get("cells");
     if (view !== this.packed) [this.packed, this.cells] = [view, unpacked(view, this.board)];
     return this.cells;
@@ -351,8 +387,8 @@ class View {
   }
 
   look() {
-    const selected = this.model.get("selected"), { cut } = this.model.get("shown");
-    return { bytes: this.bytes(), cut, breakpoints: this.model.get("shown").breakpoints, selected, hover: this.hover };
+    const selected = this.model.get("selected"), { cut, breakpoints } = this.model.get("shown");
+    return { bytes: this.bytes(), cut: this.time.cut ?? cut, breakpoints, selected, hover: this.hover, found: this.found };
   }
 
   describe() {

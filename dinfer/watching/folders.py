@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from dinfer.verdict.recorded import UNREAD
+from dinfer.verdict.recorded_waits import UNREAD
 from dinfer.verdict.signs import Signs, StackFrame
 from dinfer.watch.probe.records import RecordsError, WatchedProcess
 from dinfer.watch.probe.rows import RowsReader, RowsTaken, each_rows
