@@ -249,6 +249,12 @@ class HiddenSpans(Answer, frozen=True):
     first: dict[int, int]
 
 
+class BlockWritten(Answer, frozen=True):
+    """How many values of the block are not as they were."""
+
+    changed: int
+
+
 class RankNotes(Answer, frozen=True):
     """A rank's new tokens, and what its user has edited, in order."""
 
@@ -332,6 +338,17 @@ class SetFaults(Command[Ok], frozen=True):
     """Have these faults strike, each a `Fault.as_dict()`, and no others."""
 
     faults: tuple[dict[str, Any], ...]
+
+
+class WriteBlock(Command[BlockWritten], frozen=True):
+    """Put these values in the place of a block's, as its user would by hand. `part`: "K", "V" or "", both; `data`: one
+    tensor, [tokens, 1 or 2, kv_heads, head_dim], in safetensors format; `undo`: it is no edit, but takes one back."""
+
+    chunk: int
+    layer: int
+    part: str
+    data: bytes
+    undo: bool = False
 
 
 class OpenStore(Command[StoreAddress], frozen=True):

@@ -36,6 +36,7 @@ from dinfer.rank.commands import CommandTable, looking, quick, slow, table_of
 from dinfer.rank.decode import PromptOnRank, TokenFailed, Tokens
 from dinfer.rank.failure import describe
 from dinfer.rank.faults import fault_commands, misbehave_commands
+from dinfer.rank.graft import graft_command
 from dinfer.rank.inspect import inspect_commands
 from dinfer.rank.reference import reference_commands
 from dinfer.rank.remembered import Remembered
@@ -124,6 +125,7 @@ class RankService:
             slow(messages.LeaveGroup, self._leave),
             quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),
             *fault_commands(lambda: self._engine, self.report),
+            graft_command(lambda: self._engine, self.report),
             *inspect_commands(self.rank, self._prompted),
             *reference_commands(self._prompted, self._tell),
             *misbehave_commands(self.rank, self.report),

@@ -50,6 +50,7 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
+from dinfer.run.graft import Grafts
 from dinfer.run.hang import Health, Hung
 from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
@@ -72,7 +73,7 @@ from dinfer.run.state import (
     where_of,
 )
 from dinfer.run.stepper import Move, NoProgress
-from dinfer.saved.bisect.collect import Collected
+from dinfer.saved.bisect.collect import Collected, collect
 from dinfer.saved.bisect.result import Bisection
 from dinfer.saved.bisect.search import Bisectable, bisect_run
 from dinfer.saved.replay.replay import Replay
@@ -182,6 +183,7 @@ class Run(Tidy, Displayable):
         self._recorder = RunRecorder(
             state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
         )
+        self._grafts = Grafts(state, self._inspector, self._recorder, history)
         self._begin(left)
 
     # -- moving
@@ -484,6 +486,10 @@ class Run(Tidy, Displayable):
         where: str | None = None,
         dtype: str | None = None,
         seed: int | None = None,
+        source: int | None = None,
+        target: int | None = None,
+        ms: float | None = None,
+        factor: float | None = None,
     ) -> Injected:
         """Break something on purpose, now or as soon as it exists; for a run that stands still.
 
@@ -497,15 +503,43 @@ class Run(Tidy, Displayable):
         that receives the block first, K, head 0, the chunk's first token, dim 0, a bit in the middle of the mantissa.
         `token` is a position in the prompt and selects its chunk.
 
+        Time, and no byte: "slow link": each message from rank `source` to rank `target` takes `ms` milliseconds longer;
+        "slow rank": each layer on `rank` does, in prefill, or takes `factor` times as long. In sessions on threads and
+        over gloo.
+
         It strikes again whenever the block is made again, until `run.faults.clear()`. Raises PlanError for a fault that
         is not possible.
         """
         injected = self._faults.inject(
             self._ask_all(GetStand()), kind, rank=rank, layer=layer, chunk=chunk, tensor=tensor, head=head,
-            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed,
+            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed, source=source, target=target, ms=ms,
+            factor=factor,
         )  # fmt: skip
         self.look()
         return injected
+
+    @action()
+    def graft(
+        self,
+        *,
+        layer: int,
+        chunk: int,
+        source: "str | Bisectable",
+        rank: int | None = None,
+        part: str | None = None,
+    ) -> DisplayableText:
+        """Put another run's block into the cache of `rank`, or of all ranks that hold it, in the place of their own; as
+        the rank of that run held it that computed it. What was computed from the old block stays: to have it computed
+        again, go back before it and on.
+
+        `source`: another run of the same prompt, live or saved, or "reference", transformers' own forward, which is run
+        in this process; `part`: "K" or "V", by default both. It counts as an edit by hand, and can be undone. Raises
+        PlanError for another prompt or model, a block that does not exist, and one that is not there yet.
+        """
+        with self.hold():
+            done = self._grafts.graft(layer=layer, chunk=chunk, source=source, rank=rank, part=part)
+            self.look()
+            return done
 
     @property
     def faults(self) -> Armed:
@@ -580,7 +614,7 @@ class Run(Tidy, Displayable):
     def collected(self, rank: int | None = None) -> Collected:
         """What a bisect compares."""
         with self.hold():
-            return self._recorder.collected(rank)
+            return collect(self.kept.source, None, rank) if self.kept else self._recorder.collected(rank)
 
     def look(self) -> None:
         """Take in what the ranks report. Called often, on the session's thread."""

@@ -395,6 +395,12 @@ class RunState:
         with self.ranks.changed:
             self.edited.extend(what)
 
+    def forget_edited(self, what: str) -> None:
+        """The last change of this by hand has been undone."""
+        with self.ranks.changed:
+            for at in [n for n, one in enumerate(self.edited) if one == what][-1:]:
+                del self.edited[at]
+
     def note_corrupt(self, found: Corruption) -> None:
         """A rank has found changed bytes."""
         with self.ranks.changed:

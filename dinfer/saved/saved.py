@@ -31,6 +31,7 @@ from dinfer.saved.read import (
     read_trace,
     well_formed,
 )
+from dinfer.saved.replay.record import RankRecord
 from dinfer.saved.replay.replay import Replay
 from dinfer.severity import Severity
 from dinfer.trace.export import TraceError
@@ -163,8 +164,11 @@ class Saved(Tidy, Displayable):
     def collected(self, rank: int | None = None) -> Collected:
         """What a bisect compares: see `saved.bisect.collect`."""
         about, source = self._of_folder("KV and hidden states to bisect")
-        failure = self.findings.failure
-        return collect(source, lambda one: read_record(self.path, about, source, one, failure), rank)
+
+        def record_of(one: int) -> RankRecord:
+            return read_record(self.path, about, source, one, self.findings.failure)
+
+        return collect(source, record_of if about.hidden else None, rank)
 
     def report(self, path: str | Path = "report.html") -> Path:
         """Write it as one HTML file, and return where that is. A file that is there is kept, unless this object wrote
