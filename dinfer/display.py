@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, Self, TextIO
 from dinfer.arguments import check_calls
 from dinfer.errors import NotPossible, ipython
 from dinfer.severity import Severity
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 
 
 def devices_text(devices: Sequence[str]) -> str:
@@ -144,7 +144,7 @@ NOTHING = ("", "–")
 
 
 class Table(Tabular, Displayable):
-    """Cells under column names; names of "" print no header line. A cell may have several lines. `columns` and `rows`
+    """TableRow under column names; names of "" print no header line. A cell may have several lines. `columns` and `rows`
     are all of it.
 
     Its text does not depend on the console's width. The widths of cells (中文) are rich's; rich's own Table would take
@@ -178,7 +178,7 @@ class Table(Tabular, Displayable):
         rows += [_html_row(row, "td") for row in self.rows[: self._shown]]
         return f"<table>{''.join(rows)}</table>{''.join(f'<div>{escape(one)}</div>' for one in self._more())}"
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """A column of numbers alone is one of numbers."""
         columns = [_plain_values(cells) for cells in zip(*self.rows, strict=True)]
         return self.columns, zip(*columns, strict=True)
@@ -189,7 +189,7 @@ class Table(Tabular, Displayable):
 
 
 def _plain_values(cells: Sequence[str]) -> Sequence[Any]:
-    """Cells of a column as numbers, if all are numbers or empty and some are; else as they are."""
+    """TableRow of a column as numbers, if all are numbers or empty and some are; else as they are."""
     given = [cell for cell in cells if cell not in NOTHING]
     if not given or not all(map(PLAIN.fullmatch, given)):
         return cells
@@ -200,7 +200,7 @@ def _plain_values(cells: Sequence[str]) -> Sequence[Any]:
 
 
 def _aligned(cells: Sequence[str], has_header: bool) -> list[str]:
-    """Cells of a column, padded to the same width: to the right if all are numbers, the header aside."""
+    """TableRow of a column, padded to the same width: to the right if all are numbers, the header aside."""
     from rich.cells import cell_len
 
     widths = [cell_len(cell) for cell in cells]

@@ -9,14 +9,14 @@ from typing import Any
 from dinfer.errors import NotPossible
 from dinfer.files import WrittenPath, make_folder
 
-Cells = Sequence[Any]
+TableRow = Sequence[Any]
 """of one row: numbers, texts, None where there is nothing"""
 
 
 class Tabular:
     """An object with columns and rows. Numbers keep all their digits, also where a cell shows fewer."""
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """The names of the columns, and the rows."""
         raise NotImplementedError
 
@@ -45,7 +45,7 @@ class Tabular:
         return WrittenPath(target)
 
 
-def _write(file: Any, columns: Sequence[str], rows: Iterable[Cells]) -> None:
+def _write(file: Any, columns: Sequence[str], rows: Iterable[TableRow]) -> None:
     writer = csv.writer(file)
     writer.writerow(columns)
     writer.writerows(rows)

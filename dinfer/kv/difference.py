@@ -13,7 +13,7 @@ from dinfer.kv.origin import CausePlace
 from dinfer.kv.rows import RowKind, numbers_text
 from dinfer.kv.source import Selection, Subject
 from dinfer.severity import Severity
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 
 SHOWN = 40
 """lines of a table"""
@@ -138,7 +138,7 @@ class Diff(Tidy, Tabular, Composed):
         """A line for each difference, `lines` at most; None: all."""
         return Table(COLUMNS, [one.cells() for one in self.differences], lines)
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """`value`: what is there; `expected`: what should be."""
         own = (
             "rank",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinfer.files import FolderError, WrittenPath, make_folder
 from dinfer.kv.source import Subject
-from dinfer.tabular import Cells
+from dinfer.tabular import TableRow
 
 
 def value_columns(dims: int) -> list[str]:
@@ -17,7 +17,7 @@ def value_columns(dims: int) -> list[str]:
     return ["tensor", "head", "token", "text", *map(str, range(dims))]
 
 
-def value_rows(subject: Subject, name: str, values: Tensor, places: Sequence[int]) -> Iterator[Cells]:
+def value_rows(subject: Subject, name: str, values: Tensor, places: Sequence[int]) -> Iterator[TableRow]:
     """A row for each head and token of K or V, [heads, places, head_dim]."""
     for head, tokens in enumerate(values):
         for place, row in zip(places, tokens.tolist(), strict=True):

@@ -23,7 +23,7 @@ from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import LiveSource, Selection, Source, Subject, ViewableSource
 from dinfer.plan.ops import NothingYet, PlanError
 from dinfer.plan.partition import within
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 
 LARGE = 64 << 20
 """before more bytes than this move, a message says how many"""
@@ -155,7 +155,7 @@ class KV(Tidy, Tabular, Composed):
         with self._hold():
             return save_tensors(path, {"k": self.k[:], "v": self.v[:]}, self.k.about)
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """Of one layer, a row for each head and token of K and V."""
         with self._hold():
             k, v = self.k, self.v
@@ -266,7 +266,7 @@ class Part(Tidy, Tabular, Displayable):
             "checkpoint": subject.checkpoint,
         }  # fmt: skip
 
-    def rows(self) -> Iterator[Cells]:
+    def rows(self) -> Iterator[TableRow]:
         """A row for each head and token, all of them fetched: see `kv.export`."""
         return value_rows(self._source.subject, "KV"[self._tensor], self[:], self.places)
 
@@ -274,7 +274,7 @@ class Part(Tidy, Tabular, Displayable):
         """Write it as "k" or "v": see `KV.to_safetensors`."""
         return save_tensors(path, {"kv"[self._tensor]: self[:]}, self.about)
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         return value_columns(self.shape[2]), self.rows()
 
     def __str__(self) -> str:
@@ -352,7 +352,7 @@ class Hidden(Tidy, Tabular, Displayable):
     def __getitem__(self, index: Any) -> Tensor:
         return _indexed(self.values, index, "[token, value]")
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """A row for each token, which has its number, its text and its values."""
         subject, values = self._source().subject, self.values
         rows = zip(subject.spans[self.chunk], values.tolist(), strict=True)
@@ -389,7 +389,7 @@ class AttentionWeights(Tidy, Tabular, Displayable, called="attention"):
     def __getitem__(self, index: Any) -> Tensor:
         return _indexed(self.weights, index, "[head, query, key]")
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """A row for each head, query and key, by their tokens' numbers."""
         keys = range(self.first_key, self.first_key + self.weights.shape[2])
         rows = (

@@ -19,7 +19,7 @@ from dinfer.run.report import parameters
 from dinfer.run.state import Standing, State
 from dinfer.saved.saved import Saved
 from dinfer.severity import Severity
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.findings import Findings, findings_of, with_findings
 from dinfer.trace.summary import summary, verdict
 from dinfer.trace.trace import Trace
@@ -96,7 +96,7 @@ class RunComparison(Tidy, Tabular, Composed):
         """What the runs are, made and took; `≠` marks what differs."""
         return Table(("", *(side.name for side in self.sides), "differs"), self.rows)
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         return self.table().columns, self.rows
 
     def _parts(self) -> Iterable[str | Displayable]:

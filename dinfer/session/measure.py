@@ -12,7 +12,7 @@ from dinfer.planner.choose import CHOICES, Candidate, Chosen, Planner, sized_len
 from dinfer.planner.costs import LayerTime, fit
 from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine, unmeasured
 from dinfer.planner.ranks import ranks_told
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 
 AUTO = "auto"
 
@@ -29,10 +29,10 @@ class Measurement(Tidy, Tabular, Displayable):
     machine: MeasuredMachine
     tokens: int
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """A row for each figure: seconds of a layer on a rank by position, and each link's latency and speeds."""
         machine, last = self.machine, max(0, self.tokens - LINK_TOKENS)
-        rows: list[Cells] = [
+        rows: list[TableRow] = [
             [
                 f"rank {rank}",
                 f"seconds of a layer, {LINK_TOKENS} tokens at {at}",

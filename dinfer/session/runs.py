@@ -10,7 +10,7 @@ from dinfer.run.comparison import RunComparison, compare_runs, figures_of, side_
 from dinfer.run.kept import size_text
 from dinfer.run.run import Run
 from dinfer.severity import Severity
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.summary import chunks_text
 
 KEPT = 8
@@ -102,7 +102,7 @@ class SessionRuns(Tidy, Tabular, Composed, called="session.runs"):
         """Two of these runs side by side: see `run.compare(other_run)`. Raises NoSuch."""
         return compare_runs(self[one], self[other])
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         return Table(tuple(ABOUT), self.lines())._tabulated()
 
     def _parts(self) -> Iterable[str | Displayable]:

@@ -11,7 +11,7 @@ from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
 from dinfer.errors import NotPossible
 from dinfer.progress import progress_bar
 from dinfer.run.run import Run
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.shares import ABOUT_PARTS, percentages, shares
 
 ABOUT = {
@@ -54,7 +54,7 @@ class Sweep(Tidy, Tabular, Composed):
         """See `to_frame`, which every table has."""
         return self.to_frame()
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         columns = list(self.rows[0]) if self.rows else ["prompt", *SWEEP_FIGURES, *LARGEST]
         return columns, ([row[name] for name in columns] for row in self.rows)
 

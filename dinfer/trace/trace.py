@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
 from dinfer.errors import excerpt
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.clocks import clocks_text, error_between, rank_clocks
 from dinfer.trace.events import COMPUTE, CallRecord, Event, prefill_events
 from dinfer.trace.export import TraceError, export
@@ -114,7 +114,7 @@ class Trace(Tidy, Tabular, Composed):
             if self.clocks:
                 yield self.clocks
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """A row for each event; of other people's code also what is known of the call."""
         own = [name for name in Event.__slots__ if name != "call"]
         calls = [name for name in CallRecord.__slots__ if self.is_watched]

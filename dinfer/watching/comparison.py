@@ -11,7 +11,7 @@ from dinfer.display import Composed, Displayable, Table, Tidy
 from dinfer.kv.reference.judge import CauseKind
 from dinfer.kv.rows import places_text
 from dinfer.severity import Severity
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 from dinfer.verdict.where import ranks_text
 from dinfer.watch.probe.tensors import HIDDEN, OUTPUT
 from dinfer.watching.taken import AFTER_ALL, LOGITS, ORDER, Rows, TapKey
@@ -135,7 +135,7 @@ class WatchedComparison(Tidy, Tabular, Composed):
             lines.append(["end" if layer == AFTER_ALL else layer, *cells, f"{mine[0].tolerated:.2g}"])
         return Table(["layer", *names, "tolerated"], lines, about=ABOUT_COLUMNS)
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         return self.table()._tabulated()
 
     def _parts(self) -> Iterable[str | Displayable]:

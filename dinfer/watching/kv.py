@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from dinfer.display import Displayable, Table
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 from dinfer.verdict.completed import OpFinding
 from dinfer.watching.held_rows import LayerRows, Layers
 
@@ -45,7 +45,7 @@ class WatchedKv(Tabular, Displayable):
         ]
         return Table(["layer", "sequence", *(f"rank {rank}, tokens" for rank in ranks)], rows)
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         return self.table()._tabulated()
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from dinfer.kv.reference.judge import CauseKind, Deviation, ReferenceCase
 from dinfer.kv.reference.reports import FINAL, HIDDEN, TensorKey
 from dinfer.model.tolerance import CONFIDENCE, ROUNDINGS, UNIT_ROUNDOFF
 from dinfer.severity import Severity
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 
 TENSORS = ("hidden", "K", "V")
 
@@ -106,7 +106,7 @@ class Comparison(Tidy, Tabular, Composed):
             lines.append([layer, *(f"{number:.2g}" for number in numbers)])
         return Table([*columns, "of largest", "tolerated"], lines, about=ABOUT_COLUMNS)
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """`rows`."""
         columns = ["layer", "chunk", *FIGURES, "tolerance"]
         return columns, ([row[name] for name in columns] for row in self.rows)

@@ -7,7 +7,7 @@ from dinfer.display import Composed, Displayable, Table
 from dinfer.model.kernels.token_graph import NO_TOKEN
 from dinfer.saved.bisect.parts import PartName, RunPart
 from dinfer.severity import Severity
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 
 REFERENCE = "reference"
 """what `against` says for transformers' own forward"""
@@ -115,7 +115,7 @@ class Bisection(Tabular, Composed):
         ]
         return Table(["probe", "as it was", "agrees", "token", "logits error", "s"], rows)
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         return [item.name for item in fields(BisectStep)], map(astuple, self.steps)
 
     def _parts(self) -> Sequence[str | Displayable]:

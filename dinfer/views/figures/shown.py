@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from dinfer.display import Tidy
 from dinfer.errors import NotPossible
 from dinfer.files import WrittenPath
-from dinfer.tabular import Cells, Tabular
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.export import write_whole
 from dinfer.views.figures.style import HTML_CONFIG, template
 from dinfer.views.figures.svg import svg
@@ -56,7 +56,7 @@ class Shown(Tidy, Tabular, called="plot"):
         write_whole(target, [text])
         return WrittenPath(target)
 
-    def _tabulated(self) -> tuple[Sequence[str], Iterable[Cells]]:
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """A row for each point or bar: its series, and the values that it is drawn from."""
         found = [(line.name or f"series {n}", _arrays(line)) for n, line in enumerate(self.figure.data)]
         columns = list(dict.fromkeys(name for _, arrays in found for name in arrays))
