@@ -29,7 +29,7 @@ class HeldSpans(NamedTuple):
 class Subject:
     """The run whose KV a source holds. `name`: what to call it in messages; `standing`: by rank, where it stands, "" at
     its end; `ids`: the prompt's tokens, then the new ones; `texts`: the text of each, in whole characters, empty
-    without a tokenizer; `checkpoint`: the checkpoint's fingerprint."""
+    without a tokenizer; `checkpoint`: the checkpoint's fingerprint; `codec`: of the run's blocks on the wire."""
 
     name: str
     standing: tuple[str, ...]
@@ -40,6 +40,7 @@ class Subject:
     head_dim: int
     dtype: torch.dtype
     checkpoint: str
+    codec: str = "none"
 
     @property
     def dtype_name(self) -> str:

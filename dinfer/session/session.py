@@ -222,7 +222,8 @@ class Session(Tidy, Announced, Closing):
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)
         run.keeps = keep
-        self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", run)
+        about = f"{job.plan.schedule}, {job.plan.sync_strategy}{config.codec_text}"
+        self._note(f"run: {len(job.ids)} tokens, {about}", run)
         if not paused:
             run.resume()
         return run

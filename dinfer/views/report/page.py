@@ -230,6 +230,7 @@ def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
         "layers": f"{about['layers']} on {ranks} rank{'s' * (ranks != 1)}" if about.get("layers") else "",
         "schedule": str(about.get("schedule") or ""),
         "sync strategy": str(about.get("sync_strategy") or ""),
+        "codec": str(about.get("codec") or ""),
         "predicted": _predicted(trace),
         "made": made,
         "clocks": trace.clocks,
