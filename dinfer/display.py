@@ -144,7 +144,7 @@ NOTHING = ("", "–")
 
 
 class Table(Tabular, Displayable):
-    """TableRow under column names; names of "" print no header line. A cell may have several lines. `columns` and `rows`
+    """Cells under column names; names of "" print no header line. A cell may have several lines. `columns` and `rows`
     are all of it.
 
     Its text does not depend on the console's width. The widths of cells (中文) are rich's; rich's own Table would take
