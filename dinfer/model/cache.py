@@ -38,7 +38,7 @@ class KVCache:
         self.dtype, self.device = dtype, torch.device(device)
         shape = (capacity, 2, kv_heads, head_dim)
         self._tensors = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(layers)]
-        self._sides: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sides: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def tensor(self, layer: int) -> Tensor:
         """The tensor of one layer, [capacity, 2, kv_heads, head_dim]; `[:, 0]` is K, `[:, 1]` is V."""
@@ -50,10 +50,11 @@ class KVCache:
 
     def sides(self, layer: int) -> tuple[Tensor, Tensor]:
         """All of K and of V of a layer as attention takes them: views [1, kv_heads, capacity, head_dim], made once."""
-        if layer not in self._sides:
-            both = self.tensor(layer).permute(1, 2, 0, 3).unsqueeze(1)
-            self._sides[layer] = both[0], both[1]
-        return self._sides[layer]
+        tensor, kept = self.tensor(layer), self._sides.get(layer)
+        if kept is None or kept[0] is not tensor:  # a subclass may have another one by now
+            both = tensor.permute(1, 2, 0, 3).unsqueeze(1)
+            kept = self._sides[layer] = tensor, both[0], both[1]
+        return kept[1:]
 
     def block(self, layer: int, start: int, stop: int) -> Tensor:
         """Tokens [start, stop) of a layer, a contiguous view [stop - start, 2, kv_heads, head_dim]."""

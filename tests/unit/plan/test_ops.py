@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dinfer.config import Schedule, SyncStrategy
 from dinfer.plan.ops import FINAL, Op, PlanError, Value, new_needs, parse_op, recv, send
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
@@ -106,7 +107,9 @@ def test_values_are_named_in_the_words_of_the_design() -> None:
 
 @pytest.mark.parametrize("schedule", ["pipelined", "lockstep"])
 @pytest.mark.parametrize("strategy", ["pairwise", "ring"])
-def test_a_lane_waits_for_all_that_its_ops_need_and_for_no_block_twice(schedule: str, strategy: str) -> None:
+def test_a_lane_waits_for_all_that_its_ops_need_and_for_no_block_twice(
+    schedule: Schedule, strategy: SyncStrategy
+) -> None:
     plan = build(partition(layers=5, tokens=45, world_size=3, chunk_size=4), schedule, strategy)
     for lane in (lane for lanes in plan.lanes for lane in lanes):
         there, waits = set[Value](), new_needs(lane.ops)
