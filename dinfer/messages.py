@@ -237,6 +237,12 @@ class KvSpans(Answer, frozen=True):
     new_rows: int
 
 
+class KvLoss(Answer, frozen=True):
+    """By tensor, "K" and "V", fields of CellDifference: what a lossy codec has changed."""
+
+    loss: tuple[tuple[str, tuple[Any, ...]], ...]
+
+
 class TensorSummary(Answer, frozen=True):
     """A tensor in a few figures for each head."""
 
@@ -274,7 +280,9 @@ class ReferenceReport(Answer, frozen=True):
     """How what a rank holds, by these kernels, differs from transformers' own forward, and that forward's digests.
 
     `blocks`: chunk, layer, digests; `hidden` as in HiddenDigests; `choices`: fields of TokenChoice; `misplaced`: layer,
-    then fields of Misplaced; `measured`: chunk, layer, tensor, then fields of CellDifference.
+    then fields of Misplaced; `measured`: chunk, layer, tensor, then fields of CellDifference. With a lossy codec the
+    reference's K and V of the prompt go through it too; `loss`: tensor, then fields of the CellDifference that this
+    makes; `lost_choices`: as `choices`, without the codec.
     """
 
     exact: bool
@@ -288,6 +296,8 @@ class ReferenceReport(Answer, frozen=True):
     misplaced: tuple[tuple[int, tuple[Any, ...]], ...]
     kernels: str
     measured: tuple[tuple[int, int, str, tuple[Any, ...]], ...]
+    loss: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    lost_choices: tuple[tuple[int, int, int, float], ...] = ()
 
 
 A = TypeVar("A", bound=Answer, covariant=True)
@@ -549,6 +559,13 @@ class SummarizeKv(Command[TensorSummary], frozen=True):
     layer: int
     start: int
     stop: int
+
+
+class MeasureLoss(Command[KvLoss], frozen=True):
+    """What the run's codec changes in the blocks of these layers and chunks that this rank has computed."""
+
+    layers: tuple[int, ...]
+    chunks: tuple[int, ...]
 
 
 class ListHidden(Command[HiddenSpans], frozen=True):

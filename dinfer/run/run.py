@@ -695,7 +695,7 @@ class Run(Tidy, Displayable):
     def __str__(self) -> str:
         plan, chunks = self.plan, len(self.plan.shape.chunks)
         head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
-        return f"run of {head}: {self.where()}"
+        return f"run of {head}{self.job.config.codec_text}: {self.where()}"
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         """The panel beside the text in a notebook; elsewhere the text alone."""

@@ -154,7 +154,7 @@ class Session(Tidy, Announced, Closing):
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
-        self._end_run("another checkpoint was loaded; session.prefill(…) begins a run of it")
+        self._end_run("a checkpoint was loaded since; session.prefill(…) begins a run of it")
         self._free_lanes()
         if config.backend != self._config.backend:
             meet(self.ranks, config.backend)
@@ -222,7 +222,8 @@ class Session(Tidy, Announced, Closing):
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)
         run.keeps = keep
-        self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", run)
+        about = f"{job.plan.schedule}, {job.plan.sync_strategy}{config.codec_text}"
+        self._note(f"run: {len(job.ids)} tokens, {about}", run)
         if not paused:
             run.resume()
         return run
