@@ -25,7 +25,7 @@ SLOW_OPS, SLOW_SHARE, SLOW_LAG_S, SLOW_PART = 8, 0.8, 0.05, 0.2
 """A rank is slow if, in at least so many collectives and that share of them, it comes last, by so many seconds in the
 median; and these add up to that part of the time."""
 
-Came = Sequence[tuple[int, int]]
+Arrivals = Sequence[tuple[int, int]]
 """when each rank came to a collective, in nanoseconds, and which; the first first"""
 
 SLOW_SPAN_NS = 60 * 1_000_000_000
@@ -261,12 +261,12 @@ def _slow_ranks(ops: MatchedOps) -> Iterator[OpFinding]:
     yield from found
 
 
-def _complete(came: Came) -> int:
+def _complete(came: Arrivals) -> int:
     """When the last rank came."""
     return came[-1][0]
 
 
-def _minutes(came: Sequence[Came]) -> Iterator[tuple[Sequence[Came], str]]:
+def _minutes(came: Sequence[Arrivals]) -> Iterator[tuple[Sequence[Arrivals], str]]:
     """The collectives of each minute and what to call them, the last minute first; each ends at least half a minute
     before the one judged before it. `came`: in the order in which they were complete."""
     if not came:
@@ -283,7 +283,7 @@ def _minutes(came: Sequence[Came]) -> Iterator[tuple[Sequence[Came], str]]:
         until = _complete(came[older - 1])
 
 
-def _slow_of(came: Sequence[Came], what: str) -> list[OpFinding]:
+def _slow_of(came: Sequence[Arrivals], what: str) -> list[OpFinding]:
     """Of these collectives: for each, when its ranks came, in their order."""
     if not came:
         return []
