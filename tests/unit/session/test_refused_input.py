@@ -153,7 +153,7 @@ def test_tab_offers_what_is_made_for_users(session: Session, run: Run) -> None:
     assert offered(run) == [
         "attention", "break_at", "breakpoints", "closed", "compare", "config", "corrupt", "decode", "edited", "failure",
         "faults", "hang", "hidden", "inject", "kv", "message", "pause", "plan", "play", "prediction", "replay",
-        "report", "restart", "resume", "run_to", "save", "severity", "sha256", "source", "standing", "step",
+        "report", "restart", "resume", "resume_back", "run_to", "save", "severity", "sha256", "source", "standing", "step",
         "step_back", "text", "tokens", "trace", "undo", "verdict", "wait", "where", "world_size",
     ]  # fmt: skip
     assert offered(session) == [
