@@ -9,8 +9,9 @@ the contract for import-linter; imports in functions and for types count too):
 - `watch`: what runs inside other people's processes, and what it writes; standard library and torch only.
 - `severity`, `version`; `errors`, `messages`: how grave a message is, the base of all errors, the messages between
   session and rank; standard library only.
-- `files`, `arguments`; `config`, `display`: files that are read within bounds and written beside others; what a call
-  takes; a run's parameters, validated; how values are shown as text and HTML.
+- `files`, `arguments`, `codec`; `tabular`; `config`, `display`: files that are read within bounds and written beside
+  others; what a call takes; how K and V are written on the wire; tables as DataFrames and CSV; a run's parameters,
+  validated; how values are shown as text and HTML. `progress`: bars.
 - `plan`, `model`: what will be done: ops, lanes, schedules, proofs, simulated time; and transformers' layers one by
   one, without ranks. `planner`: what layers and links cost, and which plan to run.
 - `results`, `trace`, `kv`, `history`: what happened: results of calls, events and figures; whose KV differs, where and
@@ -21,7 +22,7 @@ the contract for import-linter; imports in functions and for types count too):
 - `rank`: an engine as a process: commands from the session, the watcher beside it, stacks, memory, faults.
 - `cluster`: the ranks as a session reaches them: engines of ipyparallel or threads; leases and recovery.
 - `monitor`: watches for hangs and gathers the evidence.
-- `saved`: runs as folders, and replay of one rank.
+- `saved`: runs as folders, replay of one rank, and the search for the block that makes an answer wrong.
 - `run`: what a user holds: step, break, decode, inspect, inject, report; `watching`: the same of other people's code,
   judged from what `watch` has recorded.
 - `session`, `launch`, `views`: notebooks; ranks of the command line; panels, figures and reports.
@@ -90,11 +91,12 @@ def connect(
 @checked
 def open(path: str | Path) -> "Saved":
     """Open a run that `run.save` wrote to a folder or `run.report` to a file, without a cluster: its trace, plan,
-    verdict and KV. `.diff(…)` compares it with another run, saved or live. Raises SavedError."""
+    verdict and KV. `.debugger()` shows it, `.diff(…)` compares it with another run, saved or live. Raises
+    SavedError."""
     _announce_import()
     from dinfer.saved.saved import open_saved
 
-    return open_saved(path, _write)
+    return open_saved(path, _write, _show)
 
 
 def _watch(
@@ -135,8 +137,9 @@ def _write(trace: "Trace", path: "Path") -> "Path":
     return write_report([trace], path)
 
 
-def _show(shown: "Run | Watch") -> Any:
-    """The panel of a run or a watch."""
+def _show(shown: "Run | Watch | Saved") -> Any:
+    """The panel of a run, a watch or a saved run."""
+    from dinfer.saved.saved import Saved
     from dinfer.watching.live import Watch
 
     if isinstance(shown, Watch):
@@ -145,6 +148,10 @@ def _show(shown: "Run | Watch") -> Any:
         return WatchPanel(shown)
     from dinfer.views.panel import Panel
 
+    if isinstance(shown, Saved):
+        from dinfer.views.read_only import ReadOnlyRun
+
+        return Panel(ReadOnlyRun(shown))
     return Panel(shown)
 
 

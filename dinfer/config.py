@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from dinfer.arguments import nearest
+from dinfer.codec.choice import ABOUT, Codec, CodecError
 from dinfer.errors import DinferError, excerpt
 from dinfer.files import FileError, as_text, read_bytes
 
@@ -73,6 +74,11 @@ class Config:
     chunk_size: int = _parameter(128, "tokens per chunk of the prompt", low=1, high=LARGEST)
     sync_strategy: SyncStrategy = _parameter("pairwise", "which rank sends a block to which")
     schedule: Schedule = _parameter("pipelined", "the rule that lays ops on lanes")
+    codec: str = _parameter(
+        "none",
+        f"what blocks are sent as: {', '.join(ABOUT)}; or K and V by one each: k=int8,v=fp8; all but none and lossless "
+        "lose precision",
+    )
     unsafe: bool = _parameter(False, "run a plan even if verify refutes it")
     device_mode: DeviceMode = _parameter(
         "single_node", "single_node: all ranks on this machine; multi_node: one on each"
@@ -141,8 +147,14 @@ class Config:
                 f"kernels is {self.kernels}, which needs a GPU for each rank, but gpu_ids is empty: give gpu_ids, or "
                 "kernels exact or auto."
             )
+        _codec(self.codec)
         if self.top_p <= 0:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1: all tokens).")
+
+    @property
+    def codec_text(self) -> str:
+        """For one-line descriptions of a run: `, codec int8`; "" for none."""
+        return "" if self.codec == "none" else f", codec {self.codec}"
 
     @property
     def uses_streams(self) -> bool:
@@ -247,6 +259,8 @@ def _convert(name: str, value: Any) -> Any:
     scalar = _scalar(name, value, kind)
     if name == "prompt":
         return _utf8_text(scalar)
+    if name == "codec":
+        return _codec(scalar)
     if isinstance(scalar, str) and "\0" in scalar:
         raise ConfigError(f"{name} is {excerpt(scalar)}; it must not contain the character NUL.")
     return scalar
@@ -270,6 +284,14 @@ def _scalar(name: str, value: Any, kind: type) -> Any:
     if number != number or number in (float("inf"), float("-inf")):
         raise ConfigError(f"{name} is {excerpt(value)}; it must be a finite number.")
     return number
+
+
+def _codec(value: str) -> str:
+    """A codec in its one spelling. Raises ConfigError."""
+    try:
+        return str(Codec.of(value))
+    except CodecError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _utf8_text(prompt: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dinfer.codec.choice import Codec, CodecError
 from dinfer.config import Config, ConfigError
 from dinfer.display import html_text
 from dinfer.errors import ipython
@@ -197,7 +198,22 @@ def _check_world_size(config: Config, spec: Spec) -> None:
         )
 
 
+def _check_codec(config: Config, spec: Spec) -> None:
+    """Raises ConfigError for a codec that is not for this KV, or not for how ranks are connected."""
+    codec = Codec.of(config.codec)
+    if not codec.is_none and config.uses_streams:
+        raise ConfigError(
+            f"codec is {codec}, but the ranks are connected by {config.backend}, which sends blocks as they are: give "
+            "codec none, or backend gloo."
+        )
+    try:
+        codec.check(spec.dtype if config.dtype == "auto" else config.dtype)
+    except CodecError as error:
+        raise ConfigError(str(error)) from None
+
+
 def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | CustomSchedule | None) -> Job:
+    _check_codec(config, spec)
     shape = partition(
         layers=spec.layers,
         tokens=len(ids),

@@ -109,8 +109,14 @@ def bench_planner(
             ranks = _run(placed, case, ids, plans, repeats, behind)
         seconds = dict(zip(("chosen", *others), map(median, _rounds(ranks)), strict=True))
         predicted = {name: planner.seconds(one) for name, one in others.items()}
-        because = {"because": list(chosen.because), "lengths": list(chosen.candidate.lengths)}
-        found.append({**case_figures(case.name, chosen.predicted_s, seconds, predicted), **because})
+        found.append(
+            {
+                **case_figures(case.name, chosen.predicted_s, seconds, predicted),
+                "chosen": str(chosen.candidate),
+                "because": list(chosen.because),
+                "lengths": list(chosen.candidate.lengths),
+            }
+        )
     about = {"tokens": tokens, "layers": layers, "world_size": config.world_size, "threads": config.threads}
     return {**about, "repeats": repeats, "cases": found, "skipped": skipped}
 

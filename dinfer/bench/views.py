@@ -34,13 +34,20 @@ from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import EVENTS, FIGURES
+from dinfer.views.find import Searched, find
 from dinfer.views.inspector import Fetched, Inspector, InspectRequest, picture
 from dinfer.views.panel import Panel
+from dinfer.views.recorded import Recorded
 from dinfer.views.report.page import REPORT_FIGURES, write_report
+from dinfer.views.scrubber import TimeQuestion, answer
 from dinfer.views.status import layout, moment
+from dinfer.views.timeline import Timeline
 
 MAPS = ((36, 32, 3), (80, 64, 8))
 """layers, chunks, ranks"""
+
+BINS = 1000
+"""of a strip, as wide as a page"""
 
 HEADS, TOKENS, DIMS = 8, 2048, 128
 
@@ -69,6 +76,7 @@ def kernel_costs(trace: Trace, timed: Timer) -> dict[str, dict[str, float]]:
             "ms": timed(lambda plan=plan, cells=cells, at=standing: json.dumps(moment(plan, cells, at)[0])),  # type: ignore[misc]
             "bytes": len(drawn) + len(json.dumps(shown)),
         }
+        found |= time_costs(size, plan, standing, timed)
     want, fetched = inspected()
     found[f"inspector {HEADS} × {TOKENS} × {DIMS}"] = {
         "ms": timed(lambda: picture(want, fetched)),
@@ -80,6 +88,35 @@ def kernel_costs(trace: Trace, timed: Timer) -> dict[str, dict[str, float]]:
         "bytes": len(FIGURES["latency"](newest).to_json()),
     }
     return found
+
+
+def time_costs(
+    size: tuple[int, int, int], plan: Plan, standing: Standing, timed: Timer
+) -> dict[str, dict[str, float]]:
+    """The same of the scrubber and the search box: another moment with the totals of a stretch, another strip, and a
+    search that every op is compared with."""
+    timeline = Timeline(paper_trace(plan), size)
+    recorded = Recorded(timeline, standing, "")
+    half, third = timeline.span // 2, timeline.span // 3
+    asked = TimeQuestion.of({"at": half, "bins": BINS, "rank": 0, "stretch": [third, half]})
+    first, buffers = answer(asked, recorded, plan)
+    again = asked._replace(have=first["key"])
+    searched = Searched(plan, [""] * len(plan.shape.chunks), standing, timeline)
+    name = " × ".join(map(str, size))
+    return {
+        f"moment and stretch {name}": {
+            "ms": timed(lambda: json.dumps(answer(again, recorded, plan)[0])),
+            "bytes": len(json.dumps(answer(again, recorded, plan)[0])) + len(buffers[-1]),
+        },
+        f"strip of {BINS} bins {name}": {
+            "ms": timed(lambda: json.dumps(answer(asked, recorded, plan)[0])),
+            "bytes": len(json.dumps(first)) + sum(map(len, buffers)),
+        },
+        f"search {name}": {
+            "ms": timed(lambda: find("slowest", searched)),
+            "bytes": len(json.dumps([hit.as_dict() for hit in find("slowest", searched).hits])),
+        },
+    }
 
 
 def browser_rates(browser: Any, trace: Trace) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """`dinfer doctor`, `clean`, `vscode`, `report` and `lab`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ from typer import Argument, Exit, Option
 from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, keep_json, log, stop
 from dinfer.config import ConfigError
 from dinfer.files import free_path
-from dinfer.saved.format import TRACE
+from dinfer.saved.format import TRACE, SavedError
 from dinfer.severity import Severity
 from dinfer.trace.export import TraceError
 from dinfer.trace.read import read_traces
@@ -106,7 +107,7 @@ def report(
         stop(f"the trace {error.filename!r} cannot be read: {error.strerror}.", BAD_INPUT)
     except (ConfigError, TraceError) as error:
         stop(error, BAD_INPUT)
-    from dinfer.views.report.page import write_report
+    from dinfer.views.report.page import Told, write_report
 
     runs = [trace for _, some in found for trace in some]
     names = [
@@ -114,10 +115,29 @@ def report(
     ]
     if len(set(names)) < len(names):
         names = [f"{n}: {name}" for n, name in enumerate(names, 1)]
+    between = [Told(severity.word, text) for severity, text in _between(traces)]
     try:
-        print(f"report: {write_report(runs, output, names if len(names) > 1 else ())}")
+        print(f"report: {write_report(runs, output, names if len(names) > 1 else (), between)}")
     except OSError as error:
         stop(f"the report could not be written to {output}: {error.strerror}.", FAILED)
+
+
+def _between(paths: Sequence[str]) -> list[tuple[Severity, str]]:
+    """Of two saved runs, how KV and new tokens of the first differ from the second's; of others, which hold no KV,
+    nothing."""
+    if len(paths) != 2 or not all((Path(path) / TRACE).is_file() for path in paths):
+        return []
+    from dinfer.run.comparison import compare_runs
+    from dinfer.saved.saved import open_saved
+
+    try:
+        found = compare_runs(open_saved(paths[0]), open_saved(paths[1]))
+    except SavedError as error:  # for example, no rank answered when it was saved
+        return [(Severity.NOTE, f"KV was not compared: {error}")]
+    kv = Severity.NOTE if found.kv is None else found.kv.severity
+    tokens = Severity.OK if found.first_token is None else Severity.ERROR
+    told = [(kv, found.kv_text()), (tokens, found.token_text())]
+    return [(severity, text) for severity, text in told if text]
 
 
 def _trace_of(path: str) -> Path:

@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +50,16 @@ def watch(
     checkpoint: Annotated[
         str, Option(help="with --compare: the folder of the model [default: the one that was seen]")
     ] = "",
+    listen: Annotated[
+        str,
+        Option(
+            help="the job runs on other hosts, too, which join at this port, or ADDRESS:PORT; 0: any free port"
+        ),
+    ] = "",
+    join: Annotated[
+        str,
+        Option(help="the job is watched on another host: the ADDRESS:PORT/KEY that its --listen has printed"),
+    ] = "",
     quiet: Annotated[bool, Option("--quiet", help="no lines about ranks while all goes well")] = False,
     overwrite: Annotated[
         bool, Option("--overwrite", help="replace the files of --report, --json and --trace if they exist")
@@ -66,11 +76,20 @@ def watch(
             f'--checkpoint is {checkpoint!r}, which is no folder; give that of the model, or "demo".',
             BAD_INPUT,
         )
+    if join and (listen or report or json_path or trace or compare):
+        stop(
+            "--join is for a part of a job: --listen, --report, --json, --trace and --compare are of the host that "
+            "is joined.",
+            BAD_INPUT,
+        )
     with PassedOn() as passed:  # before what is imported starts threads
-        status = _watched(
-            passed, command, report, json_path, trace, folder, environment,
-            checkpoint if compare else None, quiet, overwrite,
-        )  # fmt: skip
+        if join:
+            status = _joined(passed, command, folder, environment, join)
+        else:
+            status = _watched(
+                passed, command, report, json_path, trace, folder, environment,
+                checkpoint if compare else None, quiet, overwrite, listen,
+            )  # fmt: skip
     raise Exit(status)
 
 
@@ -80,6 +99,58 @@ def _tap(kv: str, k: str, v: str, layer: str) -> dict[str, str]:
         stop("--kv package.module:Class.method takes --k, --v and --layer: all four, or none.", BAD_INPUT)
     tapped = [{"method": kv, "k": k, "v": v, "layer": layer}]
     return {"DINFER_WATCH_KV": json.dumps(tapped)} if kv else {}
+
+
+def _joined(
+    passed: "PassedOn", command: list[str], folder: str, environment: dict[str, str], address: str
+) -> int:
+    """Run it as a part of the job that is watched at `address`, and return its status."""
+    from dinfer.watching.joining import JoinedCommand
+    from dinfer.watching.lines import CommandLines
+
+    lines = CommandLines(sys.stderr)
+    place = _place(folder)
+    with _starting(command):
+        running = JoinedCommand(
+            command, place, address, on_verdict=lines.told_elsewhere, environment=environment,
+            starting=passed.starting(),
+        )  # fmt: skip
+    lines.say("dinfer: this host has joined; verdicts, links and report are told where it was joined.")
+    passed.follow(running.process, lambda: None)
+    status, has_arrived = running.wait()
+    if not has_arrived:
+        lines.say(
+            f"dinfer: the end has not arrived there; the records are in {place}: `dinfer explain` reads them."
+        )
+    return status
+
+
+def _place(folder: str) -> Path:
+    """Where the records go: that folder, or a new one. Raises Exit for one that is not empty."""
+    from dinfer.rank.logs import new_run_folder
+
+    try:
+        place = Path(folder) if folder else new_run_folder(Path(Config.log_dir))
+        if folder and place.is_dir() and any(place.iterdir()):
+            raise ConfigError(f"--folder is {folder!r}, which is not empty: give another.")
+    except (ConfigError, OSError) as error:
+        stop(error, BAD_INPUT)
+    return place
+
+
+@contextmanager
+def _starting(command: list[str]) -> Iterator[None]:
+    """Raises Exit, with a shell's status, where the command cannot be started, and where hosts cannot be joined."""
+    from dinfer.watching.command import NOT_STARTED
+
+    try:
+        yield
+    except FileNotFoundError:
+        stop(f"the command {command[0]!r} was not found.", NOT_STARTED)
+    except OSError as error:
+        stop(f"the command {command[0]!r} cannot be started: {error.strerror}.", NOT_STARTED - 1)
+    except DinferError as error:
+        stop(error, BAD_INPUT)
 
 
 def _watched(
@@ -93,33 +164,31 @@ def _watched(
     compared: str | None,
     quiet: bool,
     overwrite: bool,
+    listen: str,
 ) -> int:
     """Run it, say what there is to say, and return its status. `compared`: with which checkpoint, "" for the one that
-    was seen; None: with none."""
-    from dinfer.rank.logs import new_run_folder
+    was seen; None: with none. `listen`: where other hosts join; "": none do."""
     from dinfer.watch.probe.tensors import COMPARE_VARIABLE
-    from dinfer.watching.command import NOT_STARTED, WatchedCommand
+    from dinfer.watching.command import WatchedCommand
     from dinfer.watching.lines import CommandLines
+    from dinfer.watching.listening import Listener
     from dinfer.watching.written import as_dict
 
     try:
         check_outputs({"--report": report, "--json": json_path, "--trace": trace}, overwrite=overwrite)
-        place = Path(folder) if folder else new_run_folder(Path(Config.log_dir))
-        if folder and place.is_dir() and any(place.iterdir()):
-            raise ConfigError(f"--folder is {folder!r}, which is not empty: give another.")
     except (ConfigError, OSError) as error:
         stop(error, BAD_INPUT)
-    lines = CommandLines(sys.stderr)
+    place, lines = _place(folder), CommandLines(sys.stderr)
     if compared is not None:
         environment = {**environment, COMPARE_VARIABLE: "1"}
-    try:
+    with _starting(command):
+        listener = Listener(place, listen, lines.joined) if listen else None
+        if listener:
+            lines.say(f"dinfer: the other hosts join by: dinfer watch --join {listener.address} -- COMMAND")
         running = WatchedCommand(
-            command, place, tell=lines.verdict, environment=environment, starting=passed.starting()
-        )
-    except FileNotFoundError:
-        stop(f"the command {command[0]!r} was not found.", NOT_STARTED)
-    except OSError as error:
-        stop(f"the command {command[0]!r} cannot be started: {error.strerror}.", NOT_STARTED - 1)
+            command, place, tell=lines.verdict, environment=environment, starting=passed.starting(),
+            listener=listener,
+        )  # fmt: skip
 
     def on_end() -> None:
         running.told_to_end()
@@ -141,6 +210,8 @@ def _watched(
                 keep_json(as_dict(running.jobs, verdicts, running.verdict, status), json_path)
     except Exception as error:  # a fault of dinfer's must not decide the status
         lines.say(f"dinfer: what was seen cannot be told: {type(error).__name__}: {error}")
+    if listener:
+        listener.close()
     return status
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dinfer.codec.choice import Codec
 from dinfer.config import Config
 from dinfer.engine.ahead import Ahead
 from dinfer.engine.board import Board
@@ -140,6 +141,7 @@ class Engine:
             state = Prefill(
                 self.decoder, self.cache, plan, self.rank, ids,
                 digests=self.config.digests, alarm=self._alarm, finite=finite, graphs=self._graphs_for(plan),
+                codec=Codec.of(self.config.codec),
             )  # fmt: skip
             self._prompt = Prompt(
                 state, self._executor, on_op=self._on_op, on_hit=self._on_hit, all_stands=self._all_stands
@@ -206,6 +208,7 @@ class Engine:
             raise NotPossible("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
         state, config = None, self.config
         if self._prompt is not None:
+            self._prompt.state.coded.seal_all()
             self._prompt.state.finite.settle()  # the recorder's lane for decode is its own from here on
         if kv_caches is None:
             tokens = len(self.ids)
@@ -290,6 +293,7 @@ class Engine:
 
     def kv(self, layer: int) -> LayerKV:
         """K and V of a layer that this rank holds, as views: writing edits the cache. Raises PlanError."""
+        self.executor.state.coded.seal_all()
         return layer_kv(self.executor, layer)
 
     @property
@@ -349,6 +353,10 @@ class Engine:
             log.warning("kernels=exact: by this plan, chunks or prompt are longer than what was captured")
         elif sum(any(op.kind == "layer" for op in lane.ops) for lane in plan.lanes[self.rank]) > 1:
             log.warning("kernels=exact: by this plan, rank %d runs layers on several lanes", self.rank)
+        elif Codec.of(self.config.codec).is_lossy:
+            log.warning(
+                "kernels=exact: codec %s is lossy, and prefill computes on KV of its own", self.config.codec
+            )
         else:
             return layers
         return None

@@ -1,12 +1,15 @@
 """What each kind of op does: HANDLERS maps an op kind to its function. The executors decide when an op runs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic_ns
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dinfer.codec.choice import NONE
+from dinfer.engine.coded import largest_bytes
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.prefill import Prefill
 from dinfer.kv.digests import as_numbers
@@ -36,8 +39,10 @@ def embed(state: Prefill, op: Op, _: Comm) -> Outcome:
 
 
 def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
+    began = monotonic_ns()
     state.layer(op)
     state.ordering.launched(op.makes())
+    state.faults.slow_layer((monotonic_ns() - began) / 1e9)
     return Outcome()
 
 
@@ -49,10 +54,10 @@ def norm(state: Prefill, op: Op, _: Comm) -> Outcome:
 
 def send(state: Prefill, op: Op, comm: Comm) -> Outcome:
     with state.ordering.reading(op.value):
-        payload, header = payload_of(state, op), header_at(state, op).pack()
-        if op.what == "kv":
-            header = signed(header, state.ledger.signature((op.chunk, op.layer)))
+        payload, header = message_of(state, op)
         met = comm.send(channel_of(comm.rank, op), header, payload)
+    if op.what == "kv":
+        state.coded.sent((op.chunk, op.layer))
     return Outcome(met, payload.nbytes)
 
 
@@ -63,14 +68,20 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
     if came.void:
         return Outcome(released=True)
     try:
-        check(came, header_at(state, op), op)
+        check(came, header_at(state, op, arriving=True), op)
     except TransferError:
         comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # keeps the channel usable
         raise
+    state.faults.slow_message(op)
     place, corrupt = _place(state, op), None
     if op.what == "kv":
         with state.ordering.receiving(op.makes()):
-            comm.recv_payload(channel, place)
+            if came.codec.is_none:
+                comm.recv_payload(channel, place)
+            else:
+                coded = torch.empty(came.nbytes, dtype=torch.uint8)
+                comm.recv_payload(channel, coded)
+                state.coded.arrived((op.chunk, op.layer), coded, place)
             found = state.receive_block(op, signature_of(data), place)
         corrupt = state.check_digests(op, came, None if found is None else as_numbers(found))
     else:
@@ -78,7 +89,7 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
         if op.what == "hidden":
             state.finite.made(op, place)
         _keep(state, op, place)
-    return Outcome(met, place.nbytes, corrupt=corrupt)
+    return Outcome(met, came.nbytes, corrupt=corrupt)
 
 
 HANDLERS: dict[str, Callable[[Prefill, Op, Comm], Outcome]] = {
@@ -90,8 +101,20 @@ HANDLERS: dict[str, Callable[[Prefill, Op, Comm], Outcome]] = {
 }
 
 
+def message_of(state: Prefill, op: Op) -> tuple[Tensor, bytes]:
+    """What a send sends, contiguous, and its header. Raises TransferError if its size is not the plan's."""
+    payload, header = payload_of(state, op), header_at(state, op)
+    if op.what != "kv":
+        return payload, header.pack()
+    key = op.chunk, op.layer
+    if not header.codec.is_none:
+        payload = state.coded.payload(key)
+        header = replace(header, nbytes=payload.nbytes)
+    return payload, signed(header.pack(), state.ledger.signature(key))
+
+
 def payload_of(state: Prefill, op: Op) -> Tensor:
-    """The tensor that a send sends, contiguous. Raises TransferError if its size is not the plan's."""
+    """The tensor that a send sends, before a codec, contiguous. Raises TransferError if its size is not the plan's."""
     if op.what == "kv":
         payload = state.block(op.chunk, op.layer)
     elif op.what == "final":
@@ -102,7 +125,7 @@ def payload_of(state: Prefill, op: Op) -> Tensor:
     tokens = payload.shape[0] if op.what == "kv" else payload.shape[1]
     if tokens != op.tokens:
         raise TransferError(f"`{op}` sends {op.tokens} tokens by the plan, but {op.value} has {tokens}.")
-    expected = header_at(state, op).nbytes
+    expected = _nbytes(state, op)
     if payload.nbytes != expected:  # a longer one would abort the receiving process
         raise TransferError(
             f"`{op}`: {op.value} is {list(payload.shape)} in {payload.dtype}, {payload.nbytes:,} bytes instead of "
@@ -118,12 +141,21 @@ def land(state: Prefill, op: Op) -> Tensor:
     return place
 
 
-def header_at(state: Prefill, op: Op) -> Header:
-    """The header that the plan expects for a transfer; the same at both ends."""
+def header_at(state: Prefill, op: Op, *, arriving: bool = False) -> Header:
+    """The header that the plan expects for a transfer; the same at both ends, but in a replay for blocks `arriving`."""
+    codec = NONE
+    if op.what == "kv":
+        codec = state.coded.arriving if arriving else state.coded.codec
+    nbytes = _nbytes(state, op) if codec.is_none else largest_bytes(codec, state.block(op.chunk, op.layer))
+    dtype = str(state.decoder.dtype).removeprefix("torch.")
+    return Header(state.plan.id, op.value, op.tokens, dtype, nbytes, codec=codec)
+
+
+def _nbytes(state: Prefill, op: Op) -> int:
+    """Bytes of what a transfer carries, before a codec."""
     decoder = state.decoder
     width = 2 * decoder.kv_heads * decoder.head_dim if op.what == "kv" else decoder.hidden_size
-    nbytes = state.plan.expected_tokens(op) * width * decoder.dtype.itemsize
-    return Header(state.plan.id, op.value, op.tokens, str(decoder.dtype).removeprefix("torch."), nbytes)
+    return state.plan.expected_tokens(op) * width * decoder.dtype.itemsize
 
 
 def largest_payload(state: Prefill) -> int:

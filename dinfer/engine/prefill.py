@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dinfer.codec.choice import NONE, Codec
+from dinfer.engine.coded import CodedBlocks
 from dinfer.engine.corruption import Alarm, Corruption
 from dinfer.engine.faults import Faults
 from dinfer.engine.finite import FiniteCheck
@@ -29,7 +31,8 @@ class Prefill:
     every op that needs them has run. `final`: the normed hidden state of the last token, [1, 1, hidden_size].
     `differing`: (chunk, layer) → how a received block differs from its digests. `extra`: by layer, rows beyond the
     plan's, from faults. `digests`: whether to keep a ledger; `alarm` is called for corrupted blocks;
-    `finite` looks for NaN and Inf. `graphs`: run layers; None: transformers' own kernels do.
+    `finite` looks for NaN and Inf. `codec`: of blocks on the wire, see `coded`.
+    `graphs`: run layers; None: transformers' own kernels do.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Prefill:
         alarm: Alarm,
         finite: FiniteCheck,
         graphs: LayerGraphs | None = None,
+        codec: Codec = NONE,
     ) -> None:
         self.decoder, self.cache, self.plan, self.rank = decoder, cache, plan, rank
         self.ids = list(ids)
@@ -56,6 +60,7 @@ class Prefill:
         self.ordering = Ordering(cache.device)
         own = [op for lane in plan.lanes[rank] for op in lane.ops]
         self.faults = Faults(self, own)
+        self.coded = CodedBlocks(self, codec)
         self._entered = {v for op in own if op.kind in ("embed", "recv") for v in op.makes()}
         self._uses = Counter(need for op in own for need in op.needs() if need.what == "hidden")
         self._ids = decoder.checked_ids(self.ids)
@@ -84,6 +89,7 @@ class Prefill:
     def free(self) -> None:
         """Free the tensors, so that a leftover reference to this prompt does not keep its KV in memory."""
         self.finite.close()
+        self.coded.free()
         self.cache, self.hidden, self.final = self.decoder.new_cache(1), {}, None
         self.ledger.keep(())
         self._graphs = self._kept = None
@@ -113,7 +119,8 @@ class Prefill:
     def receive_block(self, op: Op, announced: Tensor, block: Tensor) -> Tensor | None:
         """Enter a received block into the ledger, with the signature of its header, int64 [3]. Returns its digests,
         int64 [2], on the signature's device; None without a ledger."""
-        self.faults.on_wire(op, block)
+        if self.faults.on_wire(op, block):
+            self.coded.changed((op.chunk, op.layer))
         found = self.ledger.arrived((op.chunk, op.layer), block, announced)
         self.faults.in_memory(op, block)
         return found
@@ -152,7 +159,7 @@ class Prefill:
         """The tensors that an op made on this rank, by name: K, V, and the hidden state if it is still needed."""
         made = []
         if op.kind == "layer" or (op.kind == "recv" and op.what == "kv"):
-            block = self.block(op.chunk, op.layer)
+            block = (self.coded if op.kind == "layer" else self).block(op.chunk, op.layer)
             made += [("K", block[:, 0]), ("V", block[:, 1])]
         for value in op.makes():
             if value.what == "hidden" and (hidden := self.hidden.get((value.chunk, value.layer))) is not None:
@@ -165,7 +172,8 @@ class Prefill:
         """Take digests of these layers' blocks again: the user has edited KV or hidden states on the default stream."""
         self.ordering.forget()
         for chunk, layer in [key for key in self.ledger.entries if key[1] in layers]:
-            self.ledger.edited((chunk, layer), self.block(chunk, layer))
+            if self.ledger.edited((chunk, layer), self.block(chunk, layer)):
+                self.coded.edited((chunk, layer))
 
     def layer(self, op: Op) -> None:
         """Run a layer op: compute its block and the next hidden state, look for NaN and Inf, and take digests."""
@@ -175,6 +183,7 @@ class Prefill:
             self.finite.kept(op)
             if self.ledger.on:
                 self.ledger.made_by_graph(key)
+            self.coded.computed(key)
         else:
             self._look_at(op, output)
         if (uses := self._uses[Value("hidden", *following)]) > 0:
@@ -183,11 +192,12 @@ class Prefill:
 
     def _look_at(self, op: Op, output: Tensor) -> None:
         """Let faults strike what a layer op has made, take its digests, and look for NaN and Inf."""
-        block = self.block(op.chunk, op.layer)
+        block = self.coded.block(op.chunk, op.layer)
         self.faults.computed(op, block)
         self.finite.made(op, output, block)
-        self.ledger.made((op.chunk, op.layer), block)
-        self.faults.in_memory(op, block)
+        if not self.coded.computed((op.chunk, op.layer)):
+            self.ledger.made((op.chunk, op.layer), block)
+            self.faults.in_memory(op, block)
 
     def _run(self, chunk: int, layer: int, hidden: Tensor, kept: Kept | None) -> tuple[Tensor, bool]:
         """Run a layer on a chunk's hidden state and write its block.
@@ -197,10 +207,11 @@ class Prefill:
         """
         rows, shift, graphs = self.rows(chunk), self.faults.shift(chunk, layer), self._graphs
         if graphs is None or shift or not graphs.holds(len(rows), rows.stop):
-            output = self.decoder.layer(layer, hidden, self.cache, rows.start)
+            cache = self.coded.cache
+            output = self.decoder.layer(layer, hidden, cache, rows.start)
             if shift:
-                self.faults.note_right(chunk, layer, self.block(chunk, layer))
-                output = self.decoder.layer(layer, hidden, self.cache, rows.start, shift)
+                self.faults.note_right(chunk, layer, self.coded.block(chunk, layer))
+                output = self.decoder.layer(layer, hidden, cache, rows.start, shift)
             return output, False
         graphs.bind(self.cache, kept)
         graphs.begin(len(rows), rows.start, chunk)
@@ -219,6 +230,7 @@ class Prefill:
         if FINAL not in made:
             self.final = None
         self.ledger.keep({(value.chunk, value.layer) for value in made if value.what == "kv"})
+        self.coded.rewound(made, todo)
         self.faults.rewound(lambda chunk, layer: Value("kv", chunk, layer) in made, todo)
         for key in list(self.hidden):
             value = Value("hidden", *key)
@@ -232,7 +244,7 @@ class Prefill:
             entry = max(known for c, known in self.hidden if c == chunk and known < layer)
             hidden = self.hidden[chunk, entry]
             for index in range(entry, layer):
-                block = self.block(chunk, index)
+                block = self.coded.block(chunk, index)
                 current = block.clone()
                 hidden, _ = self._run(chunk, index, hidden, None)
                 block.copy_(current)  # a fault or the user may have changed it since it was computed

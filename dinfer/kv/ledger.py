@@ -75,10 +75,10 @@ class Ledger:
             self._by_graph.add(key)
         self.told.discard(key)
 
-    def made(self, key: BlockKey, block: Tensor) -> None:
-        """This rank has computed the block, [tokens, 2, kv_heads, head_dim]."""
+    def made(self, key: BlockKey, block: Tensor, *, edited: bool = False) -> None:
+        """This rank has computed the block, [tokens, 2, kv_heads, head_dim], or the user has `edited` it."""
         if self.on:
-            self._enter(key, _entry(block))
+            self._enter(key, _entry(block)._replace(edited=edited))
 
     def arrived(self, key: BlockKey, block: Tensor, announced: Tensor) -> Tensor | None:
         """This rank has received the block, announced with this signature. Returns its digests, on the signature's
@@ -93,14 +93,17 @@ class Ledger:
         self._enter(key, entry._replace(signature=passed_on))
         return found
 
-    def edited(self, key: BlockKey, block: Tensor) -> None:
-        """The user may have changed the block. If so, its bytes are from now on what they should be."""
+    def edited(self, key: BlockKey, block: Tensor) -> bool:
+        """The user may have changed the block. If so, its bytes are from now on what they should be. Returns whether
+        it was so."""
         before = self.entries.get(key)
         if before is None:
-            return
+            return False
         entry = _entry(block)
-        if not torch.equal(entry.rows, before.rows):
-            self._enter(key, entry._replace(edited=True))
+        if torch.equal(entry.rows, before.rows):
+            return False
+        self._enter(key, entry._replace(edited=True))
+        return True
 
     def signature(self, key: BlockKey) -> Tensor:
         """What a header says of the block, int64 [3]: see `LedgerEntry`. It does not change with the block. It lies on

@@ -18,8 +18,17 @@ from torch import Tensor
 
 from dinfer.errors import ModelError
 from dinfer.model.cache import CacheWindow, KVCache
-from dinfer.model.checkpoint import Spec, check, fingerprint, in_one_line, resolved_config, stored_shapes
+from dinfer.model.checkpoint import (
+    Spec,
+    check,
+    fingerprint,
+    in_one_line,
+    resolved_config,
+    stored_shapes,
+    weight_files,
+)
 from dinfer.model.families import family_of
+from dinfer.model.mapped import MappedFiles
 from dinfer.model.positions import Positions, layer_kinds
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,10 +41,11 @@ _LOADING = threading.Lock()
 class Decoder:
     """A causal language model as separate steps. Threads may share it, each with its own cache."""
 
-    def __init__(self, model: Any, spec: Spec) -> None:
-        """Wrap a transformers `...ForCausalLM` in eval mode, loaded from the checkpoint of `spec`."""
+    def __init__(self, model: Any, spec: Spec, files: MappedFiles | None = None) -> None:
+        """Wrap a transformers `...ForCausalLM` in eval mode, loaded from the checkpoint of `spec`. `files`: of which
+        its weights are views; every step raises `ModelError` once they have been written to."""
         config = model.config
-        self.model, self.spec = model, spec
+        self.model, self.spec, self._files = model, spec, files
         self.num_layers, self.hidden_size = spec.layers, spec.hidden_size
         self.kv_heads, self.head_dim = spec.kv_heads, spec.head_dim
         self.vocab_size, self.max_positions = spec.vocab_size, spec.max_positions
@@ -60,8 +70,9 @@ class Decoder:
         """Load a checkpoint folder (or "demo") with weights in `dtype` ("auto": the checkpoint's own).
 
         On a CPU, weights in the dtype of the files are views of the files: ranks of one machine share them, and they
-        are read from disk at first use. (Editing weights in place copies them. A file that is shortened meanwhile ends
-        the process, by SIGBUS: without `mapped`, weights are copied into memory.) Weights of another dtype, and
+        are read from disk at first use. (Editing weights in place copies them. Once a file is written to, every step
+        raises, and a step that is under way when it is shortened ends the process, by SIGBUS: without `mapped`, weights
+        are copied into memory.) Weights of another dtype, and
         experts, are converted tensor by tensor. Then they move to `device` one by one, each freed on the CPU as it
         arrives. `on_progress(done, total)`, in bytes, is called for each; on a CPU it makes all weights be read from
         disk now.
@@ -80,16 +91,27 @@ class Decoder:
             # cuDNN plans its attention for every length in every thread: 50 ms for each chunk and new token.
             torch.backends.cuda.enable_cudnn_sdp(False)
         with _one_load_at_a_time():
+            files = MappedFiles(spec.path, weight_files(spec.path))
             model = _load_model(spec, dtype)
             views = str(model.dtype) == f"torch.{spec.stored_dtype}" and not family_of(spec).rebuilds_weights
             if views and not mapped and device == "cpu":
                 for weight in model.parameters():
                     weight.data = _copied(weight.data)
+            stays = views and mapped and torch.device(device).type == "cpu"
             if fingerprint(spec.path) != spec.fingerprint:
                 raise ModelError(f"{spec.path} has changed while it was loaded: load it again")
             if on_progress:
                 _place(model, torch.device(device), on_progress)
-            return cls(model.to(device), spec)
+            return cls(model.to(device), spec, files if stays else None)
+
+    def check_files(self) -> None:
+        """Raises `ModelError` where weights are views of files that have been written to since."""
+        if self._files:
+            self._files.check()
+
+    def is_intact(self) -> bool:
+        """Whether the weights are those that were loaded, as far as files are concerned."""
+        return self._files is None or self._files.is_intact()
 
     def new_cache(self, capacity: int) -> KVCache:
         """An empty KV cache for `capacity` tokens, in the dtype and on the device of the model."""
@@ -113,6 +135,7 @@ class Decoder:
     @torch.no_grad()
     def embed_known(self, ids: Tensor) -> Tensor:
         """`embed` for ids from `checked_ids`; does not wait for the device."""
+        self.check_files()
         hidden: Tensor = self.base.embed_tokens(ids.unsqueeze(0))
         scale = self.family.embedding_scale
         return hidden if scale is None else hidden * getattr(self.model.config, scale)
@@ -136,6 +159,7 @@ class Decoder:
         placement = self.positions.of(kind, position, hidden)
         if shift:
             placement = replace(self.positions.of(kind, position + shift, hidden), mask=placement.mask)
+        self.check_files()
         output: Tensor = self.base.layers[index](
             hidden,
             attention_mask=placement.mask,
@@ -144,11 +168,13 @@ class Decoder:
             past_key_values=window,
             use_cache=True,
         )
+        self.check_files()  # it may have been written to meanwhile
         return output
 
     @torch.no_grad()
     def norm(self, hidden: Tensor) -> Tensor:
         """Apply the final norm to the last layer's output [1, T, hidden_size]; same shape."""
+        self.check_files()
         output: Tensor = self.base.norm(hidden)
         return output
 
@@ -160,6 +186,7 @@ class Decoder:
             raise ModelError(
                 f"logits takes the normed hidden state of one token, {wanted}; got {list(hidden.shape)}"
             )
+        self.check_files()
         logits: Tensor = self.model.lm_head(hidden)
         config, family = self.model.config, self.family
         if family.logits_divisor is not None:

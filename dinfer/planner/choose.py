@@ -53,6 +53,13 @@ class Candidate:
     schedule: Schedule
     sync_strategy: SyncStrategy
 
+    def __str__(self) -> str:
+        chunks = (
+            f"{len(self.lengths)} chunk{'s' * (len(self.lengths) > 1)} of up to {max(self.lengths)} tokens"
+        )
+        stages = f"stages from layer {numbers_text(self.starts)}"
+        return f"{self.schedule}, {self.sync_strategy}, {stages}, {chunks}"
+
     def plan(self, layers: int) -> Plan:
         return build(self.shape(layers), self.schedule, self.sync_strategy)
 
@@ -82,10 +89,10 @@ class Chosen:
 
 
 class Planner:
-    """Chooses for `layers` layers on this machine."""
+    """Chooses for `layers` layers on this machine, with at most about `ops` ops simulated, as OPS counts them."""
 
-    def __init__(self, machine: MeasuredMachine, layers: int) -> None:
-        self.machine, self.layers = machine, layers
+    def __init__(self, machine: MeasuredMachine, layers: int, ops: int = OPS) -> None:
+        self.machine, self.layers, self._ops = machine, layers, ops
         self._known: dict[Candidate, float] = {}
         self._used = 0
         """ops simulated so far, as OPS counts them"""
@@ -135,10 +142,10 @@ class Planner:
         return candidate
 
     def _faster(self, one: Candidate, others: Iterable[Candidate]) -> Candidate:
-        """The fastest; of equals, the first. Looks at no more of them once OPS are used up."""
+        """The fastest; of equals, the first. Looks at no more of them once its ops are used up."""
         best = one
         for other in others:
-            if other not in self._known and self._used > OPS:
+            if other not in self._known and self._used > self._ops:
                 continue
             if self.seconds(other) < self.seconds(best) * (1 - SLACK):
                 best = other

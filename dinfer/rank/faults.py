@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dinfer.engine.engine import Engine
 from dinfer.engine.faults import OnStrike, Strike
-from dinfer.engine.ops import HANDLERS, Outcome, header_at
+from dinfer.engine.ops import HANDLERS, Outcome, message_of
 from dinfer.engine.prefill import Prefill
 from dinfer.messages import Behave, Edited, FaultStruck, Misbehave, RankReport, SetFaults, Struck
 from dinfer.plan.faults import Fault
@@ -127,8 +127,8 @@ def _misbehave(order: Misbehave, run: RunOp, state: Prefill, op: Op, comm: Comm)
         case "reorder":  # of two sends each sends what is the other's, which need not have been computed
             first, second = map(parse_op, order.ops)
             other = second if op == first else first
-            payload = state.block(other.chunk, other.layer)
-            met = comm.send(channel_of(comm.rank, op), header_at(state, other).pack(), payload)
+            payload, header = message_of(state, other)
+            met = comm.send(channel_of(comm.rank, op), header, payload)
             return Outcome(met, payload.nbytes)
         case "longer":
             comm = _broken(comm, send=partial(_send_longer, comm))

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dinfer import messages
+from dinfer.codec.coding import as_received
+from dinfer.engine.prefill import Prefill
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
-from dinfer.kv.measure import per_head
+from dinfer.kv.measure import CellDifference, measure, per_head
 from dinfer.model.attention import attention, hidden_before
 from dinfer.rank.commands import Handler, looking
 from dinfer.rank.decode import PromptOnRank
@@ -39,6 +41,7 @@ def inspect_commands(rank: int, prompt: Callable[[], PromptOnRank]) -> list[Hand
         looking(messages.ReadRows, found.rows),
         looking(messages.ReadKvPart, found.part),
         looking(messages.SummarizeKv, found.summary),
+        looking(messages.MeasureLoss, found.loss),
         looking(messages.ListHidden, found.hidden_spans),
         looking(messages.ReadHidden, found.hidden),
         looking(messages.SummarizeHidden, found.hidden_summary),
@@ -77,7 +80,7 @@ class Inspection:
 
     def ledger(self, command: messages.ReadNotedKv) -> messages.NotedKv:
         blocks, came = list[messages.NotedBlock](), list[Tensor]()
-        for (chunk, layer), entry in sorted(self._prompt().engine.prompt.state.ledger.entries.items()):
+        for (chunk, layer), entry in sorted(self._state().ledger.entries.items()):
             if layer in command.layers:
                 differs = entry.announced not in (None, (0, 0), as_numbers(entry.digests))
                 came.append(entry.digests)
@@ -88,7 +91,7 @@ class Inspection:
         return messages.NotedKv(data.size, data.number, data.data, blocks=tuple(blocks))
 
     def ledger_rows(self, command: messages.ReadNotedRows) -> messages.TensorData:
-        entry = self._prompt().engine.prompt.state.ledger.entries.get((command.chunk, command.layer))
+        entry = self._state().ledger.entries.get((command.chunk, command.layer))
         return self._answer(entry.rows if entry else None)
 
     def row_digests(self, command: messages.DigestRows) -> messages.TensorData:
@@ -108,6 +111,17 @@ class Inspection:
         held = Inventory(self._prompt())
         return messages.TensorSummary(per_head(held.rows(command.layer, command.start, command.stop)))
 
+    def loss(self, command: messages.MeasureLoss) -> messages.KvLoss:
+        coded, found = self._state().coded, dict[str, CellDifference]()
+        for key in coded.made_here():
+            if key[0] in command.chunks and key[1] in command.layers:
+                exact = coded.block(*key)
+                made = as_received(coded.codec, exact)
+                for index, name in enumerate("KV"):
+                    one = measure(made[:, index], exact[:, index])
+                    found[name] = found[name].with_(one) if name in found else one
+        return messages.KvLoss(tuple(found.items()))
+
     # -- what the layers compute
 
     def hidden_spans(self, _: messages.ListHidden) -> messages.HiddenSpans:
@@ -126,7 +140,7 @@ class Inspection:
         engine, layer = self._prompt().engine, command.layer
         state = engine.prompt.state
         hidden, start = self._hidden(command.chunk, layer)[None], state.rows(command.chunk).start
-        found = attention(engine.decoder, layer, hidden, state.cache, start)
+        found = attention(engine.decoder, layer, hidden, state.coded.cache, start)
         weights = found.weights[list(command.heads)] if command.heads else found.weights
         data = self._answer(weights)
         return messages.AttentionData(data.size, data.number, data.data, first_key=found.first_key)
@@ -135,7 +149,7 @@ class Inspection:
         engine = self._prompt().engine
         state = engine.prompt.state
         start = state.rows(chunk).start
-        found = hidden_before(engine.decoder, chunk, layer, state.hidden, state.cache, start)
+        found = hidden_before(engine.decoder, chunk, layer, state.hidden, state.coded.cache, start)
         if found is None:
             raise RuntimeError(
                 f"rank {self._rank} has no hidden state of chunk {chunk} to come to layer {layer} from."
@@ -145,7 +159,7 @@ class Inspection:
     # -- what a replay needs beside that
 
     def blocks(self, command: messages.ReadBlocks) -> messages.TensorData:
-        state = self._prompt().engine.prompt.state
+        state = self._state()
         return self._answer(torch.cat([state.block(chunk, command.layer) for chunk in command.chunks]))
 
     def final(self, _: messages.ReadFinalHidden) -> messages.TensorData:
@@ -163,6 +177,10 @@ class Inspection:
         edit = self._prompt().engine.prompt.edits.history[command.number]
         tensors = edit.kv if command.what == "kv" else edit.hidden
         return self._answer(tensors[command.chunk, command.layer])
+
+    def _state(self) -> Prefill:
+        """The prompt's, with all blocks as all ranks get them."""
+        return Inventory(self._prompt()).state
 
     # -- tensors as bytes
 

@@ -23,6 +23,9 @@ class Inventory:
     def __init__(self, prompt: PromptOnRank) -> None:
         self._executor = prompt.engine.executor
         self.state = self._executor.state
+        if self.state.coded.has_unsealed:
+            prompt.engine.prompt.detect_edits()  # sealing overwrites them
+            self.state.coded.seal_all()
         self.cache = self.state.cache
         self.tokens, self._rows = prompt.tokens.tokens, prompt.tokens.rows
         self.layers = self.cache.layers

@@ -18,8 +18,10 @@ from dinfer.messages import (
     JoinGroup,
     Lanes,
     LoadModel,
+    MeasureRank,
     Note,
     PreparePrompt,
+    RankMeasured,
     RankReport,
     SetBreakpoints,
     SetFaults,
@@ -28,22 +30,29 @@ from dinfer.rank.commands import C, Handler
 
 
 class Remembered:
-    """The last command of each kind that was carried out, and the reports about the present prompt."""
+    """The last command of each kind that was carried out, what was measured with the present weights, and the reports
+    about the present prompt."""
 
     def __init__(self) -> None:
         self._commands: dict[type[Command[Any]], Command[Any]] = {}
+        self._measured: dict[bool, tuple[int, RankMeasured]] = {}
         self._lanes: Lanes | None = None
         self._failed: Failed | None = None
         self._notes: list[Note] = []
 
     def noting(self, handler: Handler) -> Handler:
         """The handler, which also notes each command that it has carried out."""
-        if handler.kind not in (LoadModel, JoinGroup, PreparePrompt, SetBreakpoints, SetFaults):
+        if handler.kind not in (LoadModel, JoinGroup, PreparePrompt, SetBreakpoints, SetFaults, MeasureRank):
             return handler
 
         def carry_out(command: Command[Any]) -> Answer | None:
             done = handler.function(command)
             self._commands[type(command)] = command
+            match command, done:
+                case LoadModel(), _:
+                    self._measured.clear()
+                case MeasureRank(tokens=tokens, digests=digests), RankMeasured():
+                    self._measured[digests] = tokens, done
             return done
 
         return handler._replace(function=carry_out)
@@ -53,6 +62,10 @@ class Remembered:
         found = self._commands.get(kind)
         assert found is None or isinstance(found, kind)
         return found
+
+    def measured(self) -> tuple[tuple[bool, int, RankMeasured], ...]:
+        """What was measured with the present weights, as `Holdings` has it."""
+        return tuple((digests, tokens, found) for digests, (tokens, found) in self._measured.items())
 
     def take_model(self, before: "Remembered") -> None:
         """The rank has taken over the weights of another one in its process, and nothing else."""

@@ -24,6 +24,7 @@ from dinfer.engine.engine import Engine
 from dinfer.engine.kernels import Kernels, kernels_of
 from dinfer.engine.lanes import LaneExecutor, OpFailed
 from dinfer.engine.measure import time_layers, time_links, token_bytes
+from dinfer.errors import NotPossible
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.graph import Channel
@@ -35,6 +36,7 @@ from dinfer.rank.commands import CommandTable, looking, quick, slow, table_of
 from dinfer.rank.decode import PromptOnRank, TokenFailed, Tokens
 from dinfer.rank.failure import describe
 from dinfer.rank.faults import fault_commands, misbehave_commands
+from dinfer.rank.graft import graft_command
 from dinfer.rank.inspect import inspect_commands
 from dinfer.rank.reference import reference_commands
 from dinfer.rank.remembered import Remembered
@@ -123,6 +125,7 @@ class RankService:
             slow(messages.LeaveGroup, self._leave),
             quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),
             *fault_commands(lambda: self._engine, self.report),
+            graft_command(lambda: self._engine, self.report),
             *inspect_commands(self.rank, self._prompted),
             *reference_commands(self._prompted, self._tell),
             *misbehave_commands(self.rank, self.report),
@@ -145,7 +148,10 @@ class RankService:
 
     def _prompted(self) -> PromptOnRank:
         if self.prompt is None:
-            raise RuntimeError(f"rank {self.rank} has no prompt yet: session.prefill(…) first.")
+            raise NotPossible(
+                f"rank {self.rank} holds no run: it has none yet, or gave it up when it recovered or loaded another "
+                "checkpoint; session.prefill(…) begins one"
+            )
         return self.prompt
 
     def report(self, report: messages.RankReport) -> None:
@@ -181,6 +187,7 @@ class RankService:
             begun=tokens.begun if tokens else 0,
             lost_events=recorder.lost if recorder else 0,
             preparing=self._preparing,
+            measured=self._remembered.measured(),
         )
 
     def _ask_stands(self) -> list[Stand | None]:

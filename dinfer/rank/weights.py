@@ -60,8 +60,8 @@ class Weights:
         self._gauge: Gauge | None = None
 
     def are(self, command: LoadModel | UnloadModel) -> bool:
-        """Whether the checkpoint that a command names is the one that is here."""
-        return self.decoder is not None and self._identity == _identity(command)
+        """Whether the checkpoint that a command names is the one that is here, and as it was loaded."""
+        return self.decoder is not None and self._identity == _identity(command) and self.decoder.is_intact()
 
     def load(self, command: LoadModel, on_progress: Callable[[int, int], None]) -> None:
         """Load the checkpoint. Raises ModelError, also where this rank finds other files than the session, or

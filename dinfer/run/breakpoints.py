@@ -16,10 +16,17 @@ from dinfer.results import Breakpoints
 
 
 class BreakpointTable:
-    """`tell` gives the ranks the conditions to look for; `view` is what a user sees and changes."""
+    """`tell` gives the ranks the conditions to look for; `view` is what a user sees and changes, and `note(call)` logs
+    such a change."""
 
-    def __init__(self, config: Config, tell: Callable[[SetBreakpoints], object], history: History) -> None:
-        self._config, self._tell, self._history = config, tell, history
+    def __init__(
+        self,
+        config: Config,
+        tell: Callable[[SetBreakpoints], object],
+        history: History,
+        note: Callable[[str], object],
+    ) -> None:
+        self._config, self._tell, self._history, self._note = config, tell, history, note
         self._found: dict[int, Breakpoint] = {}
         self._count = 0
         self._ahead: list[Breakpoint] = []
@@ -29,7 +36,7 @@ class BreakpointTable:
         """of these, the one that has stopped the run where it stands"""
         self.met: tuple[int, ...] = ()
         """numbers of the breakpoints that have stopped the run where it stands"""
-        self.view = Breakpoints(self._found, self._changed)
+        self.view = Breakpoints(self._found, self._changed_there)
 
     @property
     def met_on(self) -> int | None:
@@ -94,6 +101,11 @@ class BreakpointTable:
         """Take over those that the ranks have kept of an earlier session."""
         self._found.update({one.number: one for one in (Breakpoint(**found) for found in breakpoints)})
         self._count = max(self._found, default=0)
+
+    def _changed_there(self, call: str, before: Mapping[int, Breakpoint]) -> None:
+        """A user has changed the list in `view`."""
+        self._note(call)
+        self._changed(call, before)
 
     def _changed(self, call: str, before: Mapping[int, Breakpoint]) -> None:
         """This call has changed the list, which was `before`."""

@@ -4,7 +4,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
+from dinfer.cluster.ranks import LOST
 from dinfer.display import few
+from dinfer.errors import ModelError
+from dinfer.model.checkpoint import check_unchanged
 from dinfer.monitor.signs import HangEvidence
 from dinfer.monitor.watch import HangWatch
 from dinfer.run.failure import Broken, RankFailed, broken, ending, is_final, silent_text
@@ -70,7 +73,10 @@ class Health:
 
     def verdict(self) -> Verdict:
         """Why the run does not move."""
-        found = self.judge(is_moving=not self._state.failure and self._is_moving())
+        state = self._state
+        found = self.judge(is_moving=not state.failure and self._is_moving())
+        if state.closed and state.hang:  # as it was: of ranks that are another's nobody can judge anew
+            found = state.hang
         known = (self._state.failure or self._state.silence).partition("\n")[0]
         return replace(found, sentence=known) if known else found
 
@@ -124,7 +130,19 @@ class Health:
             verdict = self.judge(is_moving=False)
             is_about = verdict.kind in ABOUT_MESSAGES
             why = f"{verdict.sentence}\n{found.why}" if is_about else found.why
+            if LOST in exits:
+                why += self._of_changed_files()
             self._state.fail(Broken(found.kind, why))
+
+    def _of_changed_files(self) -> str:
+        """Why ranks may have ended, as the end of a message, where the checkpoint's folder has changed; else ""."""
+        job = self._state.job
+        if not job.config.gpu_ids:
+            try:
+                check_unchanged(job.spec)
+            except ModelError as error:
+                return f"\n{error} (a file that becomes shorter while a rank computes with it ends that rank)"
+        return ""
 
     def _ended(self) -> dict[int, str]:
         """How the processes of ranks have ended, or seem to have."""

@@ -3,32 +3,37 @@
 Nothing here moves or changes a run.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
+from msgspec import convert
 
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RunOver
 from dinfer.cluster.ranks import RankRefused, RankState
+from dinfer.codec.choice import Codec
 from dinfer.display import few
-from dinfer.kv.difference import Diff
+from dinfer.errors import excerpt
+from dinfer.kv.difference import Diff, loss_text
+from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.reference.judge import ReferenceCase
 from dinfer.kv.reference.reports import Examined, HeldDigests, ToleranceMeasure, helds_of, to_be_examined
-from dinfer.kv.source import Selection, Subject
+from dinfer.kv.source import Selection, Subject, ViewableSource
 from dinfer.kv.view import KV, AttentionWeights, Hidden, attention_of
-from dinfer.messages import Answer, Command, DigestHidden, HashKv, RunReference, StopReference
+from dinfer.messages import Answer, Command, DigestHidden, HashKv, MeasureLoss, RunReference, StopReference
 from dinfer.model.checkpoint import check_unchanged
 from dinfer.model.text import texts_of
 from dinfer.plan.ops import NothingYet, PlanError
 from dinfer.plan.partition import within
+from dinfer.progress import rank_bars
 from dinfer.run.action import Actions
 from dinfer.run.failure import RankFailed, silent_text
-from dinfer.run.progress import rank_bars
+from dinfer.run.kept import KeptKv
 from dinfer.run.state import RunState
 from dinfer.run.stepper import NoProgress
 from dinfer.verdict.where import at_text
@@ -51,14 +56,32 @@ class RunInspector:
         self._job, self._ranks, self._state, self._actions = state.job, state.ranks, state, actions
         self._check, self._tokenizer = check, tokenizer
         self._texts = lru_cache(maxsize=1)(self._token_texts)
+        self.kept: KeptKv | None = None
+        """of a run that is over: what was kept of its KV"""
+        self.name = "this run"
+        """what to call it once it is over"""
 
     def kv(self, *, layer: int | None, chunk: int | None, rank: int | None) -> KV:
         """See `Run.kv`."""
-        hold = self._actions.hold
+        hold = self.hold
         with hold():
-            remark = self._state.nonfinite.in_selection
+            remark = self._remark
             note = self._compared
-            return KV(self.live, layer=layer, chunk=chunk, rank=rank, note=note, remark=remark, hold=hold)
+            return KV(self.now, layer=layer, chunk=chunk, rank=rank, note=note, remark=remark, hold=hold)
+
+    def _remark(self, chosen: Selection) -> str:
+        """What a comparison of ranks does not show: NaN and Inf, and what a lossy codec changes."""
+        told = [self._state.nonfinite.in_selection(chosen)]
+        codec = self._job.config.codec
+        if Codec.of(codec).is_lossy:
+            lost = dict[str, CellDifference]()
+            with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
+                requests = dict.fromkeys(chosen.ranks, MeasureLoss(chosen.layers, chosen.spans))
+                for answer in self._ranks.ask(requests, ANSWER_S, self._check).values():
+                    for name, one in convert(answer.loss, tuple[tuple[str, CellDifference], ...]):
+                        lost[name] = lost[name].with_(one) if name in lost else one
+            told.append(loss_text(codec, lost))
+        return "; and ".join(filter(None, told))
 
     def hidden(self, chunk: int, layer: int) -> Hidden:
         """See `Run.hidden`."""
@@ -72,13 +95,40 @@ class RunInspector:
         with self._actions.hold():
             return attention_of(self.live, layer, chunk, head)
 
-    def source(self) -> Live:
-        """What the ranks hold, once the run stands still. Raises RunOver for a run that is over."""
-        self._actions.settle()
-        return self.live()
+    def source(self) -> ViewableSource:
+        """What the ranks hold, once the run stands still; of a run that is over, what was kept of it. Raises RunOver
+        where nothing was."""
+        try:
+            self._actions.settle()
+        except RunOver:
+            if not self.kept:
+                raise
+        return self.now()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """As `Actions.hold`; what was kept of a run that is over holds still by itself."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(self._actions.hold())
+            except RunOver:
+                if not self.kept:
+                    raise
+            yield
+
+    def now(self) -> ViewableSource:
+        """What the ranks hold now or, of a run that is over, what was kept."""
+        return self.kept.source if self.kept else self.live()
 
     def live(self) -> Live:
         """What the ranks hold now, also of a run that moves or has failed, as far as its ranks answer."""
+        return self._live("this run", self._check_ranks)
+
+    def ending(self) -> Live:
+        """The same, for whoever ends the run."""
+        return self._live(self.name, self._check_alive)
+
+    def _live(self, name: str, check: Callable[[Sequence[int]], None]) -> Live:
         spec, dtype = self._job.spec, self._job.config.dtype
         ids = (*self._job.ids, *self._state.tokens)
         standing = [
@@ -88,7 +138,7 @@ class RunInspector:
             for lanes, stand in zip(self._job.plan.lanes, self._state.stands(), strict=False)
         ]
         subject = Subject(
-            name="this run",
+            name=name,
             standing=tuple(standing),
             plan=self._job.plan,
             ids=ids,
@@ -97,11 +147,14 @@ class RunInspector:
             head_dim=spec.head_dim,
             dtype=getattr(torch, spec.dtype if dtype == "auto" else dtype),
             checkpoint=spec.fingerprint,
+            codec=self._job.config.codec,
         )
-        return Live(subject, self._ranks, self._check_ranks)
+        return Live(subject, self._ranks, check)
 
     def sha256(self) -> list[str]:
         """See `Run.sha256`."""
+        if self.kept and self.kept.sha256:
+            return list(self.kept.sha256)
         ranks = range(self._job.plan.world_size)
         command = HashKv(len(self._job.ids))
         answers = self._ranks.ask(dict.fromkeys(ranks, command), ANSWER_S, self._check)
@@ -121,6 +174,10 @@ class RunInspector:
     def _check_ranks(self, asked: Sequence[int]) -> None:
         """Raises RankFailed where one of these ranks cannot answer, RunOver while `close()` waits."""
         self._actions.check_looking()
+        self._check_alive(asked)
+
+    def _check_alive(self, asked: Sequence[int]) -> None:
+        """Raises RankFailed where one of these ranks cannot answer."""
         exits, ranks = self._ranks.exits(), self._ranks.ranks
         lost = [f"rank {rank} is gone: its KV is lost" for rank in asked if exits[rank] is not None]
         silent = [silent_text(self._job.plan, r, ranks[r]) for r in self._ranks.silent() if r in asked]
@@ -155,12 +212,14 @@ class RunInspector:
             examined = self._examined(helds, chunked=chunked, dtype=dtype or own)
         spec, plan = self._job.spec, self._job.plan
         width = max(spec.hidden_size, spec.intermediate_size, plan.shape.tokens)
-        measure = ToleranceMeasure(examined[0].report.exact, own, dtype or own, width)
+        codec = self._job.config.codec
+        measure = ToleranceMeasure(examined[0].report.exact, own, dtype or own, width, Codec.of(codec).step)
         return Comparison(
             ReferenceCase(plan, ids[plan.shape.tokens :], measure, helds, examined),
             chunked=chunked,
             edited=self._state.edited,
             texts=source.subject.texts,
+            codec=codec,
         )
 
     def _examined(self, helds: list[HeldDigests], *, chunked: bool, dtype: str) -> list[Examined]:
@@ -230,7 +289,10 @@ def _said(state: RankState) -> str:
 def check_comparable(what: Any, dtype: Any) -> None:
     """Raises PlanError for arguments of `Run.compare` that are not known."""
     if what != "reference":
-        raise PlanError(f'{what!r} cannot be compared with; run.compare("reference") is what there is.')
+        raise PlanError(
+            f'{excerpt(what)} cannot be compared with: run.compare("reference") compares with transformers, '
+            "run.compare(other_run) with another run, such as session.runs[1] or dinfer.open(folder)."
+        )
     if dtype is not None and dtype not in DTYPES:
         raise PlanError(
             f"dtype {dtype!r} is not known; give one of {', '.join(DTYPES)}, or none for the run's own."

@@ -1,5 +1,7 @@
 """A run's prefill as the planner predicts it beside what was measured: in all, by rank, and by link."""
 
+from collections.abc import Mapping
+
 from dinfer.display import Table
 from dinfer.errors import NotPossible
 from dinfer.job import Job
@@ -23,13 +25,25 @@ def prediction(job: Job, trace: Trace) -> Table:
         raise NotPossible(
             f"nothing is predicted of this run: {why}. {remedy}, then session.prefill(…) again."
         )
-    predicted, measured = _figures(paper_trace(job.plan, job.machine)), _figures(trace)
-    rows = [
-        [name, f"{wanted:.4f}", f"{found:.4f}", f"{wanted / found - 1:+.0%}" if found else ""]
-        for name, wanted in predicted.items()
+    return Table(HEADS, beside(predicted(job), trace))
+
+
+HEADS = ("seconds", "predicted", "measured", "off")
+
+
+def predicted(job: Job) -> dict[str, float]:
+    """Seconds that the planner predicts, by name; empty where nothing that tells of the run was measured before it."""
+    return _figures(paper_trace(job.plan, job.machine)) if job.machine else {}
+
+
+def beside(wanted: Mapping[str, float], trace: Trace) -> list[list[str]]:
+    """A row for each predicted figure: its name, predicted and measured seconds, and how far the prediction is off."""
+    measured = _figures(trace)
+    return [
+        [name, f"{value:.4f}", f"{found:.4f}", f"{value / found - 1:+.0%}" if found else ""]
+        for name, value in wanted.items()
         for found in (measured.get(name, 0.0),)
     ]
-    return Table(("seconds", "predicted", "measured", "off"), rows)
 
 
 def _figures(trace: Trace) -> dict[str, float]:

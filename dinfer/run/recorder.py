@@ -2,9 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +14,14 @@ import torch
 from torch import Tensor
 
 from dinfer.cluster.kv import Live
+from dinfer.cluster.lease import RunOver, over_text
 from dinfer.cluster.ranks import RankRefused, answers
 from dinfer.engine.prompt import Edit
 from dinfer.files import WrittenFiles, check_folder
 from dinfer.kv.ledger import BlockKey
+from dinfer.kv.source import Source
 from dinfer.messages import EditedBlocks, ListKv, ReadBlocks, ReadEdit, ReadFinalHidden, ReadNotes
+from dinfer.plan.faults import SLOW
 from dinfer.plan.ops import PlanError
 from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.events import RunEvents
@@ -24,9 +29,12 @@ from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed
 from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector
+from dinfer.run.kept import KeptKv, kept_digests, kept_values
 from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
 from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State, last_op_text, nonfinite_marks
 from dinfer.run.stepper import NoProgress
+from dinfer.saved.bisect.collect import Collected, collect
+from dinfer.saved.format import SavedError
 from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by, record_of
 from dinfer.saved.write import Content, check_free, chosen_layers, write
 from dinfer.severity import Severity
@@ -50,6 +58,8 @@ class RunRecorder:
     inspector: RunInspector
     look: Callable[[], None]
     written: WrittenFiles = field(default_factory=WrittenFiles)
+    last: Standing | None = None
+    """of a run that is over: where it stood before"""
 
     def standing(self) -> Standing:
         """The run at this moment; returns at once."""
@@ -106,7 +116,7 @@ class RunRecorder:
         self, reporter: Reporter | None, *, prompt: bool = False, environment: bool = False
     ) -> Findings:
         """What is known of the run now, besides its events."""
-        standing, state, breakpoints = self.standing(), self.state, self.breakpoints.view
+        standing, state, breakpoints = self.last_standing(), self.state, self.breakpoints.view
         faults, stops = [one.fault.call for one in self.faults], [one.call for one in breakpoints]
         done = Done(faults, stops, len(state.tokens), edited=bool(state.edited))
         digests = self._digests()
@@ -149,17 +159,15 @@ class RunRecorder:
         """None where nothing can be compared or ranks do not answer: the report says so. `labels`: with the text of
         tokens."""
         with suppress(RankFailed, RankRefused, TimeoutError, PlanError):
-            if self.state.now in STANDING:
+            if self.state.now in STANDING or self.inspector.kept:
                 now = self.inspector.source()
-                if not labels:
-                    now.subject = replace(now.subject, texts=())
-                return kv_finding(now)
+                return kv_finding(now if labels else without_texts(now))
         return None
 
     def _digests(self) -> list[str]:
         """The SHA-256 of each rank's KV; empty where prefill is not done or ranks do not answer: the report says so."""
         with suppress(RankFailed, RankRefused, TimeoutError):
-            if self.state.now == State.DONE:
+            if self.last_standing().state == State.DONE:
                 return self.inspector.sha256()
         return [""] * self.state.plan.world_size
 
@@ -186,16 +194,56 @@ class RunRecorder:
         prompt: bool,
     ) -> Path:
         """See `Run.save`."""
-        job, state = self.state.job, self.state
-        layers = chosen_layers(kv, job.plan.shape.layers)
+        layers = chosen_layers(kv, self.state.plan.shape.layers)
         check_free(Path(folder).expanduser().resolve())
-        source, evidence, ranks = self._last_source(), self.health.evidence(), self.reachable()
+        if self.inspector.kept:
+            content = self._kept_content(self.inspector.kept.source, reporter, kv, layers, prompt=prompt)
+        else:
+            source, ranks = self._last_source(), self.reachable()
+            if not ranks:  # in decode, a rank that waits for another does not answer
+                layers, hidden = (), False
+            has_own = hidden and bool(self.state.stands())
+            own = {rank: self._own(source, rank) for rank in ranks} if has_own else {}
+            content = self._content(source, ranks, reporter, layers, prompt=prompt, hidden=hidden, own=own)
+        made = write(content, self.written.place_for(folder))
+        self.written.add(folder, made)
+        return made
+
+    def _kept_content(
+        self,
+        source: Source,
+        reporter: Reporter | None,
+        kv: bool | Sequence[int],
+        layers: tuple[int, ...],
+        *,
+        prompt: bool,
+    ) -> Content:
+        """What to save of a run that is over. Raises RunOver for layers in a list whose values were not kept."""
+        kept = tuple(layer for layer in layers if source.has_values(layer))
+        if kept != layers and not isinstance(kv, bool):
+            raise RunOver(
+                "this run is over, and of its KV only digests were kept: save it with kv=False, or keep values by "
+                "session.prefill(…, keep=True)."
+            )
+        lacks = ["hidden states"] + ["values of KV"] * (kept != layers)
+        print(f"dinfer: this run is over: it is saved without {' and '.join(lacks)}, which were not kept")
+        return self._content(source, tuple(source.ranks), reporter, kept, prompt=prompt)
+
+    def _content(
+        self,
+        source: Source,
+        ranks: tuple[int, ...],
+        reporter: Reporter | None,
+        layers: tuple[int, ...],
+        *,
+        prompt: bool = False,
+        hidden: bool = False,
+        own: Mapping[int, Own] | None = None,
+    ) -> Content:
+        """What to save: see `Content`."""
+        job, state, standing = self.state.job, self.state, self.last_standing()
+        evidence = self.health.evidence()
         trace = with_findings(self.events.trace(), self.findings(reporter, prompt=prompt))
-        if not ranks:  # in decode, a rank that waits for another does not answer
-            layers, hidden = (), False
-        has_own = hidden and bool(state.stands())
-        own = {rank: self._own(source, rank) for rank in ranks} if has_own else {}
-        standing = self.standing()
         description = {
             "made": time.strftime("%Y-%m-%d %H:%M"),
             "state": str(standing.state),
@@ -205,10 +253,39 @@ class RunRecorder:
             "parameters": parameters(job.config),
             "checkpoint": {"path": str(job.spec.path), "fingerprint": job.spec.fingerprint},
         }
-        content = Content(source, ranks, trace, evidence, description, layers, hidden, prompt, own)
-        made = write(content, self.written.place_for(folder))
-        self.written.add(folder, made)
-        return made
+        return Content(source, ranks, trace, evidence, description, layers, hidden, prompt, own or {})
+
+    # -- what is left of a run that is over
+
+    def last_standing(self) -> Standing:
+        """The run at this moment or, once it is over, before it was."""
+        return self.last or self.standing()
+
+    def keep(self, reporter: Reporter | None, *, values: bool, patient: bool) -> None:
+        """The run is about to be over: gather what it answers from afterwards, as far as its ranks answer. `patient`:
+        also of a run that hangs or has failed, whose ranks may take seconds to show that they do not."""
+        last = self.standing()
+        self.events.wait()
+        has_begun = bool(last.stands) and last.state not in (State.TAKEN_OVER, State.CLOSED)
+        if has_begun and (patient or last.state in STANDING):
+            with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
+                if ranks := self.reachable():
+                    source = self.inspector.ending()
+                    digests = kept_digests(source, ranks)
+                    values_kept = self._kept_values(source, ranks, reporter) if values else None
+                    self.inspector.kept = values_kept or digests
+        self.last = last
+
+    def _kept_values(self, source: Live, ranks: tuple[int, ...], reporter: Reporter | None) -> KeptKv | None:
+        """None where the disk is full; a line says so."""
+        layers = tuple(range(self.state.plan.shape.layers))
+        sha256 = self.inspector.sha256() if self.state.now == State.DONE else []
+        try:
+            kept = kept_values(self._content(source, ranks, reporter, layers), self.inspector.name)
+        except (OSError, SavedError) as error:
+            print(f"dinfer: the values of {self.inspector.name} could not be kept: {error}")
+            return None
+        return kept._replace(sha256=tuple(sha256))
 
     def reachable(self) -> tuple[int, ...]:
         """The ranks that can be asked what they hold."""
@@ -222,7 +299,7 @@ class RunRecorder:
     def _last_source(self) -> Live:
         """What the ranks hold once the run stands still, has failed or hangs. Raises RunOver for a run that is over."""
         if self.state.closed:
-            return self.inspector.source()
+            raise RunOver(over_text(self.state.closed))
         self._until_it_stands()
         return self.inspector.live()
 
@@ -248,6 +325,25 @@ class RunRecorder:
             failure=self.state.failure,
         )
 
+    def collected(self, rank: int | None) -> Collected:
+        """What a bisect compares, of a run that stands still or has failed: see `saved.bisect.collect`."""
+        source, last = self._last_source(), self.state.plan.shape.owners[-1]
+        final = source.tensor_if_any(last, source.ask([last], ReadFinalHidden())[0])
+        return collect(source, partial(self.light_record_of, source), rank, final)
+
+    def light_record_of(self, source: Live, rank: int) -> RankRecord:
+        """The record of a rank without the blocks that it received."""
+        return record_of(
+            source,
+            rank,
+            self._own(source, rank),
+            config=self.state.job.config,
+            positions=self.state.stands()[rank].positions,
+            hidden=lambda chunk, layer: source.hidden(rank, chunk, layer),
+            block=lambda *_: None,
+            failure=self.state.failure,
+        )
+
     def _own(self, source: Live, rank: int) -> Own:
         """What only the rank itself knows of its part of the run."""
         stand = self.state.stands()[rank]
@@ -259,7 +355,11 @@ class RunRecorder:
             begun=tuple(stand.started),
             final=source.tensors([rank], ReadFinalHidden())[0] if has_final else None,
             edits=_edits(source, rank, notes.edits),
-            faults=tuple(one.fault for one in self.faults if rank in [by for by, _, _ in one.strikes]),
+            faults=tuple(
+                one.fault
+                for one in self.faults
+                if rank in [by for by, _, _ in one.strikes] and one.fault.kind not in SLOW
+            ),
         )
 
 
@@ -284,3 +384,10 @@ def _edits(source: Live, rank: int, edits: Sequence[EditedBlocks]) -> tuple[Edit
         Edit(one.positions, tensors(n, "kv", one.kv), tensors(n, "hidden", one.hidden))
         for n, one in enumerate(edits)
     )
+
+
+def without_texts(source: Source) -> Source:
+    """The same KV, without the text of its tokens."""
+    found = copy(source)
+    found.subject = replace(source.subject, texts=())
+    return found

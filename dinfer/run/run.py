@@ -14,10 +14,9 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import wraps
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from dinfer.arguments import CHECKED, argument_check
-from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
 from dinfer.display import Displayable, DisplayableText, Table, Tidy
@@ -27,6 +26,7 @@ from dinfer.errors import NotPossible, ipython
 from dinfer.history import History, call_text
 from dinfer.job import Job
 from dinfer.kv.reference.comparison import Comparison
+from dinfer.kv.source import ViewableSource
 from dinfer.kv.view import KV, AttentionWeights, Hidden
 from dinfer.messages import (
     Answer,
@@ -40,19 +40,23 @@ from dinfer.messages import (
 )
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
-from dinfer.plan.cut import Unit, count_of, unit_of
+from dinfer.plan.cut import Unit, count_of, cut_of, unit_of
 from dinfer.plan.ops import OpKind, PlanError
 from dinfer.results import Breakpoints, Decoded, Moved, Where
 from dinfer.run.action import Actions
 from dinfer.run.breakpoints import BreakpointTable
+from dinfer.run.comparison import RunComparison, compare_runs
 from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
+from dinfer.run.graft import Grafts
 from dinfer.run.hang import Health, Hung
 from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
+from dinfer.run.kept import KeptKv
 from dinfer.run.left import LeftRun
+from dinfer.run.log import CallLog
 from dinfer.run.moves import Moves
 from dinfer.run.play import Player, period_of
 from dinfer.run.prediction import prediction
@@ -69,7 +73,11 @@ from dinfer.run.state import (
     where_of,
 )
 from dinfer.run.stepper import Move, NoProgress
+from dinfer.saved.bisect.collect import Collected, collect
+from dinfer.saved.bisect.result import Bisection
+from dinfer.saved.bisect.search import Bisectable, bisect_run
 from dinfer.saved.replay.replay import Replay
+from dinfer.saved.saved import Saved
 from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings
@@ -106,8 +114,12 @@ def action(*, alone: bool = True, moves: bool = False) -> Callable[[RunMethod[P,
             call = call_text(name, args, kwargs)
             if moves:
                 run._end_play()
-            with run._actions.taken(call, alone=alone), run._moving.moving(call) if moves else nullcontext():
-                return method(run, *args, **kwargs)
+            with run._actions.taken(call, alone=alone) as made:
+                with run._moving.moving(made) if moves else nullcontext():
+                    found = method(run, *args, **kwargs)
+                if isinstance(found, Decoded) and found.stopped == "user":
+                    made.tokens = len(found.tokens)
+                return found
 
         setattr(called, CHECKED, True)
         return called
@@ -130,15 +142,18 @@ class Run(Tidy, Displayable):
     """
 
     INTERNAL = frozenset({
-        "INTERNAL", "cause", "check", "chunk_labels", "close", "events_since", "findings", "hold", "job", "last_call",
-        "left_blocked", "live", "look", "mend", "met", "met_on", "on_change", "recover", "recovering", "reporter",
-        "said", "say", "show", "silence", "step_to_stop", "story", "stuck_ranks", "told",
+        "INTERNAL", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings", "hold",
+        "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "look", "mend", "met", "met_on",
+        "on_change", "recover", "recovering", "reporter", "said", "say", "show", "silence", "step_to_stop", "story",
+        "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None
     recover: Callable[[], object] | None = None
     """frees the session's ranks and brings back lost ones"""
+    keeps = False
+    """whether the values of its KV are kept once it is over"""
 
     def __init__(
         self,
@@ -157,7 +172,7 @@ class Run(Tidy, Displayable):
         self.check, self.say = self._health.check, state.say  # for the session, as are the next
         self.stuck_ranks, self.left_blocked = self._health.stuck_ranks, self._health.left_blocked
         self._history = history = History()
-        self._breakpoints = BreakpointTable(job.config, self._ask_all, history)
+        self._breakpoints = BreakpointTable(job.config, self._ask_all, history, state.note_call)
         self._faults = Armed(state, self._ask_all, history)
         self._generation = Generation(state, self.check, tokenizer)
         self._events = RunEvents(state)
@@ -169,6 +184,7 @@ class Run(Tidy, Displayable):
         self._recorder = RunRecorder(
             state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
         )
+        self._grafts = Grafts(state, self._inspector, self._recorder, history)
         self._begin(left)
 
     # -- moving
@@ -204,7 +220,7 @@ class Run(Tidy, Displayable):
         stood before it, with as many new tokens as it had there; decode; a restart; or a change of breakpoints or
         faults. The next undo goes further back. What was edited by hand stays as it is."""
         self._end_play()
-        with self._actions.taken("run.undo()"):
+        with self._actions.taken("run.undo()") as made, self._moving.undoing(made):
             return self._history.undo()
 
     @action(moves=True)
@@ -218,6 +234,12 @@ class Run(Tidy, Displayable):
         """Go back to the last place before this one at which a breakpoint has stopped the run, or would have; without
         one, to the start. A condition counts where the ranks have met it on their way here."""
         return self._moves.back_to_stop()
+
+    @action(moves=True)
+    def go_to(self, positions: Sequence[Sequence[int]]) -> Moved:
+        """Go to any cut, forward or back, past breakpoints: `positions[rank][lane]` is how many ops of that lane are
+        done then. Logs of calls have such cuts. Raises PlanError where ranks would wait for one another there."""
+        return self._moves.moved(self._moves.leaving().go_to(cut_of(self._moves.stepper.cuts, positions)))
 
     @action(moves=True)
     def resume(self) -> None:
@@ -253,12 +275,13 @@ class Run(Tidy, Displayable):
         """Begin again, paused at the start, with the same breakpoints and faults; also after `session.recover()`. Stops
         what is under way first."""
         with self._actions.halted(self._stop), self._moving.restarting("run.restart()"):
-            self._actions.begin("run.restart()")
+            made = self._actions.begin("run.restart()")
             self._breakpoints.expect([])
             self._begin()
             self._breakpoints.arm()
             if self._faults:
                 self._faults.arm()
+            made.after = self._state.cut_now()
         self._actions.tell()
         return self.where()
 
@@ -269,9 +292,10 @@ class Run(Tidy, Displayable):
         if remedy not in (RECOVER, RESTART) or (remedy == RECOVER and recover is None):
             raise NotPossible(f"nothing here can be mended: {remedy or f'the run is {self._state.now}'}")
         if remedy == RECOVER and recover:
+            self._state.note_call("session.recover()")
             recover()
         where = self.restart()
-        self.last_call = remedy
+        self._state.last_call = remedy
         return where
 
     # -- breakpoints
@@ -298,6 +322,11 @@ class Run(Tidy, Displayable):
     def breakpoints(self) -> Breakpoints:
         """The breakpoints that are set; `run.breakpoints.clear()` and `.remove(number)` remove them."""
         return self._breakpoints.view
+
+    @property
+    def calls(self) -> CallLog:
+        """The calls made on this run so far; `run.calls.cell()` and `.save("replay.ipynb")` make them again."""
+        return self._state.calls
 
     # -- decode
 
@@ -377,12 +406,24 @@ class Run(Tidy, Displayable):
         the rank that owns the layer, from its hidden state and the KV that it holds. Raises PlanError."""
         return self._inspector.attention(layer, chunk, head)
 
-    @action(alone=False)
+    @overload
     def compare(
         self, what: str = "reference", *, chunked: bool | None = None, dtype: str | None = None
-    ) -> Comparison:
-        """Compare what the ranks hold with transformers' own forward of the same checkpoint, at the ranks' thread
-        count: K, V and hidden states of every layer and chunk, and every new token fed as the run fed it.
+    ) -> Comparison: ...
+    @overload
+    def compare(self, what: "Run | Saved") -> RunComparison: ...
+    def compare(
+        self,
+        what: "str | Run | Saved" = "reference",
+        *,
+        chunked: bool | None = None,
+        dtype: str | None = None,
+    ) -> Comparison | RunComparison:
+        """Compare with another run, live, over or saved: KV by digests, first block and first new token that differ,
+        times, plan, parameters, side by side. Where prompt, checkpoint or dtype differ, the KV is not compared.
+
+        "reference": compare what the ranks hold with transformers' own forward of the same checkpoint, at the ranks'
+        thread count: K, V and hidden states of every layer and chunk, and every new token fed as the run fed it.
 
         By default, in the run's chunks and dtype, every bit must be the same (on a CPU). `chunked=False` feeds the
         prompt at once, and `dtype` loads the checkpoint in another one; then differences up to a stated tolerance are
@@ -391,22 +432,48 @@ class Run(Tidy, Displayable):
         is compared as far as it has come. Raises PlanError where nothing is computed yet or an argument is unknown, and
         RankRefused where a second KV, or the weights in `dtype`, do not fit into memory.
         """
-        check_comparable(what, dtype)
-        self.wait()
-        return self._inspector.compare(chunked=chunked, dtype=dtype)
+        if isinstance(what, Run | Saved):
+            return compare_runs(self, what)
+        return self._compare(what, chunked=chunked, dtype=dtype)
+
+    def bisect(
+        self,
+        against: "str | Bisectable" = "reference",
+        *,
+        rank: int | None = None,
+        what: str | None = None,
+        model_path: str | Path = "",
+        device: str = "",
+        decoder: Decoder | None = None,
+    ) -> Bisection:
+        """The first block with which the answer of `rank` turns from another's into its own: K or V, or a hidden state
+        that entered a rank; and whether the answer agrees once that alone is the other's.
+
+        `against`: transformers' own forward, "reference", or another run of the same prompt, live or saved; `rank`: by
+        default all, and the first wrong part is told; `what`: whether new "tokens", "logits" or "hidden" states have to
+        agree, by default tokens if they differ, else logits.
+
+        Prefill is computed again in this process, on one copy of the weights, once for each halving of the parts that
+        differ; the run is only read. `model_path`, `device`, `decoder`: as `replay` takes them. Raises NothingYet
+        before the end of prefill, PlanError for another prompt or model, and as `replay` does.
+        """
+        return bisect_run(
+            self, against, rank=rank, what=what, model_path=str(model_path), device=device, decoder=decoder
+        )
 
     def sha256(self) -> list[str]:
         """SHA-256 of the KV that each rank holds of the prompt, once prefill is done."""
         return self._inspector.sha256()
 
-    def source(self) -> Live:
-        """What the ranks hold, once the run stands still. Raises RunOver for a run that is over."""
+    def source(self) -> ViewableSource:
+        """What the ranks hold, once the run stands still; of a run that is over, what was kept of it. Raises RunOver
+        where nothing was."""
         return self._inspector.source()
 
     def hold(self) -> AbstractContextManager[None]:
-        """Wait until the run stands still, and let no action move it meanwhile. Raises RunOver for a run that is over,
-        and as `check` does for one that moves and cannot go on."""
-        return self._actions.hold()
+        """Wait until the run stands still, and let no action move it meanwhile. Raises RunOver for a run that is over
+        and of which nothing was kept, and as `check` does for one that moves and cannot go on."""
+        return self._inspector.hold()
 
     # -- faults
 
@@ -426,6 +493,10 @@ class Run(Tidy, Displayable):
         where: str | None = None,
         dtype: str | None = None,
         seed: int | None = None,
+        source: int | None = None,
+        target: int | None = None,
+        ms: float | None = None,
+        factor: float | None = None,
     ) -> Injected:
         """Break something on purpose, now or as soon as it exists; for a run that stands still.
 
@@ -439,15 +510,43 @@ class Run(Tidy, Displayable):
         that receives the block first, K, head 0, the chunk's first token, dim 0, a bit in the middle of the mantissa.
         `token` is a position in the prompt and selects its chunk.
 
+        Time, and no byte: "slow link": each message from rank `source` to rank `target` takes `ms` milliseconds longer;
+        "slow rank": each layer on `rank` does, in prefill, or takes `factor` times as long. In sessions on threads and
+        over gloo.
+
         It strikes again whenever the block is made again, until `run.faults.clear()`. Raises PlanError for a fault that
         is not possible.
         """
         injected = self._faults.inject(
             self._ask_all(GetStand()), kind, rank=rank, layer=layer, chunk=chunk, tensor=tensor, head=head,
-            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed,
+            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed, source=source, target=target, ms=ms,
+            factor=factor,
         )  # fmt: skip
         self.look()
         return injected
+
+    @action()
+    def graft(
+        self,
+        *,
+        layer: int,
+        chunk: int,
+        source: "str | Bisectable",
+        rank: int | None = None,
+        part: str | None = None,
+    ) -> DisplayableText:
+        """Put another run's block into the cache of `rank`, or of all ranks that hold it, in the place of their own; as
+        the rank of that run held it that computed it. What was computed from the old block stays: to have it computed
+        again, go back before it and on.
+
+        `source`: another run of the same prompt, live or saved, or "reference", transformers' own forward, which is run
+        in this process; `part`: "K" or "V", by default both. It counts as an edit by hand, and can be undone. Raises
+        PlanError for another prompt or model, a block that does not exist, and one that is not there yet.
+        """
+        with self.hold():
+            done = self._grafts.graft(layer=layer, chunk=chunk, source=source, rank=rank, part=part)
+            self.look()
+            return done
 
     @property
     def faults(self) -> Armed:
@@ -538,6 +637,11 @@ class Run(Tidy, Displayable):
         """The rank that has met their condition, if they have one."""
         return self._breakpoints.met_on
 
+    def collected(self, rank: int | None = None) -> Collected:
+        """What a bisect compares."""
+        with self.hold():
+            return collect(self.kept.source, None, rank) if self.kept else self._recorder.collected(rank)
+
     def look(self) -> None:
         """Take in what the ranks report. Called often, on the session's thread."""
         if self.closed:
@@ -556,18 +660,38 @@ class Run(Tidy, Displayable):
         self._state.note_recovery(ended=ended)
         self._actions.tell()
 
-    def close(self, why: str) -> None:
-        """The run is over: its ranks are stopped, if possible, and asked nothing more."""
+    def close(self, why: str, *, patient: bool = True) -> None:
+        """The run is over: its ranks are stopped, if possible, and asked nothing more after what it answers from
+        afterwards has been gathered. `patient`: see `RunRecorder.keep`."""
         if self.closed:
             return
         self._state.ending = why
         try:
             with self._actions.halted(self._stop, END_S):
+                self._recorder.keep(self.reporter, values=self.keeps, patient=patient)
                 self._state.ranks.give_back(why)
                 self._state.close(why)
                 self._actions.tell()
         finally:
             self._state.ending = ""
+
+    @property
+    def name(self) -> str:
+        """Its name among `session.runs`."""
+        return self._inspector.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._inspector.name = name
+
+    @property
+    def kept(self) -> KeptKv | None:
+        """Of a run that is over: what was kept of its KV; None where its ranks did not answer."""
+        return self._inspector.kept
+
+    def last_standing(self) -> Standing:
+        """The run at this moment or, once it is over, before it was."""
+        return self._recorder.last_standing()
 
     message: str = _of_state("message", "Why the last action stopped.")
     cause: str = _of_state("cause", "The failure, without what the session has done about it since.")
@@ -587,7 +711,7 @@ class Run(Tidy, Displayable):
 
     @last_call.setter
     def last_call(self, call: str) -> None:
-        self._state.last_call = call
+        self._state.note_call(call)
 
     @property
     def hang(self) -> str:
@@ -597,7 +721,7 @@ class Run(Tidy, Displayable):
     def __str__(self) -> str:
         plan, chunks = self.plan, len(self.plan.shape.chunks)
         head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
-        return f"run of {head}: {self.where()}"
+        return f"run of {head}{self.job.config.codec_text}: {self.where()}"
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         """The panel beside the text in a notebook; elsewhere the text alone."""
@@ -607,6 +731,15 @@ class Run(Tidy, Displayable):
         return {**data, "text/plain": str(self)}, metadata
 
     # -- within
+
+    def _compare(self, what: str, *, chunked: bool | None, dtype: str | None) -> Comparison:
+        """Compare with the reference, as an action."""
+        given = {"chunked": chunked, "dtype": dtype}
+        call = call_text("compare", (what,), {name: one for name, one in given.items() if one is not None})
+        with self._actions.taken(call, alone=False):
+            check_comparable(what, dtype)
+            self.wait()
+            return self._inspector.compare(chunked=chunked, dtype=dtype)
 
     def _begin(self, left: LeftRun | None = None) -> None:
         plan_ids = left.plan_ids if left else self._prepare()

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from dinfer.codec.choice import Codec
 from dinfer.display import Displayable, Tidy
 from dinfer.errors import NotPossible, excerpt
 from dinfer.files import WrittenFiles
 from dinfer.kv.diff import VALUES
-from dinfer.kv.difference import Diff, nonfinite_remark
+from dinfer.kv.difference import Diff, loss_text, nonfinite_remark
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import Selection, Source
 from dinfer.kv.view import KV, Other
@@ -17,6 +19,9 @@ from dinfer.model.decoder import Decoder
 from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
 from dinfer.saved.about import About, read_about
+from dinfer.saved.bisect.collect import Collected, collect
+from dinfer.saved.bisect.result import Bisection
+from dinfer.saved.bisect.search import Bisectable, bisect_run
 from dinfer.saved.format import HIDDEN, SavedError, hidden_name
 from dinfer.saved.read import (
     SavedSource,
@@ -27,6 +32,7 @@ from dinfer.saved.read import (
     read_trace,
     well_formed,
 )
+from dinfer.saved.replay.record import RankRecord
 from dinfer.saved.replay.replay import Replay
 from dinfer.severity import Severity
 from dinfer.trace.export import TraceError
@@ -43,10 +49,10 @@ _OTHERS = ": a folder that run.save has written does"
 
 class Saved(Tidy, Displayable):
     """A run that `run.save` has written or, of a report, its `trace` and `findings` alone. `path`: where it was read
-    from; `write`: writes reports; `about`: what a folder's `run.json` says; `source`: its KV. A folder has both of
-    them, a report neither."""
+    from; `write`: writes reports; `show`: makes panels; `about`: what a folder's `run.json` says; `source`: its KV. A
+    folder has both of these, a report neither."""
 
-    INTERNAL = frozenset({"source"})
+    INTERNAL = frozenset({"about", "collected", "noted_kv", "source"})
 
     def __init__(
         self,
@@ -55,8 +61,9 @@ class Saved(Tidy, Displayable):
         write: WriteReport | None = None,
         about: About | None = None,
         source: SavedSource | None = None,
+        show: "Callable[[Saved], Any] | None" = None,
     ) -> None:
-        self.path, self.trace, self._write = path, trace, write
+        self.path, self.trace, self._write, self._show = path, trace, write, show
         self._about, self._source = about, source
         self._written = WrittenFiles()
 
@@ -64,6 +71,11 @@ class Saved(Tidy, Displayable):
     def findings(self) -> Findings:
         """What was known of the run besides its events."""
         return findings_of(self.trace)
+
+    @property
+    def about(self) -> About | None:
+        """What a folder's `run.json` says; None of a report or a trace."""
+        return self._about
 
     @property
     def plan(self) -> Plan:
@@ -80,7 +92,11 @@ class Saved(Tidy, Displayable):
     def kv(self, layer: int | None = None, *, chunk: int | None = None, rank: int | None = None) -> KV:
         """The KV that the ranks held: see `run.kv`. Raises PlanError for an unknown layer, chunk or rank, SavedError
         for values that were not saved."""
-        return KV(self.source, layer=layer, chunk=chunk, rank=rank, remark=self._nonfinite)
+        return KV(self.source, layer=layer, chunk=chunk, rank=rank, remark=self._remark)
+
+    def noted_kv(self, layer: int | None, note: Callable[[Diff, Selection], None]) -> KV:
+        """The same; `note(diff, selection)` is called after ranks were compared."""
+        return KV(self.source, layer=layer, chunk=None, rank=None, remark=self._remark, note=note)
 
     def diff(self, other: "Other | Source | None" = None, values: int | None = VALUES) -> Diff:
         """Where the ranks differed from one another or, given another run, saved or live, from that: see `KV.diff`."""
@@ -123,6 +139,38 @@ class Saved(Tidy, Displayable):
         recorded = read_record(self.path, about, source, rank, self.findings.failure)
         return Replay(recorded, model_path=str(model_path), device=device, decoder=decoder)
 
+    def debugger(self) -> Any:
+        """The panel of `session.debugger()`, read-only: map, KV and communication as the run stood. `dinfer desk PATH`
+        shows the same in a browser. Raises NotPossible for a trace that is of no plan of dinfer."""
+        if self._show is None:
+            raise NotPossible("this was opened without views: use dinfer.open(…).")
+        return self._show(self)
+
+    def bisect(
+        self,
+        against: "str | Bisectable" = "reference",
+        *,
+        rank: int | None = None,
+        what: str | None = None,
+        model_path: str | Path = "",
+        device: str = "",
+        decoder: Decoder | None = None,
+    ) -> Bisection:
+        """The block with which the run's answer turns wrong: see `run.bisect`. It needs the run's checkpoint, and a
+        folder with KV and hidden states. Raises as `replay` does."""
+        return bisect_run(
+            self, against, rank=rank, what=what, model_path=str(model_path), device=device, decoder=decoder
+        )
+
+    def collected(self, rank: int | None = None) -> Collected:
+        """What a bisect compares: see `saved.bisect.collect`."""
+        about, source = self._of_folder("KV and hidden states to bisect")
+
+        def record_of(one: int) -> RankRecord:
+            return read_record(self.path, about, source, one, self.findings.failure)
+
+        return collect(source, record_of if about.hidden else None, rank)
+
     def report(self, path: str | Path = "report.html") -> Path:
         """Write it as one HTML file, and return where that is. A file that is there is kept, unless this object wrote
         it: the new one gets a number."""
@@ -148,9 +196,10 @@ class Saved(Tidy, Displayable):
         if source.ranks:
             held = f"ranks {numbers_text(source.ranks)}: {source.holds}"
             held += ", hidden states" * about.hidden
+        codec = f", codec {about.codec}" * (about.codec != "none")
         lines = [
             f"{subject.name}: {plan.shape.tokens} tokens in {len(plan.shape.chunks)} chunks, {plan.schedule}, "
-            f"{plan.sync_strategy}: {state}{f', {new} new tokens' * bool(new)}",
+            f"{plan.sync_strategy}{codec}: {state}{f', {new} new tokens' * bool(new)}",
             held,
             *[f"it stood {subject.stands}"] * any(subject.standing),
             *[findings.failure.partition("\n")[0]] * bool(findings.failure),
@@ -166,16 +215,21 @@ class Saved(Tidy, Displayable):
             raise self._lacks(what)
         return self._about, self._source
 
-    def _nonfinite(self, chosen: Selection) -> str:
-        """See `kv.difference.nonfinite_remark`."""
+    def _remark(self, chosen: Selection) -> str:
+        """See `kv.difference.nonfinite_remark`; and that a lossy codec has changed the blocks."""
         blocks = ((chunk, layer) for _, chunk, layer, kind, _ in self.findings.marks if kind == "nonfinite")
-        return nonfinite_remark(blocks, chosen, self.findings.nonfinite)
+        told = [nonfinite_remark(blocks, chosen, self.findings.nonfinite)]
+        if self._about is not None and Codec.of(self._about.codec).is_lossy:
+            told.append(loss_text(self._about.codec, {}))
+        return "; and ".join(filter(None, told))
 
     def _lacks(self, what: str) -> SavedError:
         return SavedError(f"{str(self.path)!r} holds a trace and findings, but no {what}.")
 
 
-def open_saved(path: str | Path, write: WriteReport | None = None) -> Saved:
+def open_saved(
+    path: str | Path, write: WriteReport | None = None, show: Callable[[Saved], Any] | None = None
+) -> Saved:
     """Open what `run.save` or `run.report` has written. Raises SavedError for anything else."""
     try:
         found = Path(path).expanduser()
@@ -188,13 +242,13 @@ def open_saved(path: str | Path, write: WriteReport | None = None) -> Saved:
     if is_folder:
         folder = found.resolve()
         about = read_about(folder)
-        return Saved(folder, read_trace(folder, about), write, about, read_source(folder, about))
+        return Saved(folder, read_trace(folder, about), write, about, read_source(folder, about), show)
     if not is_there:
         raise SavedError(
             f"there is no {str(path)!r}: give a folder that run.save(…) has written, or a report."
         )
     try:
-        return Saved(found, read_traces(found)[0], write)
+        return Saved(found, read_traces(found)[0], write, show=show)
     except OSError as error:
         raise SavedError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
     except TraceError as error:

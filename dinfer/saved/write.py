@@ -19,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinfer.cluster.kv import Live
-from dinfer.display import WrittenPath
+from dinfer.files import WrittenPath
 from dinfer.kv.digests import as_numbers, block_digests
-from dinfer.kv.source import HeldSpans, Source
+from dinfer.kv.source import HeldSpans, LiveSource, Source
 from dinfer.kv.view import say_size
 from dinfer.monitor.signs import HangEvidence
 from dinfer.saved import format as layout
@@ -128,7 +127,7 @@ def values_of(source: Source, taken: SavedDigests, layer: int) -> dict[str, Tens
     return found
 
 
-def hidden_of(source: Live, ranks: Sequence[int]) -> dict[str, Tensor]:
+def hidden_of(source: LiveSource, ranks: Sequence[int]) -> dict[str, Tensor]:
     """The hidden states that have entered these ranks."""
     return {
         layout.hidden_name(rank, chunk, layer): source.hidden(rank, chunk, layer)
@@ -142,11 +141,11 @@ def hidden_of(source: Live, ranks: Sequence[int]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Content:
-    """What to save: of these `ranks` of `source`; `told`: what the session knows, as plain values; `layers`: those
-    whose values to save; `hidden`: whether to save hidden states; `texts`: whether to save the tokens' texts; `own`: by
-    rank, what a replay needs, if hidden states are saved."""
+    """What to save: of these `ranks` of `source`, which is a LiveSource if hidden states are saved; `told`: what the
+    session knows, as plain values; `layers`: those whose values to save; `hidden`: whether to save hidden states;
+    `texts`: whether to save the tokens' texts; `own`: by rank, what a replay needs, if hidden states are saved."""
 
-    source: Live
+    source: Source
     ranks: tuple[int, ...]
     trace: Trace
     evidence: HangEvidence
@@ -176,6 +175,7 @@ def write(content: Content, path: str | Path) -> Path:
         for layer in content.layers:
             _write_tensors(folder / layout.kv_file(layer), values_of(source, taken, layer))
         if content.hidden:
+            assert isinstance(source, LiveSource)
             states = hidden_of(source, content.ranks)
             for rank, own in content.own.items():
                 states |= {} if own.final is None else {layout.final_name(rank): own.final}

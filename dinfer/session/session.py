@@ -23,12 +23,12 @@ from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
 from dinfer.planner.choose import CHOICES
 from dinfer.planner.machine import unmeasured
+from dinfer.progress import rank_bars
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import RankFailed
 from dinfer.run.hang import Hung
 from dinfer.run.left import LeftRun
-from dinfer.run.progress import rank_bars
-from dinfer.run.report import NO_VIEWS, Reporter
+from dinfer.run.report import NO_VIEWS, Reporter, opening
 from dinfer.run.run import Run
 from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
@@ -41,10 +41,12 @@ from dinfer.session.measure import (
     check_auto,
     choose,
     measured,
+    measured_before,
     with_choice,
     without_auto,
 )
 from dinfer.session.reattach import are_in_one_group, loaded_of, run_of
+from dinfer.session.runs import SessionRuns
 from dinfer.session.sweep import Sweep, sweep
 from dinfer.severity import Severity
 from dinfer.trace.summary import summary
@@ -61,7 +63,7 @@ PREPARE_S, LOAD_S, MEASURE_S = 120.0, 3600.0, 600.0
 
 GIVE_WAY_S, ALL_SAY_S = 5.0, 1.0
 
-OF_PREFILL = ("plan", "paused")
+OF_PREFILL = ("plan", "paused", "keep")
 """parameters of `Session.prefill` that are not those of a run's config"""
 
 
@@ -87,18 +89,24 @@ class SessionOver(DinferError, RuntimeError):
 
 class Session(Tidy, Announced, Closing):
     """Made by `dinfer.connect`: `world_size` ranks. `spec`: the checkpoint that is loaded, None before; `log`: what has
-    happened, a line each. `show` makes the panels that `debugger` returns, `write` the reports of runs."""
+    happened, a line each; `runs`: the current run and the last ones before it. `show` makes the panels that `debugger`
+    returns, `write` the reports of runs."""
 
-    INTERNAL = frozenset({"INTERNAL", "announce", "give_way", "leave", "ranks", "reattached", "severity"})
+    INTERNAL = frozenset(
+        {"INTERNAL", "announce", "connected_by", "give_way", "leave", "ranks", "reattached", "severity"}
+    )
 
     def __init__(self, ranks: Ranks, show: Show | None = None, write: WriteReport | None = None) -> None:
         self.ranks, self.world_size = ranks, ranks.world_size
         self.log: list[str] = []
+        self.connected_by = f"dinfer.connect(n={ranks.world_size})"
+        """the call that makes a session like this"""
         self.spec: Spec | None = None
         self._show, self._write = show, write
         self._past: list[tuple[Job, dict[str, Any]]] = []
         """earlier runs whose prefill is complete, and their figures, for reports"""
         self._run: Run | None = None
+        self.runs = SessionRuns()
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
         self._devices = ["cpu"] * self.world_size
         self._half_prepared = False  # ranks may wait for others that have refused a prompt or to measure
@@ -147,7 +155,7 @@ class Session(Tidy, Announced, Closing):
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
-        self._end_run("another checkpoint was loaded; session.prefill(…) begins a run of it")
+        self._end_run("a checkpoint was loaded since; session.prefill(…) begins a run of it")
         self._free_lanes()
         if config.backend != self._config.backend:
             meet(self.ranks, config.backend)
@@ -163,11 +171,13 @@ class Session(Tidy, Announced, Closing):
         *,
         paused: bool = False,
         plan: Plan | str | CustomSchedule | None = None,
+        keep: bool = False,
         **parameters: Any,
     ) -> Run:
         """A run of this prompt, text or token ids (also as `prompt_ids`); with `paused` it stands before its first op.
         The run before it is then over; if it has failed or hangs, and only lanes are blocked, they are freed, and a
-        line says so.
+        line says so. `runs` has it; it answers from the digests that were kept of it. `keep`: once this run is over,
+        the values of its KV stay in a temporary folder.
 
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …;
         those that `load` fixes for all runs, such as dtype, are refused if they differ.
@@ -212,7 +222,9 @@ class Session(Tidy, Announced, Closing):
         text = "" if not plan else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)
-        self._note(f"run: {len(job.ids)} tokens, {job.plan.schedule}, {job.plan.sync_strategy}", run)
+        run.keeps = keep
+        about = f"{job.plan.schedule}, {job.plan.sync_strategy}{config.codec_text}"
+        self._note(f"run: {len(job.ids)} tokens, {about}", run)
         if not paused:
             run.resume()
         return run
@@ -327,7 +339,7 @@ class Session(Tidy, Announced, Closing):
     def close(self) -> None:
         """Leave the ranks: a cluster that dinfer started ends, one that was joined goes on."""
         if not self._closing.is_set():
-            self._end_run("the session is closed; dinfer.connect(…) opens another")
+            self._end_run("the session is closed; dinfer.connect(…) opens another", is_last=True)
             self._closing.set()
             self._thread.join(2)
             if self._watch:
@@ -401,6 +413,8 @@ class Session(Tidy, Announced, Closing):
             job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan), left
         )
         run.show, run.recover = self._show, self.recover
+        run.calls.opening = lambda: opening(job.config, self.connected_by, plan, keep=run.keeps)
+        self.runs.add(run)
         if self._write:
             run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
         return run
@@ -414,6 +428,7 @@ class Session(Tidy, Announced, Closing):
         if loaded is None:
             return ""
         self._config, self.spec, self._devices = loaded
+        self._measured = measured_before(held)
         self._bare = set()
         model = f"the ranks still hold {self._config.model_path}, so nothing has to be loaded"
         try:
@@ -484,12 +499,13 @@ class Session(Tidy, Announced, Closing):
             lost = f"{rank_spans_text(gone)} {'are' if len(gone) > 1 else 'is'} gone"
             raise RankFailed(f"{lost}: session.recover() brings {'them' if len(gone) > 1 else 'it'} back.")
 
-    def _end_run(self, why: str) -> None:
+    def _end_run(self, why: str, *, is_last: bool = False) -> None:
         if run := self._run:
             if run.standing().state == "done" and not run.edited:
                 name = f"run {len(self._past) + 1} of this session"
                 self._past.append((run.job, {"name": name, **summary(run.trace)}))
-            run.close(why)
+            run.close(why, patient=not is_last)
+            self.runs.trim()
 
     def _figures_before(self, job: Job) -> list[dict[str, Any]]:
         """The figures of earlier runs of the same prompt and checkpoint, oldest first."""

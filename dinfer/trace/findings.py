@@ -59,7 +59,8 @@ class Findings:
     the wire or in memory; `nonfinite`: the first NaN or Inf; `marks`: what is known of single blocks: rank, chunk,
     layer, kind ("armed", "differs", "corrupt", "nonfinite": in K or V, "nonfinite hidden": in
     the hidden state after the block) and text. `commands`: how to repeat this run, by where to type it. `warnings`:
-    what went wrong in a watched program though nothing stopped it."""
+    what went wrong in a watched program though nothing stopped it. `predicted`: seconds by the planner, by figure, as
+    `run.prediction` names them."""
 
     made: str = ""
     state: str = ""
@@ -90,6 +91,7 @@ class Findings:
     chunk_texts: tuple[str, ...] = ()
     environment: dict[str, str] | None = None
     warnings: tuple[str, ...] = ()
+    predicted: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values as JSON has them, with lists for tuples."""

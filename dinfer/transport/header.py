@@ -4,17 +4,18 @@ A message longer than its recv would abort the process, so a header is received 
 """
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from dinfer.codec.choice import NONE, Codec, CodecError
 from dinfer.plan.ops import Op, Value, ValueKind
 
 HEADER_BYTES = 64
 
-_LAYOUT = struct.Struct("<4s?BBxQiii4xQQQQ")
+_LAYOUT = struct.Struct("<4s?BBBQiii4xQQQQ")
 assert _LAYOUT.size == HEADER_BYTES
 
 SIGNED = slice(40, 64)
@@ -37,7 +38,8 @@ class TransferError(RuntimeError):
 
 @dataclass(frozen=True)
 class Header:
-    """Announces `nbytes` bytes of `value`, `tokens` long, in `dtype`, by plan `plan_id`.
+    """Announces `nbytes` bytes of `value`, `tokens` long, in `dtype` before `codec`, by plan `plan_id`. What a plan
+    expects of a codec whose size depends on the values is the largest.
 
     `digests`: of K and V as they were computed, (0, 0) if digests are off. `changed`: the first rank that received
     other bytes, plus one; 0 if none did. A `void` header announces nothing: it releases a recv that was posted too
@@ -52,28 +54,36 @@ class Header:
     void: bool = False
     digests: tuple[int, int] = field(default=(0, 0), compare=False)
     changed: int = field(default=0, compare=False)
+    codec: Codec = NONE
 
     def pack(self) -> bytes:
         """The header as HEADER_BYTES bytes."""
         what, chunk, layer = self.value
-        kinds = not self.void, _WHATS.index(what), _DTYPES.index(self.dtype)
+        kinds = not self.void, _WHATS.index(what), _DTYPES.index(self.dtype), self.codec.number
         sizes = chunk, layer, self.tokens, self.nbytes
         return _LAYOUT.pack(_MAGIC, *kinds, self.plan_id, *sizes, *self.digests, self.changed)
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
         """The inverse of `pack`. Raises TransferError for bytes that are not a header."""
-        magic, full, what, dtype, plan_id, chunk, layer, tokens, nbytes, k, v, changed = _LAYOUT.unpack(data)
+        magic, full, what, dtype, codec, plan_id, chunk, layer, tokens, nbytes, k, v, changed = (
+            _LAYOUT.unpack(data)
+        )
         if magic != _MAGIC or what >= len(_WHATS) or dtype >= len(_DTYPES):
             raise TransferError(
                 f"{data[:16].hex()}… is not a header: the stream between two ranks is out of step."
             )
-        value = Value(_WHATS[what], chunk, layer)
-        return cls(plan_id, value, tokens, _DTYPES[dtype], nbytes, not full, (k, v), changed)
+        value, sums = Value(_WHATS[what], chunk, layer), (k, v)
+        try:
+            way = Codec.numbered(codec)
+        except CodecError as error:
+            raise TransferError(f"the header of {value} is damaged: {error}") from None
+        return cls(plan_id, value, tokens, _DTYPES[dtype], nbytes, not full, sums, changed, way)
 
     def __str__(self) -> str:
         plural = "" if self.tokens == 1 else "s"
-        return f"{self.value}, {self.tokens} token{plural}, {self.dtype}, {self.nbytes:,} bytes"
+        coded = "" if self.codec.is_none else f" by codec {self.codec}"
+        return f"{self.value}, {self.tokens} token{plural}, {self.dtype}{coded}, {self.nbytes:,} bytes"
 
 
 VOID_HEADER = Header(0, Value("final"), 0, "float32", 0, void=True).pack()
@@ -98,5 +108,8 @@ def check(came: Header, expected: Header, op: Op) -> None:
         raise TransferError(
             f"rank {op.peer} runs another plan ({ids}): at `{op}` it sent {came}.", came, here
         )
-    if came != expected:
+    wanted = expected
+    if not expected.codec.is_sized and came.nbytes <= expected.nbytes:
+        wanted = replace(expected, nbytes=came.nbytes)
+    if came != wanted:
         raise TransferError(f"at `{op}` the plan expects {expected}; rank {op.peer} sent {came}.", came, here)

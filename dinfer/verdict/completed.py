@@ -14,7 +14,7 @@ from dinfer.trace.events import COLLECTIVES, Event, Group
 from dinfer.verdict.left_out import left_out
 from dinfer.verdict.matching import MAKING, MatchedOps, RecordedOp
 from dinfer.verdict.op_text import full_text, left_out_text
-from dinfer.verdict.recorded import difference
+from dinfer.verdict.recorded_waits import difference
 from dinfer.verdict.where import ranks_text, seconds_text
 
 MOST = 100

@@ -21,7 +21,10 @@ const BUTTONS = [
 const PACES = ["", "1", "2", "5", "10"]; // steps a second; "": run.resume()
 const KEYS = "Keys, while the panel has the focus: o l w c step, b back, u undo, p play, s pause, r run to the selected block, d "
   + "compare ranks, y why, Enter or double-click sets or removes a breakpoint at a block, arrows move the selection, + − 0 "
-  + "zoom, 1 2 3 the tabs. In the form of breakpoints, Enter sets one and Escape leaves it.";
+  + "zoom, 1 2 3 the tabs, t the time, / find. In the form of breakpoints, Enter sets one and Escape leaves it.";
+const READING_KEYS = "Keys, while the panel has the focus: d compare ranks, y why, arrows move the selection, + − 0 zoom, 1 2 3 the "
+  + "tabs, t the time, / find.";
+const ASKING = ["diff", "why"]; // what a saved run answers, too
 const TABS = ["map", "KV", "communication"];
 // Controls that are disabled for a run that is over, and without a kernel.
 const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-stops :is(button, input), "
@@ -173,6 +176,12 @@ class RankList {
 
   show(ranks) {
     ranks.forEach((rank, n) => this.showOne(this.lines[n], rank));
+  }
+
+  // Lead the eye to a rank.
+  point(rank) {
+    this.lines.forEach(({ line }, n) => line.classList.toggle("dinfer-pointed", n === rank));
+    this.lines[rank]?.line.scrollIntoView({ block: "nearest" });
   }
 
   showOne({ line, device, word, bar, where }, rank) {

@@ -20,6 +20,7 @@ from dinfer.severity import Severity
 from dinfer.views.desk import Painter, Wants, keep_newest
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.quantise import MISSING, Scale, Values, figures, quantise
+from dinfer.views.read_only import read_only
 
 VALUES = 1 << 21
 """values in a picture at most, but for one long chunk: 2,048 tokens of 8 heads of 128"""
@@ -189,7 +190,7 @@ class Inspector:
 
     def _serve(self) -> None:
         standing = self._run.standing()
-        if standing.state in (*MOVING, State.HUNG, State.CLOSED):
+        if standing.state in (*MOVING, State.HUNG, State.CLOSED) and not read_only(self._run):
             return
         stamp = stamp_of(standing)
         for want in self._wants.taken(stamp):

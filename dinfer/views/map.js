@@ -153,7 +153,7 @@ class BlockMap {
 
   drawNow() {
     const shape = this.geometry(), scale = window.devicePixelRatio || 1;
-    const style = getComputedStyle(this.root), { bytes, cut, breakpoints, hover, selected } = this.look();
+    const style = getComputedStyle(this.root), { bytes, cut, breakpoints, hover, selected, found } = this.look();
     if (shape.width <= 0 || !bytes.length) return;
     this.colour = (name) => style.getPropertyValue(`--dinfer-${name}`).trim();
     this.canvas.width = Math.round(shape.width * scale);
@@ -168,6 +168,7 @@ class BlockMap {
     this.drawCut(pen, shape, cut);
     this.drawMarks(pen, shape, cells);
     this.drawBreakpoints(pen, shape, breakpoints);
+    for (const block of found ?? []) this.frameCells(pen, shape, justBlock(block), 1);
     this.frameCells(pen, shape, hover, 1);
     this.frameCells(pen, shape, selected && justBlock(selected), 2.5);
     this.tell(this.scope(shape));

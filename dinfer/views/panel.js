@@ -32,6 +32,7 @@ class View {
 
   build(el) {
     this.root = make("div", "panel", el);
+    this.root.classList.toggle("dinfer-readonly", Boolean(this.board.read_only)); // panel.css hides what moves a run
     this.root.tabIndex = -1; // a click anywhere gives it the keyboard
     const bar = make("div", "bar", this.root);
     for (const button of BUTTONS) button ? this.button(bar, ...button) : make("span", "gap", bar);
@@ -51,17 +52,44 @@ class View {
     Object.assign(disarm, { title: "run.faults.clear()", onclick: () => this.send({ do: "clear_faults" }) });
     this.tabs = make("div", "tabs", this.root);
     this.tabs.setAttribute("role", "tablist");
+    const asking = make("div", "fields asking", this.root), answers = make("div", "answers", this.root);
     this.pages = Object.fromEntries(TABS.map((name) => [name, this.page(name)]));
     this.state = make("span", "state", this.tabs);
-    make("span", "keys", this.tabs, "keys ⓘ").title = KEYS;
+    make("span", "keys", this.tabs, "keys ⓘ").title = this.board.read_only ? READING_KEYS : KEYS;
     this.buildMap(make("div", "body", this.pages.map));
     const send = (message) => this.send(message);
     this.inspector = new Inspector(this.pages.KV, this.root, this.board, this.name, send);
     this.communication = new Communication(this.pages.communication, this.root, this.board, this.name, send);
+    this.buildTime(asking, answers, send);
     const call = make("div", "call last", this.root);
     this.call = copyable(call, "last call");
     this.working = make("span", "working", call);
     this.open("map");
+  }
+
+  buildTime(bar, parent, send) {
+    this.time = new TimeStrip(bar, parent, this.root, this.board, this.name, {
+      send,
+      select: (block) => this.lead(block),
+      rank: (rank) => this.ranks.point(rank),
+      changed: () => this.update(),
+    });
+    this.finder = new FindBox(bar, parent, this.board, this.name, {
+      send,
+      lead: (hit) => this.time.lead(hit),
+      found: (blocks) => {
+        this.found = blocks;
+        this.map?.draw();
+      },
+      leave: () => this.root.focus({ preventScroll: true }),
+    });
+  }
+
+  // To a block on the map, from a hit or from something on the strip.
+  lead(block) {
+    if (this.tab !== "map") this.open("map");
+    this.rest();
+    this.select(block);
   }
 
   page(name) {
@@ -146,6 +174,8 @@ class View {
     this.map.close();
     this.inspector.remove();
     this.communication.remove();
+    this.time.close();
+    this.finder.close();
     this.themed.close();
     this.silent.forEach(clearTimeout);
   }
@@ -159,7 +189,7 @@ class View {
   }
 
   get ended() {
-    return this.lost ? LOST : this.model.get("shown").over;
+    return this.lost ? this.model.lost ?? LOST : this.model.get("shown").over;
   }
 
   // Disable what cannot work any more: controls that need ranks and, without a kernel, those that need it.
@@ -172,12 +202,13 @@ class View {
     this.map.draw();
     this.inspector.map.draw();
     this.communication.theme();
+    this.time.draw();
   }
 
   // -- user actions
 
   press(action) {
-    if (this.ended) return;
+    if (this.ended || (this.board.read_only && !ASKING.includes(action))) return;
     const [verb, unit] = action.split(":");
     const block = this.model.get("selected");
     this.hint = "";
@@ -207,6 +238,8 @@ class View {
     if (message.heard) this.heard(message.heard);
     this.inspector.hear(message, buffers);
     this.communication.hear(message, buffers);
+    this.time.hear(message, buffers);
+    this.finder.hear(message);
   }
 
   heard(id) {
@@ -260,7 +293,7 @@ class View {
   }
 
   toggleBreakpoint(cell) {
-    if (!cell || this.ended) return;
+    if (!cell || this.ended || this.board.read_only) return;
     const [layer, chunk] = cell;
     const here = this.model.get("shown").breakpoints.find((one) => one.layer === layer && one.chunk === chunk);
     this.send(here ? { do: "remove_breakpoint", number: here.number } : { do: "break_at", layer, chunk });
@@ -276,6 +309,8 @@ class View {
     else if (zoom) zoom[2](this.map, this.model.get("selected"));
     else if (button) this.press(button[1]);
     else if (event.key === "Enter") this.toggleBreakpoint(this.model.get("selected"));
+    else if (event.key === "t") this.time.toggle();
+    else if (event.key === "/") this.finder.focus();
     else if (TABS[event.key - 1]) this.open(TABS[event.key - 1]);
     else return;
     event.preventDefault();
@@ -300,7 +335,7 @@ class View {
     this.state.textContent = `${isGrave ? `${this.board.severities[shown.state_severity]} ` : ""}${state}${tokens}`;
     this.state.dataset.severity = isGrave ? shown.state_severity : "";
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
-    this.banner.show(shown, this.ended, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
+    this.banner.show(shown, this.ended || this.board.read_only, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
     this.nonfinite.textContent = `${this.board.severities.warning} ${shown.nonfinite}`;
     this.nonfinite.hidden = !shown.nonfinite;
     this.faultLines.textContent = shown.faults.join("\n");
@@ -316,7 +351,8 @@ class View {
     const waiting = shown.waiting ? `, then ${shown.waiting}` : "";
     const working = [shown.playing, ...shown.working].filter(Boolean).join(", ");
     this.working.textContent = working && `at work: ${working}${waiting}`;
-    this.ranks.show(shown.ranks);
+    this.time.follow(shown);
+    this.ranks.show(this.time.ranksOf(shown.ranks));
     this.describe();
     this.map.draw();
     if (this.ended) this.disable();
@@ -339,6 +375,7 @@ class View {
 
   // Unpacked once for each message.
   bytes() {
+    if (this.time.cells) return this.time.cells;
     const view = this.model.get("cells");
     if (view !== this.packed) [this.packed, this.cells] = [view, unpacked(view, this.board)];
     return this.cells;
@@ -350,8 +387,8 @@ class View {
   }
 
   look() {
-    const selected = this.model.get("selected"), { cut } = this.model.get("shown");
-    return { bytes: this.bytes(), cut, breakpoints: this.model.get("shown").breakpoints, selected, hover: this.hover };
+    const selected = this.model.get("selected"), { cut, breakpoints } = this.model.get("shown");
+    return { bytes: this.bytes(), cut: this.time.cut ?? cut, breakpoints, selected, hover: this.hover, found: this.found };
   }
 
   describe() {

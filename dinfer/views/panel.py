@@ -16,8 +16,12 @@ from dinfer.severity import Severity
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
+from dinfer.views.finder import Finder
 from dinfer.views.inspector import Inspector, stamp_of
 from dinfer.views.protocol import InspectableRun, Json
+from dinfer.views.read_only import read_only
+from dinfer.views.recorded import RecordedRun
+from dinfer.views.scrubber import Scrubber
 from dinfer.views.slotted import SlottedWidget, texts_of
 from dinfer.views.status import breakpoints, layout, moment
 from dinfer.views.still import still_html
@@ -98,7 +102,8 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
 
 
 SCRIPTS = (
-    "map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "banner.js", "slots.js", "panel.js",
+    "map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "banner.js", "scrubber.js", "find.js",
+    "slots.js", "panel.js",
 )  # fmt: skip
 """concatenated, they are one module"""
 
@@ -130,10 +135,13 @@ class Panel(SlottedWidget):
         )
         self._workers = (self._pauser, self._editor, self._worker)
         self._inspector, self._communication = Inspector(run, self.send), Communication(run, self.send)
+        recorded = RecordedRun(run)
+        self._scrubber, self._finder = Scrubber(run, recorded, self.send), Finder(run, recorded, self.send)
         self._painted: object = None
         self._answered = 0, ""
         """the number of actions done when the last one ended, and the stamp of the run then"""
-        super().__init__(board={**layout(run.plan, run.chunk_labels()), "figures": list(FIGURES)})
+        board = layout(run.plan, run.chunk_labels())
+        super().__init__(board={**board, "figures": list(FIGURES), "read_only": read_only(run)})
         self._paint()
         self.on_msg(self._on_message)
         self._unsubscribe: Callable[[], None] | None = run.on_change(self._painter.touch)
@@ -148,6 +156,8 @@ class Panel(SlottedWidget):
                 worker.close()
             self._inspector.close()
             self._communication.close()
+            self._scrubber.close()
+            self._finder.close()
             self._painter.close()
         super().close()
 
@@ -214,6 +224,8 @@ class Panel(SlottedWidget):
             "value": self._inspector.value,
             "figure": self._communication.ask,
             "plotly": self._communication.script,
+            "time": self._scrubber.ask,
+            "find": self._finder.ask,
         }
         if do in looks:
             looks[do](message)

@@ -14,6 +14,7 @@ from dinfer.watch.zipped import watched_environment, write_zip
 from dinfer.watching.alarm import HangAlarm, is_end
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.folders import Watched
+from dinfer.watching.listening import Listener
 
 LOOK_S, SHARE = 0.25, 0.02
 """seconds between looks, and the part of the time that looking may take: a long record is looked at less often"""
@@ -40,6 +41,28 @@ NOT_STARTED = 127
 def exit_status(status: int) -> int:
     """As a shell has it: 128 and more for a signal."""
     return status if status >= 0 else 128 - status
+
+
+def start(
+    command: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    output: int | None = None,
+    starting: AbstractContextManager[object] | None = None,
+) -> "subprocess.Popen[bytes]":
+    """Start a command whose Python processes record into `folder`, which is made. `output`: a file descriptor for its
+    standard output and error; `starting`: entered while it is started. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = write_zip(folder.absolute() / ZIP)
+    errors = subprocess.STDOUT if output is not None else None
+    with starting or nullcontext():
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **watched_environment(probe, folder), **(environment or {})},
+            stdout=output,
+            stderr=errors,
+        )
 
 
 class JobFollowed:
@@ -113,12 +136,13 @@ class WatchedCommand:
         environment: Mapping[str, str] | None = None,
         output: int | None = None,
         starting: AbstractContextManager[object] | None = None,
+        listener: Listener | None = None,
     ) -> None:
-        """Starts it. `output`: a file descriptor for its standard output and error; `starting`: entered while it is
-        started. Raises OSError."""
+        """Starts it, see `start`. `listener`: by which other hosts join, which run parts of the same job. Raises
+        OSError."""
         self.command, self.folder = list(command), folder
         folder.mkdir(parents=True, exist_ok=True)
-        probe = write_zip(folder.absolute() / ZIP)
+        self._listener = listener
         self.watched = Watched([folder], self.command)
         self.jobs = self.watched.look()
         self.verdict: Verdict | None = None
@@ -128,14 +152,7 @@ class WatchedCommand:
         self._looking = threading.Lock()
         self._before_end: dict[str, Evidence] = {}
         self._ends_until = -1.0
-        errors = subprocess.STDOUT if output is not None else None
-        with starting or nullcontext():
-            self.process = subprocess.Popen(
-                self.command,
-                env={**os.environ, **watched_environment(probe, folder), **(environment or {})},
-                stdout=output,
-                stderr=errors,
-            )
+        self.process = start(self.command, folder, environment, output=output, starting=starting)
 
     @property
     def evidence(self) -> Evidence:
@@ -171,6 +188,7 @@ class WatchedCommand:
         """Look once, and tell what is new."""
         news = []
         with self._looking:
+            self._add_hosts()
             self.jobs = self.watched.look(recent=True)
             now = time.monotonic()
             for found in self.jobs:
@@ -185,9 +203,18 @@ class WatchedCommand:
                     )
             self.verdict = self.standing(self.evidence)
         for new in news:
-            if self._tell:
-                self._tell(new)
+            self._say(new)
         return self.jobs
+
+    def _add_hosts(self) -> None:
+        for host in self._listener.hosts if self._listener else ():
+            self.watched.add(host)
+
+    def _say(self, verdict: Verdict) -> None:
+        if self._tell:
+            self._tell(verdict)
+        if self._listener:
+            self._listener.tell(str(verdict))
 
     @property
     def is_suspicious(self) -> bool:
@@ -224,8 +251,12 @@ class WatchedCommand:
         return since >= spent / GLANCE_SHARE and (self.is_suspicious or self.watched.has_news())
 
     def conclude(self, status: int) -> None:
-        """The last look, once the command has ended."""
+        """The last look, once the command has ended, and its parts on other hosts."""
+        if self._listener:
+            self._listener.wait_for_ends()
+            status = status or max((host.status or 0 for host in self._listener.hosts), default=0)
         with self._looking:
+            self._add_hosts()
             self.watched.look(recent=True)  # what has joined since the look before may go on
             self.living = self.watched.living(LINGERS_S)
             jobs = []
@@ -240,8 +271,8 @@ class WatchedCommand:
                 problem = said.problem if (status != 0 or told) and not self.living else None
                 if before_end is not None and not told and problem and is_end(problem, said):
                     problem = None
-                if problem and self._tell and (not told or told.kind != problem.kind):
-                    self._tell(problem)
+                if problem and (not told or told.kind != problem.kind):
+                    self._say(problem)
                 followed.alarm.standing = problem
             self.jobs = jobs
             self.verdict = self.standing(self.evidence)

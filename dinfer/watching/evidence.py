@@ -14,7 +14,8 @@ from dinfer.trace.flight import groups_of
 from dinfer.trace.trace import LOOKED, Trace
 from dinfer.verdict.completed import OpFinding, findings_of_events
 from dinfer.verdict.op_text import full_text
-from dinfer.verdict.recorded import UNREAD, explain_events
+from dinfer.verdict.recorded import explain_events
+from dinfer.verdict.recorded_waits import UNREAD
 from dinfer.verdict.signs import Signs
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.where import seconds_text

@@ -1,7 +1,5 @@
 """Looks at the folders that watched processes write to, again and again, and asks the processes where they stand."""
 
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,20 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from dinfer.verdict.recorded import UNREAD
+from dinfer.verdict.recorded_waits import UNREAD
 from dinfer.verdict.signs import Signs, StackFrame
-from dinfer.watch.probe.reading import Reader, ask_stacks
 from dinfer.watch.probe.records import RecordsError, WatchedProcess
 from dinfer.watch.probe.rows import RowsReader, RowsTaken, each_rows
-from dinfer.watch.probe.stacks import DUMP_SIGNAL
 from dinfer.watching.clocks import on_one_clock
 from dinfer.watching.events import ranks_of, trace_of
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.failures import only_first_failures
+from dinfer.watching.folder import Folder, FolderHere
 from dinfer.watching.held_rows import Layers, LayersSeen
 from dinfer.watching.jobs import WatchedJob, jobs_of
 from dinfer.watching.kv import WatchedKv
-from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, pulse_of, signs_of
+from dinfer.watching.signs import MAIN, ProcessPulse, dumped_frame, signs_of
 
 T = TypeVar("T")
 
@@ -66,9 +63,9 @@ class Watched:
     def __init__(
         self, folders: Iterable[str | Path], command: Sequence[str] = (), *, one_job: bool = False
     ) -> None:
-        self._readers = {Path(folder): Reader(folder) for folder in folders}
+        self._given: list[Folder] = [FolderHere(Path(folder)) for folder in folders]
         self._command, self._one_job = command, one_job
-        self._folders: dict[ProcessKey, Path] = {}
+        self._folders: dict[ProcessKey, Folder] = {}
         """where the files of each process are"""
         self._pulses: dict[ProcessKey, ProcessPulse] = {}
         self._asked: dict[ProcessKey, tuple[float, int, int]] = {}
@@ -82,6 +79,11 @@ class Watched:
         self._layers_read: dict[ProcessKey, tuple[int, Layers]] = {}
         """by how much had been read"""
         self._kv_read: tuple[object, WatchedKv] = (None, WatchedKv())
+
+    def add(self, folder: Folder) -> None:
+        """Look at this folder, too. No error where that is done already."""
+        if folder not in self._given:
+            self._given.append(folder)
 
     def trouble(self, error: Exception) -> None:
         """A look has failed: later ones note it."""
@@ -120,28 +122,29 @@ class Watched:
         unread, unknown = set[ProcessKey](), False
         self.unreadable = []
         begun: dict[ProcessKey, int] = {}
-        for folder, reader in self._readers.items():
+        for folder in self._given:
             try:
-                processes = reader.read_all()
+                processes = folder.read()
             except RecordsError as error:
                 self.unreadable.append(str(error))
                 continue
-            self.unreadable += reader.broken.values()
+            broken = folder.broken
+            self.unreadable += [*broken.values(), *filter(None, [folder.note()])]
             known = {process.name for process in processes}
-            unknown = unknown or not reader.broken.keys() <= known
+            unknown = unknown or not broken.keys() <= known
             for process in processes:
                 key = _key(process)
                 if key in begun:  # one folder, and a copy of it
                     if process.started_ns != begun[key]:
                         self.unreadable.append(
-                            f"{folder / process.name} is of another process than that of the same name in "
-                            f"{self._folders[key]}, and left out: explain it by itself"
+                            f"{folder.path / process.name} is of another process than that of the same name in "
+                            f"{self._folders[key].path}, and left out: explain it by itself"
                         )
                     continue
                 begun[key] = process.started_ns
                 found.append(process)
                 self._folders[key] = folder
-                if process.name in reader.broken:
+                if process.name in broken:
                     unread.add(key)
         return found, unread, unknown
 
@@ -178,13 +181,13 @@ class Watched:
     def _pulse(self, process: WatchedProcess) -> ProcessPulse:
         key = _key(process)
         if key not in self._pulses:
-            self._pulses[key] = pulse_of(process)
+            self._pulses[key] = self._folders[key].pulse_of(process)
         return self._pulses[key]
 
     def _is_over(self, process: WatchedProcess) -> bool:
         """Of a process of another host, its last sign of life says it."""
         pulse = self._pulse(process)
-        return process.ended is not None or pulse.gone is not None or pulse.process is None
+        return process.ended is not None or pulse.gone is not None or not pulse.is_followed
 
     def has_news(self) -> bool:
         """Whether, since the last look, a process has ended or written a line. Much cheaper than a look."""
@@ -196,7 +199,7 @@ class Watched:
         found = {}
         for key, folder in list(self._folders.items()):
             with suppress(OSError):
-                found[key] = (folder / f"{key.name}.jsonl").stat().st_size
+                found[key] = (folder.path / f"{key.name}.jsonl").stat().st_size
         return found
 
     def living(self, patience_s: float) -> list[int]:
@@ -246,7 +249,7 @@ class Watched:
 
     def rows(self, found: Evidence) -> dict[int, list[RowsTaken]]:
         """All that was taken of rows of KV and of tapped tensors so far, by rank. It may be much."""
-        return self._of_ranks(found, lambda process: [*each_rows(self._folders[_key(process)], process)])
+        return self._of_ranks(found, lambda process: [*each_rows(self._folders[_key(process)].path, process)])
 
     def _of_ranks(self, found: Evidence, take: Callable[[WatchedProcess], T]) -> dict[int, T]:
         """What `take` makes of each rank's process, where that is anything."""
@@ -269,7 +272,7 @@ class Watched:
         key = _key(process)
         with self._reading_rows:
             if key not in self._rows_seen:
-                self._rows_seen[key] = RowsReader(self._folders[key], process.name), LayersSeen()
+                self._rows_seen[key] = RowsReader(self._folders[key].path, process.name), LayersSeen()
             reader, seen = self._rows_seen[key]
             begun = reader.at
             for one in reader.more(process, ROWS_A_LOOK, waits=True):
@@ -289,15 +292,13 @@ class Watched:
                 continue
             self._asked[key] = (now, times + 1, op)
             with suppress(RecordsError):  # it is just ending
-                ask_stacks(self._folders[key], process)
-            if key in self._mute - self._dumped and _takes_dumps(process):
+                self._folders[key].ask_stacks(process)
+            if key in self._mute - self._dumped and self._folders[key].dump(process):
                 self._dumped.add(key)  # Python does not answer; C code does, on a signal
-                with suppress(OSError):
-                    os.kill(process.pid, process.dump or 0)
 
     def _dump_frame(self, process: WatchedProcess) -> StackFrame | None:
         try:
-            text = (self._folders[_key(process)] / f"{process.name}.dump").read_text(
+            text = (self._folders[_key(process)].path / f"{process.name}.dump").read_text(
                 encoding="utf-8", errors="replace"
             )
         except OSError:
@@ -314,23 +315,6 @@ def shortened(process: WatchedProcess) -> WatchedProcess:
     return replace(
         process, ops=[*still, *last], dropped=process.dropped + len(process.ops) - RECENT - len(still)
     )
-
-
-def _takes_dumps(process: WatchedProcess) -> bool:
-    """Whether the process of that number, on this host, is still one that takes the signal: any other would end."""
-    if (
-        DUMP_SIGNAL is None
-        or process.dump != DUMP_SIGNAL
-        or process.host != socket.gethostname()
-        or process.pid <= 1
-    ):
-        return False
-    try:
-        status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (DUMP_SIGNAL - 1) & 1)
 
 
 def _without_old_stacks(signs: Signs, process: WatchedProcess) -> Signs:

@@ -59,6 +59,13 @@ class CommandLines:
     def verdict(self, verdict: Verdict) -> None:
         self.marked(verdict.severity, str(verdict))
 
+    def joined(self, host: str) -> None:
+        self.say(f"dinfer: host {host} has joined")
+
+    def told_elsewhere(self, text: str) -> None:
+        """A verdict that was told where this host has joined."""
+        self.marked(Severity.ERROR, text)
+
     def notes(self, jobs: Sequence[Evidence]) -> None:
         """What cannot be read, once."""
         for note in dict.fromkeys(note for found in jobs for note in found.notes):

@@ -33,7 +33,7 @@ from dinfer.watching.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from dinfer.saved.saved import WriteReport
-    from dinfer.watching.reference import WatchedComparison
+    from dinfer.watching.comparison import WatchedComparison
 
 TRACE = "trace.jsonl"
 """in the folder that `save` writes"""

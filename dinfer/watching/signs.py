@@ -99,6 +99,18 @@ class ProcessPulse:
             return True
 
     @property
+    def is_followed(self) -> bool:
+        """Whether it can be said how the process lives, not only what it has written."""
+        return self.process is not None
+
+    def beat_s(self, watched: WatchedProcess, now_ns: int | None) -> float | None:
+        """For how many seconds it has not run Python, as far as is known; None where the clock of its record is another
+        one, or the record is all there is."""
+        if now_ns is None or watched.host != socket.gethostname():
+            return None
+        return (now_ns - last_sign(watched)) / 1e9
+
+    @property
     def cpu_moves(self) -> bool | None:
         """Whether it computes, or what it has started does; None: not known yet."""
         return self._computes or self._children_compute
@@ -173,10 +185,9 @@ def signs_of(
     is. `pulse`: None where the process is of another host, or of a record."""
     ended, phase = _ended(watched, pulse)
     is_alive = not ended and phase != "done"
-    beat_s = (now_ns - last_sign(watched)) / 1e9 if now_ns else 0.0
     stopped = pulse is not None and pulse.stopped_since is not None and now - pulse.stopped_since >= 0.3
-    here = watched.host == socket.gethostname() and now_ns is not None  # else its clock is another
-    answers = None if not is_alive or stopped or not here else beat_s < MUTE_S
+    beat_s = (pulse or ProcessPulse(None)).beat_s(watched, now_ns)
+    answers = None if not is_alive or stopped or beat_s is None else beat_s < MUTE_S
     taken = watched.stacks[-1] if watched.stacks and is_alive else None
     thread = watched.ops[-1].thread if watched.ops else MAIN
     outside = outside_of(taken, thread) if taken else ""
@@ -193,7 +204,7 @@ def signs_of(
         between_cells=phase == "done" and watched.ended is None,
         frames=frames_of(taken, thread) if taken else {},
         outside=outside,
-        child=child_text(watched.pid, here) if waits_for_child else "",
+        child=child_text(watched.pid, bool(pulse and pulse.process)) if waits_for_child else "",
     )
 
 

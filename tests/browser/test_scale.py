@@ -26,7 +26,7 @@ from tests.support.traces import on_paper
 
 pytestmark = pytest.mark.browser
 
-SIZES = ((1, 1, 1), (6, 6, 3), (36, 170, 3), (80, 1000, 8), (200, 40, 64), (3, 5000, 2))
+SIZES = ((1, 1, 1), (6, 6, 3), (36, 170, 3), (80, 1000, 8), (200, 1000, 16), (200, 40, 64), (3, 5000, 2))
 """layers, chunks, ranks"""
 FAULT = Mark(2, 109, 5, "differs", "rank 2 differs at layer 5, K, head 0")
 

@@ -194,6 +194,8 @@ def test_starts_one_where_none_runs_and_leaves_nothing(place: IPython) -> None:
     )
     assert cluster.call(None, "os:getenv", "RANK") == ["0", "1"]
     assert cluster.call(None, "os:getenv", "WORLD_SIZE") == ["2", "2"]
+    # Engines import what a rank needs of their own accord, while they are waited for.
+    assert cluster.view.apply_sync(eval, "'dinfer.rank.kernel' in __import__('sys').modules") == [True] * 2
     again = attach(2)  # the same process joins its own
     assert again.known == cluster.known
     assert again.started_by_us

@@ -25,7 +25,8 @@ SHOW = """async (given) => {
   const values = { ...given.traits, cells: new DataView(bytes(given.traits.cells).buffer) }, handlers = {};
   const fire = (name, ...parts) => (handlers[name] ?? []).forEach((handler) => handler(...parts));
   window.sent = [];
-  window.hear = (content, text) => fire("msg:custom", content, text ? [new DataView(bytes(text).buffer)] : []);
+  const view = (text) => new DataView(bytes(text).buffer);
+  window.hear = (content, ...texts) => fire("msg:custom", content, texts.filter(Boolean).map(view));
   window.model = {
     get: (name) => values[name],
     set: (name, value) => { values[name] = value; fire(`change:${name}`); },

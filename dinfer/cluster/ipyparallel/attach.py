@@ -33,6 +33,7 @@ from dinfer.cluster.ipyparallel.known import (
 from dinfer.cluster.ipyparallel.launcher import (
     BEHIND,
     UNATTENDED,
+    DinferControllerLauncher,
     DinferEngineSetLauncher,
     rank_environment,
 )
@@ -145,6 +146,8 @@ def _start(cluster: Known, n: int, timeout: float, place: ClusterPlace, profiled
         f"--profile-dir={cluster.profile_dir}",
         f"--cluster-id={cluster.cluster_id}",
         "--IPClusterStart.clean_logs=False",  # the logs of other clusters
+        f"--Cluster.controller_launcher_class={DinferControllerLauncher.entrypoint_name}",
+        "--Cluster.delay=0",  # engines are started once the controller's files are there
     ]
     if not profiled:  # whose config says it
         command.append(

@@ -260,7 +260,7 @@ class Cluster:
         }
         command = [
             *command_before(facts.engine_id, facts.environment),
-            *(facts.executable, "-m", "dinfer.cluster.ipyparallel.engine", str(log), controller),
+            *(facts.executable, "-m", "dinfer.cluster.ipyparallel.replacement", str(log), controller),
             f"--profile-dir={self.known.profile_dir}",
             f"--cluster-id={self.known.cluster_id}",
             f"--IPEngine.id={facts.engine_id}",

@@ -4,11 +4,13 @@ other hosts (`profiles`)."""
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ipyparallel.cluster.launcher import (
+    LocalControllerLauncher,
     LocalEngineLauncher,
     LocalEngineSetLauncher,
     SlurmEngineSetLauncher,
@@ -45,6 +47,17 @@ def command_before(rank: int, environment: Mapping[str, str]) -> list[str]:
     return behind[rank] if rank < len(behind) else []
 
 
+class DinferControllerLauncher(LocalControllerLauncher):  # type: ignore[misc]
+    """A controller that looks for heartbeats every second, three times as often as by default: an engine counts as
+    registered once the first has been seen. Engines are given up after the same 30 s."""
+
+    entrypoint_name = f"{__name__}.DinferControllerLauncher"
+
+    def find_args(self) -> list[str]:
+        beats = ["--HeartMonitor.period=1000", "--HeartMonitor.max_heartmonitor_misses=30"]
+        return [*super().find_args(), *beats]
+
+
 class DinferEngineLauncher(LocalEngineLauncher):  # type: ignore[misc]
     """One engine; its identifier is its rank."""
 
@@ -62,6 +75,11 @@ class DinferEngineSetLauncher(LocalEngineSetLauncher):  # type: ignore[misc]
     """The engines of one cluster on this machine."""
 
     launcher_class = DinferEngineLauncher
+
+    @default("engine_cmd")
+    def _early_engine(self) -> list[str]:
+        return [sys.executable, "-m", "dinfer.cluster.ipyparallel.engine"]
+
     entrypoint_name = f"{__name__}.DinferEngineSetLauncher"
     """its name in cluster files, which can be imported without the entry point `dinfer`"""
 

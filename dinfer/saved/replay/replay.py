@@ -15,6 +15,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from dinfer.codec.choice import NONE
 from dinfer.display import Closing, Displayable, DisplayableText, Tidy, listed
 from dinfer.engine.by_hand import LayerKV, op_lines, ops_between
 from dinfer.engine.corruption import Corruption
@@ -374,6 +375,7 @@ class Replay(Tidy, Displayable, Closing):
     def _begin(self) -> None:
         with self._rank_threads():
             executor = self.engine.prepare(self.recorded.ids, plan=self.plan)
+            executor.state.coded.arriving = NONE  # blocks are recorded as they were decoded
             self._gate.wait_for_lanes()  # each takes over the number of CPU threads when it begins
         self._peers.positions = lambda: executor.stand().positions
         owners = self.plan.shape.owners  # what faults did to received blocks is in the record of these blocks
@@ -476,6 +478,7 @@ class Replay(Tidy, Displayable, Closing):
     # -- comparing with the run
 
     def _compare(self, op: Op) -> None:
+        self.engine.prompt.state.coded.seal_all()
         for value in op.makes():
             key = value.chunk, value.layer
             noted, entry = self.recorded.noted.get(key), self.engine.prompt.state.ledger.entries.get(key)

@@ -12,6 +12,7 @@ from dinfer.plan.ops import PlanError
 from dinfer.plan.partition import Shape
 from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
+from dinfer.run.prediction import HEADS, beside
 from dinfer.run.state import Mark
 from dinfer.severity import Severity
 from dinfer.trace.findings import Findings
@@ -71,7 +72,7 @@ def owners_of(trace: Trace, plan: Plan | None) -> Sequence[int]:
     return [computed.get(layer, 0) for layer in range(layers)]
 
 
-def _stands_in(plan: Plan, positions: Sequence[Sequence[int]]) -> bool:
+def stands_in(plan: Plan, positions: Sequence[Sequence[int]]) -> bool:
     """Whether these are positions of that plan."""
     if [len(at) for at in positions] != [len(lanes) for lanes in plan.lanes]:
         return False
@@ -83,7 +84,7 @@ def _stands_in(plan: Plan, positions: Sequence[Sequence[int]]) -> bool:
 
 def map_states(trace: Trace, findings: Findings, plan: Plan | None) -> CellStates | None:
     """What each rank held of each block at the end; None if the trace has no blocks."""
-    if plan and _stands_in(plan, findings.positions):  # or they are of another plan
+    if plan and stands_in(plan, findings.positions):  # or they are of another plan
         return CellMap(plan).states([Signs(at, (False,) * len(at), at) for at in findings.positions])
     held = np.array([trace.received(rank) for rank in trace.ranks], bool)
     return held_states(held.transpose(2, 1, 0)) if held.size else None
@@ -113,6 +114,13 @@ def link_table(trace: Trace) -> FactTable:
         times = map(milliseconds, (*wire[1:], *waited[1:]))
         rows.append([link_name(link), str(len(found)), megabytes, *times])
     return FactTable(heads, rows, left_out=_left_out(len(rows), len(links), "links"))
+
+
+def prediction_table(trace: Trace, findings: Findings) -> FactTable | None:
+    """What the planner predicted of prefill, ranks and links beside what was measured; None where it did not."""
+    rows = beside(findings.predicted, trace)
+    more = f"The first {MOST_LAYERS} of {len(rows):,} rows." if len(rows) > MOST_LAYERS else ""
+    return FactTable(HEADS, rows[:MOST_LAYERS], left_out=more) if rows else None
 
 
 def collective_table(trace: Trace) -> FactTable:

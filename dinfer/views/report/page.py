@@ -10,15 +10,14 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dinfer.display import WrittenPath
-from dinfer.files import check_folder
+from dinfer.files import WrittenPath, check_folder
 from dinfer.plan.verify import verify
 from dinfer.severity import Severity, style_variables
 from dinfer.trace.export import write_whole
@@ -52,15 +51,30 @@ MOST_PLANNED = 200_000
 """events of the largest trace whose plan is made and proved again for its report; a run's own report knows the proof"""
 
 
-def write_report(traces: Sequence[Trace], path: str | Path, names: Sequence[str] = ()) -> Path:
-    """Write a report of one run, or several side by side; returns the path. Raises OSError, and leaves no partial
-    file."""
+class Told(NamedTuple):
+    """A sentence on all runs of a report together, and the word of its severity."""
+
+    severity: str
+    text: str
+
+
+def write_report(
+    traces: Sequence[Trace], path: str | Path, names: Sequence[str] = (), between: Sequence[Told] = ()
+) -> Path:
+    """Write a report of one run, or several side by side; returns the path. `between`: what is known of the runs
+    beside one another that their traces do not say. Raises OSError, and leaves no partial file."""
     check_folder(path)  # before anything is drawn
-    write_whole(path, [report_html(traces, names)])
+    write_whole(path, [report_html(traces, names, between)])
     return WrittenPath(Path(path).expanduser())
 
 
-def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: str | None = None) -> str:
+def report_html(
+    traces: Sequence[Trace],
+    names: Sequence[str] = (),
+    between: Sequence[Told] = (),
+    *,
+    plotly: str | None = None,
+) -> str:
     """The page as HTML. `names`: of the runs; `plotly`: its script, by default plotly's own."""
     called = list(names) or _names(traces)
     figures = _figures(traces)
@@ -87,6 +101,7 @@ def report_html(traces: Sequence[Trace], names: Sequence[str] = (), *, plotly: s
         has_kv=any(not run["watched"] or run["findings"].kv for run in runs),
         title=title,
         groups=compared(traces) if several else (),
+        between=between,
         verdict=_verdict(traces, called) if several else "",
         policy=policy(scripts),
         css=Markup(COLOURS + _read("report.css")),
@@ -161,6 +176,7 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
         "machine": findings.machine and facts.pairs({**findings.machine, **findings.versions}),
         "environment": findings.environment and facts.pairs(findings.environment),
         "differences": facts.difference_table(findings),
+        "predicted": _is_over(trace) and facts.prediction_table(trace, findings),
         "others": others and facts.compared_table([(f"this run ({name})", summary(trace)), *others]),
     }
     return {
@@ -190,10 +206,16 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
 
 def _predicted(trace: Trace) -> str:
     """The planner's prediction beside the prefill that was measured; "" without one, or where prefill has not ended."""
-    predicted_s, found = trace.about.get("predicted_s"), summary(trace)
-    if not predicted_s or not found["ended"] or not found["prefill_s"]:
+    predicted_s = trace.about.get("predicted_s")
+    if not predicted_s or not _is_over(trace):
         return ""
-    return f"{predicted_s:.3g} s of prefill, by the planner; it took {found['prefill_s']:.3g} s"
+    return f"{predicted_s:.3g} s of prefill, by the planner; it took {summary(trace)['prefill_s']:.3g} s"
+
+
+def _is_over(trace: Trace) -> bool:
+    """Whether prefill has ended, in a time that was measured."""
+    found = summary(trace)
+    return bool(found["ended"] and found["prefill_s"])
 
 
 def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
@@ -208,6 +230,7 @@ def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
         "layers": f"{about['layers']} on {ranks} rank{'s' * (ranks != 1)}" if about.get("layers") else "",
         "schedule": str(about.get("schedule") or ""),
         "sync strategy": str(about.get("sync_strategy") or ""),
+        "codec": str(about.get("codec") or ""),
         "predicted": _predicted(trace),
         "made": made,
         "clocks": trace.clocks,

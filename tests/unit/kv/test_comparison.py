@@ -433,4 +433,4 @@ def test_too_little_memory_is_said_before(done: Run, monkeypatch: pytest.MonkeyP
 def test_its_html_is_its_text(done: Run) -> None:
     found = done.compare()
     assert escape(str(found)) in found._repr_html_()
-    assert done.last_call == "run.compare()"
+    assert done.last_call == 'run.compare("reference")'

@@ -243,7 +243,7 @@ def test_runs_of_two_sessions_are_compared(model: Path, done: Run) -> None:
 
 def test_states_that_are_not_computed_yet_are_refused(run: Run) -> None:
     with pytest.raises(
-        PlanError, match="no block is on ranks 0 and 1 and 2 yet; the run stands before its first layer"
+        PlanError, match="no block is on ranks 0–2 yet; the run stands before its first layer"
     ):
         run.kv().diff()
     run.step("chunk")
@@ -254,7 +254,7 @@ def test_states_that_are_not_computed_yet_are_refused(run: Run) -> None:
 def test_a_run_that_is_over_is_refused(session: Session, run: Run) -> None:
     session.prefill(PROMPT, chunk_size=8, paused=True)
     with pytest.raises(RuntimeError, match="this run is over, and its ranks hold its KV no more"):
-        run.kv()
+        run.hidden(chunk=0, layer=0)
 
 
 def test_a_run_that_has_failed_can_still_be_looked_at(session: Session, run: Run) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from tqdm import tqdm
 
-from dinfer.run.progress import progress_bar
+from dinfer.progress import progress_bar
 
 
 def test_a_bar_is_one_text_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_a_bar_is_one_text_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> 
             shown.append(("update", str(text)))
 
     monkeypatch.setattr("IPython.display.DisplayHandle", Handle)
-    monkeypatch.setattr("dinfer.run.progress.ipython", lambda: SimpleNamespace(kernel=True))
+    monkeypatch.setattr("dinfer.progress.ipython", lambda: SimpleNamespace(kernel=True))
     with progress_bar(total=4, desc="rank 1", unit="B") as made:
         made.n = 2
         made.refresh()

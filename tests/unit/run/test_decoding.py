@@ -271,7 +271,7 @@ def test_a_refusal_is_told_though_another_rank_never_answers(session: Session) -
     assert isinstance(states, LocalRanks)
     states.pools[1, OnThread.LOOKING].submit(door.wait, WAIT_S)
     try:
-        with pytest.raises(RankRefused, match="rank 0 has no prompt yet"):
+        with pytest.raises(RankRefused, match="rank 0 holds no run"):
             states.ask(dict.fromkeys((0, 1), HashKv(1)), 3.0)
     finally:
         door.set()

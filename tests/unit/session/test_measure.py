@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 import dinfer
 from dinfer.cluster.ranks import RankRefused
@@ -16,11 +17,12 @@ from dinfer.config import Config, ConfigError
 from dinfer.engine.measure import time_layers
 from dinfer.engine.ops import HANDLERS, Outcome
 from dinfer.errors import NotPossible
+from dinfer.messages import GetHeld
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.planner.costs import LayerCost
 from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
-from dinfer.session.measure import Measurement, check_auto
+from dinfer.session.measure import Measurement, check_auto, measured_before
 from dinfer.session.session import Session
 
 IDS = list(range(5, 101))
@@ -70,6 +72,7 @@ def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
             "chunk_size",
             "layer_split",
             "sync_strategy",
+            "world_size",
         ]
         shape = run.plan.shape
         assert run.config.layer_split == shape.starts[1:]
@@ -88,6 +91,22 @@ def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
             f"{run.trace.about['predicted_s']:.3g} s of prefill, by the planner; it took"
             in page.read_text("utf-8")
         )
+        predicted = run.findings().predicted
+        assert list(predicted) == names
+        assert "Predicted and measured" in page.read_text("utf-8")
+
+
+def test_what_was_measured_stays_on_the_ranks_for_the_next_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinfer.session.session.TOKENS", 64)
+    with dinfer.connect("threads", n=2) as session:
+        session.load("demo", threads=1)
+        found = session.measure(digests=False)
+        answers = session.ranks.ask({0: GetHeld(), 1: GetHeld()}, 30)
+        held = [answers[0], answers[1]]
+        assert measured_before(held) == {False: found}
+        other = replace(held[1].measured[0][2], links=())
+        assert measured_before([held[0], replace(held[1], measured=((False, 64, other),))]) == {}
+        assert measured_before([held[0], replace(held[1], measured=())]) == {}  # it was started again
 
 
 def test_chunks_of_different_lengths_run_and_are_compared_as_any(session_of_one: Session) -> None:

@@ -18,9 +18,10 @@ from dinfer.watch.probe import tensors
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.rows import RowsTaken, read_rows
 from dinfer.watch.probe.start import Probe
+from dinfer.watching.comparison import WatchedComparison
 from dinfer.watching.held_rows import layers_of
 from dinfer.watching.kv import WatchedKv
-from dinfer.watching.reference import WatchedComparison, compare
+from dinfer.watching.reference import compare
 
 IDS = list(range(20, 44))
 CHUNKS = [IDS[:10], IDS[10:20], IDS[20:]]

@@ -1,0 +1,134 @@
+"""Timeline: a run's map, ranks and strip at any moment of its trace, as arrays of numpy. Pure.
+
+A trace does not say when a run went back, only that ops were done again: a block is held from the end of the op that
+brought it until that op, or one before it on its lane, is ready once more.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinfer.trace.events import Event
+from dinfer.trace.intervals import Interval, union
+from dinfer.trace.moment import times_of
+from dinfer.trace.shares import shares
+from dinfer.trace.trace import Trace
+from dinfer.views.cells import COMPUTING, CellStates, held_states
+
+NEVER = np.iinfo(np.int64).max
+
+PARTS = ("", "compute", "wire", "wait", "bubble", "data")
+"""what a strip's bin shows, by its code; "data": a lane waits for its own rank's data"""
+
+StripCodes = NDArray[np.uint8]
+"""[rows, bins]"""
+
+
+class Timeline:
+    """A trace, and what can be asked of it at any time. `shape`: layers, chunks and ranks of the map. Times are
+    nanoseconds since `trace.began`; `span`: of the last event's end."""
+
+    def __init__(self, trace: Trace, shape: tuple[int, int, int]) -> None:
+        self.trace, self.shape = trace, shape
+        self.began = trace.began
+        self.span = max((event.end for event in trace.events), default=self.began) - self.began
+        self.lanes = sorted({(event.rank, event.lane) for event in trace.events})
+        rows = [_row(event, void, shape) for event, void in _with_voids(trace.events)]
+        self._ops = np.ascontiguousarray(np.array(rows, np.int64).reshape(-1, 6).T)
+        """of each ended op: rank, cell or −1, whether it computes that cell, met, end, and until when it counts"""
+
+    def states(self, at: int) -> CellStates:
+        """The state of every cell, [layers, chunks, ranks], as a map shows it."""
+        time = at + self.began
+        _, cell, computes, met, end, void = self._ops
+        held = np.zeros(self.shape, bool)
+        held.reshape(-1)[cell[(cell >= 0) & (end <= time) & (time < void)]] = True
+        states = held_states(held)
+        states.reshape(-1)[cell[(computes == 1) & (met <= time) & (time < end)]] = COMPUTING
+        return states
+
+    def done(self, at: int) -> list[int]:
+        """By rank, how many ops have ended and have not been taken back."""
+        time = at + self.began
+        rank, _, _, _, end, void = self._ops
+        found: list[int] = np.bincount(rank[(end <= time) & (time < void)], minlength=self.shape[2]).tolist()
+        return found
+
+    def rank_rows(self, begin: int, end: int, bins: int) -> StripCodes:
+        """For each rank of the map and each of so many equal bins, the code in PARTS of what most of it went into."""
+        by_rank = {share.rank: share for share in shares(self.trace).ranks}
+        rows = np.zeros((self.shape[2], bins), np.uint8)
+        for rank, share in by_rank.items():
+            if rank < len(rows):
+                parts = (share.compute, share.wire, share.wait, share.bubble)
+                rows[rank] = self._most(parts, (1, 2, 3, 4), begin, end, bins)
+        return rows
+
+    def lane_rows(self, lanes: Sequence[tuple[int, str]], begin: int, end: int, bins: int) -> StripCodes:
+        """The same for these lanes, (rank, name)."""
+        rows = np.zeros((len(lanes), bins), np.uint8)
+        for number, lane in enumerate(lanes):
+            events = times_of(self.trace, *lane)
+            busy = union((event.met, event.end) for event in events)
+            wait = union((event.start, event.met) for event in events)
+            data = union((event.ready, event.start) for event in events)
+            code = 2 if any(event.peer is not None for event in events) else 1
+            rows[number] = self._most((busy, wait, data), (code, 3, 5), begin, end, bins)
+        return rows
+
+    def _most(
+        self, parts: Sequence[Sequence[Interval]], codes: Sequence[int], begin: int, end: int, bins: int
+    ) -> StripCodes:
+        """Of each bin, the code of the part that takes most of it; 0 where they take less than a hundredth."""
+        edges = np.linspace(begin, end, bins + 1) + self.began
+        filled = np.stack([np.diff(_covered(part, edges)) for part in parts])
+        most: StripCodes = np.array(codes, np.uint8)[filled.argmax(axis=0)]
+        most[filled.max(axis=0) * 100 * bins < max(1, end - begin)] = 0
+        return most
+
+
+def _covered(intervals: Sequence[Interval], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How much of the time up to each edge lies in these intervals, which are in order and do not overlap."""
+    if not intervals:
+        return np.zeros(len(edges))
+    spans = np.array(intervals, np.int64)
+    sums = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])])
+    at = np.searchsorted(spans[:, 0], edges)  # so many have begun
+    past = np.where(at > 0, np.maximum(0, spans[at - 1, 1] - edges), 0)
+    covered: NDArray[np.float64] = sums[at] - past
+    return covered
+
+
+def _with_voids(events: Sequence[Event]) -> Iterator[tuple[Event, int]]:
+    """Each event of a run's ops that has ended, and until when it counts: NEVER, or when its lane went back before it,
+    which is known once an op with its number or a lower one is ready again."""
+    standing: dict[tuple[int, str], list[Event]] = {}
+    for event in events:
+        if event.index is None or not event.end or event.what == "token" or event.kind == "decode":
+            continue
+        lane = standing.setdefault((event.rank, event.lane), [])
+        while lane and _number(lane[-1]) >= _number(event):
+            yield lane.pop(), event.ready
+        lane.append(event)
+    for lane in standing.values():
+        yield from ((event, NEVER) for event in lane)
+
+
+def _number(event: Event) -> int:
+    return -1 if event.index is None else event.index
+
+
+def _row(event: Event, void: int, shape: tuple[int, int, int]) -> tuple[int, int, bool, int, int, int]:
+    layers, chunks, ranks = shape
+    computes = event.kind == "layer"
+    layer, chunk, rank = event.layer, event.chunk, event.rank
+    cell = -1
+    if (
+        (computes or (event.kind == "recv" and event.what == "kv"))
+        and layer is not None
+        and chunk is not None
+    ):
+        is_inside = layer < layers and chunk < chunks and rank < ranks
+        cell = (layer * chunks + chunk) * ranks + rank if is_inside else -1
+    return rank, cell, computes, event.met, event.end, void

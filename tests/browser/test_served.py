@@ -1,0 +1,171 @@
+"""`dinfer desk` as a person opens it: a saved run and a trace in a real Chromium, without Jupyter; and how it ends."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.support.runs import DEADLINE_S
+from tests.support.saved_runs import LAYERS, PROMPT
+from tests.support.threads import session_on_threads
+from tests.support.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.browser
+
+
+class Command:
+    """`dinfer desk` of a path, until `end()`."""
+
+    def __init__(self, path: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dinfer", "desk", str(path), "--no-browser"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout
+        found = re.search(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{32}", self.process.stdout.readline())
+        assert found, self.process.communicate()
+        self.address = found[0]
+
+    def end(self) -> tuple[int, str]:
+        """Ctrl-C; the status, and what it said of that."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        said = self.process.communicate(timeout=DEADLINE_S)[1]
+        return self.process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `saved`, a run of three ranks whose rank 2 differs in a block, and its `trace.jsonl`."""
+    folder = tmp_path_factory.mktemp("kept")
+    model = tiny_checkpoint(folder / "model", layers=LAYERS, tokenizer=True)
+    with session_on_threads(3, model) as session:
+        run = session.prefill(PROMPT, chunk_size=8, paused=True)
+        run.inject("bitflip", rank=2, layer=1, chunk=1, where="memory")
+        run.resume()
+        run.wait(60)
+        run.decode(4)
+        run.save(folder / "saved", prompt=True)
+        run.trace.export("jsonl", folder / "trace.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(kept: Path) -> Iterator[Command]:
+    made = Command(kept / "saved")
+    yield made
+    made.end()
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[Open]:
+    """Opens an address in a page of a width and scheme of colours; an error in its scripts fails the test."""
+    pages: list[Page] = []
+    errors: list[str] = []
+
+    def open_page(address: str, wide: int = 900, scheme: Literal["light", "dark"] = "light") -> Page:
+        page = browser.new_page(viewport={"width": wide, "height": 800}, color_scheme=scheme)
+        page.set_default_timeout(DEADLINE_S * 1000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+        pages.append(page)
+        page.goto(address)
+        page.wait_for_selector(".dinfer-map canvas[data-geometry]")
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert not [error for error in errors if "ERR_CONNECTION" not in error], errors
+
+
+def is_within(page: Page) -> bool:
+    """Whether nothing is wider than the page."""
+    found: bool = page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_saved_run_is_read_from_the_map_to_the_value(
+    saved: Command, opened: Open, scheme: Literal["light", "dark"], screenshots: Path
+) -> None:
+    page = opened(saved.address, scheme=scheme)
+    panel = page.locator(".dinfer-panel")
+    expect(panel.locator(".dinfer-banner")).to_contain_text("a saved run: read-only")
+    expect(panel.locator(".dinfer-state")).to_contain_text("done · 4 tokens")
+    assert panel.locator(".dinfer-bar button:visible").all_inner_texts() == ["compare ranks", "why?"]
+    panel.get_by_role("button", name="compare ranks").click()
+    expect(panel.locator(".dinfer-banner")).to_contain_text("rank 2 differs")
+    page.screenshot(path=screenshots / f"served-map-{scheme}.png", full_page=True)
+    panel.get_by_role("tab", name="KV").click()
+    panel.locator("[data-field=layer]").select_option("1")
+    panel.locator("[data-show=a-b]").click()
+    expect(panel.locator(".dinfer-scale")).to_contain_text("1 value differs")
+    assert is_within(page)
+    page.screenshot(path=screenshots / f"served-kv-{scheme}.png", full_page=True)
+    panel.get_by_role("tab", name="communication").click()
+    page.wait_for_selector(".dinfer-figure .main-svg")
+    page.screenshot(path=screenshots / f"served-communication-{scheme}.png", full_page=True)
+
+
+def test_keys_do_not_move_it(saved: Command, opened: Open) -> None:
+    page = opened(saved.address)
+    page.locator(".dinfer-map canvas").first.focus()
+    for key in ("l", "b", "p", "r", "u", "Enter", "y"):
+        page.keyboard.press(key)
+    expect(page.locator(".dinfer-call code").last).to_have_text("run.verdict()")
+    expect(page.locator(".dinfer-state")).to_contain_text("done")
+
+
+def test_two_browsers_see_one_desk(saved: Command, opened: Open) -> None:
+    first, second = opened(saved.address), opened(saved.address, wide=1400)
+    first.get_by_role("button", name="why?").click()
+    expect(second.locator(".dinfer-call code").last).to_have_text("run.verdict()")
+
+
+def test_of_a_trace_all_but_the_kv_is_there(kept: Path, opened: Open) -> None:
+    command = Command(kept / "trace.jsonl")
+    try:
+        page = opened(command.address)
+        panel = page.locator(".dinfer-panel")
+        expect(panel.locator(".dinfer-banner")).to_contain_text("a trace, without KV: read-only")
+        expect(panel.locator(".dinfer-state")).to_contain_text("done")
+        panel.get_by_role("tab", name="KV").click()
+        expect(panel.locator(".dinfer-verdict")).to_contain_text("a trace and findings, but no KV")
+        panel.get_by_role("tab", name="communication").click()
+        page.wait_for_selector(".dinfer-figure .main-svg")
+    finally:
+        command.end()
+
+
+def test_ctrl_c_ends_it_quietly_and_the_page_says_so(kept: Path, opened: Open) -> None:
+    command = Command(kept / "saved")
+    page = opened(command.address)
+    status, said = command.end()
+    assert (status, said.strip()) == (0, "")
+    expect(page.locator(".dinfer-banner")).to_contain_text("`dinfer desk` was ended")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "dinfer", "desk", str(tmp_path / "none"), "--no-browser"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert ran.returncode == 2
+    assert "there is no" in ran.stderr
+    assert "Traceback" not in ran.stderr

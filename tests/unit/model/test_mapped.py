@@ -1,0 +1,89 @@
+"""Weights that are views of their files: what is written to a file after it was loaded is never computed with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dinfer.errors import ModelError
+from dinfer.model.decoder import Decoder
+from tests.support.tiny import tiny_checkpoint
+
+WEIGHTS = "model.safetensors"
+OVERWRITTEN = "were overwritten after they were loaded"
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path / "other", layers=1, seed=1)
+
+
+def overwritten(folder: Path, other: Path) -> None:
+    shutil.copyfile(other / WEIGHTS, folder / WEIGHTS)
+
+
+def shortened(folder: Path, _: Path) -> None:
+    os.truncate(folder / WEIGHTS, 2000)
+
+
+def replaced(folder: Path, other: Path) -> None:
+    os.replace(other / WEIGHTS, folder / WEIGHTS)
+
+
+def removed(folder: Path, _: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def touched(folder: Path, _: Path) -> None:
+    os.utime(folder / WEIGHTS, ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", [overwritten, shortened])
+def test_no_step_computes_with_a_file_that_was_written_to(
+    folder: Path, other: Path, change: Callable[[Path, Path], None]
+) -> None:
+    decoder = Decoder.load(folder)
+    hidden = decoder.embed([1, 2])
+    output = decoder.layer(0, hidden, decoder.new_cache(2), 0)
+    change(folder, other)
+    steps: list[Callable[[], object]] = [
+        lambda: decoder.embed([1]),
+        lambda: decoder.layer(0, hidden, decoder.new_cache(2), 0),
+        lambda: decoder.norm(output),
+        lambda: decoder.logits(output[:, -1:]),
+    ]
+    for step in steps:
+        with pytest.raises(ModelError, match=OVERWRITTEN):
+            step()
+    assert not decoder.is_intact()
+
+
+@pytest.mark.parametrize("change", [replaced, removed, touched])
+def test_a_file_that_keeps_its_bytes_keeps_the_model(
+    folder: Path, other: Path, change: Callable[[Path, Path], None]
+) -> None:
+    decoder = Decoder.load(folder)
+    before = decoder.norm(decoder.forward([1, 2], decoder.new_cache(2), 0))
+    change(folder, other)
+    assert decoder.is_intact()
+    assert decoder.norm(decoder.forward([1, 2], decoder.new_cache(2), 0)).equal(before)
+
+
+def test_weights_in_memory_do_not_depend_on_files(folder: Path, other: Path) -> None:
+    decoder = Decoder.load(folder, mapped=False)
+    overwritten(folder, other)
+    assert decoder.is_intact()
+    decoder.embed([1])
+
+
+def test_a_model_that_is_gone_keeps_no_file_open(folder: Path) -> None:
+    me = psutil.Process()
+    decoder = Decoder.load(folder)
+    assert str(folder / WEIGHTS) in [file.path for file in me.open_files()]
+    del decoder
+    assert str(folder / WEIGHTS) not in [file.path for file in me.open_files()]

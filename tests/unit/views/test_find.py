@@ -1,0 +1,159 @@
+"""The search box: what queries mean, and what they find."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from dinfer.run.state import Mark
+from dinfer.trace.simulated import Machine, paper_trace
+from dinfer.trace.trace import Trace
+from dinfer.trace.transfers import transfers
+from dinfer.views.find import ALLOWED, MOST, FindError, Query, Searched, find, parsed
+from dinfer.views.finder import Finder
+from dinfer.views.recorded import RecordedRun
+from dinfer.views.timeline import Timeline
+from tests.support.doubles import PaperRun, paper_plan
+from tests.support.runs import wait_for
+
+SIZE = (6, 4, 3)
+PLAN = paper_plan(*SIZE)
+TRACE = paper_trace(PLAN, Machine(slow={(0, 1): 20}))
+LABELS = ["The code of Lima ", "is 471. The code of O", "slo is 306. Layer of", " Lima"]
+MARKS = [
+    Mark(1, 2, 5, "differs", "rank 1 differs"),
+    Mark(0, 1, 1, "nonfinite", "NaN in K"),
+    Mark(2, 3, 3, "armed", "a fault is armed"),
+]
+
+
+def paper_run() -> PaperRun:
+    run = PaperRun(PLAN, LABELS)
+    run.events, run.cut, run.marks = list(TRACE.events), run.cuts.end, MARKS
+    return run
+
+
+RUN = Searched(PLAN, LABELS, paper_run().standing(), Timeline(TRACE, SIZE))
+
+
+@pytest.mark.parametrize(
+    ("query", "parts"),
+    [
+        ("layer 5", Query(places={"layer": (5, 5)})),
+        ("l5 c2 r1", Query(places={"layer": (5, 5), "chunk": (2, 2), "rank": (1, 1)})),
+        ("layer=5 Chunk:2", Query(places={"layer": (5, 5), "chunk": (2, 2)})),
+        ("layers 3-5", Query(places={"layer": (3, 5)})),
+        ("link 0→1 recv kv", Query(link=(0, 1), words=["recv", "kv"])),
+        ("0->1", Query(link=(0, 1))),
+        ("0>1 slowest", Query(link=(0, 1), words=["slowest"])),
+        ("layer", Query(words=["layer"])),
+        ("of Lima", Query(text="of Lima")),
+        ('"layer 5"', Query(text="layer 5")),
+        ('c3 "recv"', Query(places={"chunk": (3, 3)}, text="recv")),
+        ("", Query()),
+    ],
+)
+def test_a_query_has_parts(query: str, parts: Query) -> None:
+    assert parsed(query) == parts
+
+
+@given(some.text(max_size=60))
+def test_any_text_is_found_or_answered_with_what_is_allowed(text: str) -> None:
+    said = ""
+    try:
+        hits, total = find(text, RUN)
+    except FindError as error:
+        hits, total, said = [], 0, str(error)
+    assert len(hits) == min(total, MOST)
+    assert not said or ALLOWED in said or "there are" in said
+
+
+def test_the_prompt_is_searched_across_chunks() -> None:
+    hits, count = find("lima", RUN)
+    assert (count, [(hit.layer, hit.chunk) for hit in hits]) == (2, [(0, 0), (0, 3)])
+    assert [hit.chunk for hit in find("Oslo", RUN).hits] == [1]
+    assert [hit.chunk for hit in find("c3 lima", RUN).hits] == [3]
+    assert [hit.chunk for hit in find('"Layer of"', RUN).hits] == [2]
+
+
+def test_places_come_first_then_their_ops_in_time() -> None:
+    hits, count = find("c2 l5", RUN)
+    assert hits[0].text.startswith("block c2 l5")
+    assert count == 1 + sum((event.chunk, event.layer) == (2, 5) for event in TRACE.events)
+    times = [hit.at for hit in hits[1:]]
+    assert None not in times
+    assert find("rank 2", RUN).hits[0].rank == 2
+
+
+def test_ops_of_a_link_are_those_that_went_over_it() -> None:
+    hits, count = find("0→1 recv kv", RUN)
+    expected = [e for e in TRACE.events if (e.kind, e.what, e.peer, e.rank) == ("recv", "kv", 0, 1)]
+    assert count == len(expected) > 0
+    assert {(hit.chunk, hit.layer, hit.rank) for hit in hits} == {(e.chunk, e.layer, 1) for e in expected}
+
+
+def test_slowest_is_in_order_and_of_a_link_that_of_its_transfers() -> None:
+    hits, count = find("slowest recv", RUN)
+    assert count == len(transfers(TRACE))
+    longest = max(transfers(TRACE), key=lambda one: one.latency)
+    assert (hits[0].layer, hits[0].chunk, hits[0].rank) == (longest.layer, longest.chunk, longest.target)
+    on_link = find("slowest kv 1→2", RUN)
+    assert on_link.total == sum(one.link == (1, 2) and one.what == "kv" for one in transfers(TRACE))
+    layers = find("slowest layer rank 1", RUN)
+    assert layers.total == sum(event.kind == "layer" and event.rank == 1 for event in TRACE.events)
+
+
+def test_marks_are_found_by_what_is_wrong() -> None:
+    assert [(hit.layer, hit.chunk, hit.rank) for hit in find("differs", RUN).hits] == [(5, 2, 1)]
+    assert [hit.severity.word for hit in find("nan", RUN).hits] == ["warning"]
+    assert find("armed layer 3", RUN).total == 1
+    assert find("armed layer 2", RUN).total == 0
+
+
+def test_late_and_bubbles_lead_to_their_time() -> None:
+    for word in ("bubble", "late"):
+        for hit in find(word, RUN).hits:
+            assert hit.at is not None
+    assert find("bubble", RUN).total
+
+
+def test_what_there_is_not_is_refused_with_what_there_is() -> None:
+    with pytest.raises(FindError, match="layer is 99; there are layers 0–5"):
+        find("layer 99", RUN)
+    with pytest.raises(FindError, match="rank is 7; there are ranks 0–2"):
+        find("0→7", RUN)
+    with pytest.raises(
+        FindError, match=r"'nowhere': it is not in the prompt\. Search for text of the prompt"
+    ):
+        find("nowhere", RUN)
+    with pytest.raises(FindError, match="text is not known here"):
+        find("Lima", RUN._replace(labels=["", "", "", ""]))
+    with pytest.raises(FindError, match="the run moves: pause it"):
+        find("slowest", RUN._replace(timeline=None))
+
+
+def test_ops_that_have_not_run_are_found_too() -> None:
+    run = paper_run()
+    run.cut = run.cuts.after_block(1, 1)
+    run.events = []
+    at_start = Searched(PLAN, LABELS, run.standing(), Timeline(Trace.merge([run.events]), SIZE))
+    hits, _ = find("c3 l5 layer", at_start)
+    assert [hit.text for hit in hits] == ["layer c3 l5 on rank 2: not yet"]
+    run.started = tuple(tuple(int(lane.name == "compute") for lane in lanes) for lanes in PLAN.lanes)
+    waiting = find("waiting", at_start._replace(standing=run.standing()))
+    assert all(hit.text.endswith("under way") for hit in waiting.hits)
+    assert waiting.total == 3
+
+
+def test_the_finder_answers_each_page_with_its_number() -> None:
+    run, heard = paper_run(), []
+    finder = Finder(run, RecordedRun(run), lambda content: heard.append(content["found"]))
+    finder.ask({"view": "a", "number": 3, "query": "l5"})
+    wait_for(lambda: heard, "an answer")
+    assert (heard[0]["view"], heard[0]["number"]) == ("a", 3)
+    assert heard[0]["hits"][0]["layer"] == 5
+    finder.ask({"view": "a", "number": 4, "query": "nowhere"})
+    wait_for(lambda: len(heard) == 2, "an answer")
+    assert "Search for" in heard[1]["said"]
+    finder.close()
