@@ -34,7 +34,7 @@ def diff_ranks(source: Source, chosen: Selection, values: int | None = VALUES) -
     blocks = held_blocks(source, source.held(chosen.ranks), chosen, subject.spans)
     shared = _shared(blocks, chosen)
     if not shared:
-        which = f"rank{'s' * (len(blocks) > 1)} {' and '.join(map(str, chosen.ranks))}"
+        which = f"rank{'s' * (len(blocks) > 1)} {numbers_text(chosen.ranks)}"
         raise NothingYet(f"no block is on {which} yet; the run stands {subject.stands}.")
     noted = dict(zip(chosen.ranks, source.noted(chosen.ranks, chosen.layers), strict=True))
     evidence = _Evidence(source)

@@ -14,6 +14,7 @@ from dinfer.kv.origin import CausePlace
 from dinfer.kv.rows import RowKind, numbers_text
 from dinfer.kv.source import Selection, Subject
 from dinfer.severity import Severity
+from dinfer.tabular import TableRow, Tabular
 
 SHOWN = 40
 """lines of a table"""
@@ -108,7 +109,7 @@ class Difference(KvPlace, Displayable):
 
 
 @dataclass(frozen=True, repr=False)
-class Diff(Tidy, Composed):
+class Diff(Tidy, Tabular, Composed):
     """What `diff()` returns. `verdict`: the first line. `differences`: first layers with too many rows or too few, then
     rows that are other rows, then values; each in the order in which blocks are computed, the rank where a difference
     began before those to which the block was passed on. `rows`: how many rows (token, K or V, head) differ;
@@ -141,6 +142,28 @@ class Diff(Tidy, Composed):
     def table(self, lines: int | None = SHOWN) -> Table:
         """A line for each difference, `lines` at most; None: all."""
         return Table(COLUMNS, [one.cells() for one in self.differences], lines)
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """`value`: what is there; `expected`: what should be."""
+        own = (
+            "rank",
+            "layer",
+            "chunk",
+            "tensor",
+            "head",
+            "token",
+            "label",
+            "dim",
+            "count",
+            "kind",
+            "where",
+            "op",
+        )
+        rows = (
+            [*(getattr(one, name) for name in own), *(one.values or (None, None)), one.origin]
+            for one in self.differences
+        )
+        return [*own, "value", "expected", "origin"], rows
 
     def _parts(self) -> Iterable[str | Displayable]:
         yield "\n".join([self.verdict, *self._remarks()])

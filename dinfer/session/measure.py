@@ -1,6 +1,6 @@
 """What `session.measure` returns, and which plan `session.prefill(…, schedule="auto", …)` takes by it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from dinfer.planner.choose import CHOICES, SLACK, Candidate, Chosen, Planner, si
 from dinfer.planner.costs import LayerTime, fit
 from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine, unmeasured
 from dinfer.planner.ranks import ranks_told
+from dinfer.tabular import TableRow, Tabular
 
 AUTO = "auto"
 
@@ -27,12 +28,33 @@ tokens"""
 
 
 @dataclass(frozen=True, repr=False)
-class Measurement(Tidy, Displayable):
+class Measurement(Tidy, Tabular, Displayable):
     """What layers and links take on these ranks. `machine`: all of it, for `dinfer.planner`; `tokens`: the positions up
     to which layers were timed."""
 
     machine: MeasuredMachine
     tokens: int
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """A row for each figure: seconds of a layer on a rank by position, and each link's latency and speeds."""
+        machine, last = self.machine, max(0, self.tokens - LINK_TOKENS)
+        rows: list[TableRow] = [
+            [
+                f"rank {rank}",
+                f"seconds of a layer, {LINK_TOKENS} tokens at {at}",
+                cost.seconds(at, LINK_TOKENS),
+            ]
+            for rank, cost in enumerate(machine.layers)
+            for at in (0, last)
+        ]
+        for one in machine.links.speeds:
+            figures = {
+                "latency, s": one.latency_s,
+                "alone, bytes/s": one.alone,
+                "all busy, bytes/s": one.together,
+            }
+            rows += [[f"link {one.source}→{one.target}", name, value] for name, value in figures.items()]
+        return ["of", "figure", "value"], rows
 
     def __str__(self) -> str:
         machine, last = self.machine, max(0, self.tokens - LINK_TOKENS)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,7 @@ class Session(Tidy, Announced, Closing):
     returns, `write` the reports of runs."""
 
     INTERNAL = frozenset(
-        {"INTERNAL", "announce", "connected_by", "give_way", "ranks", "reattached", "severity"}
+        {"INTERNAL", "announce", "connected_by", "give_way", "leave", "ranks", "reattached", "severity"}
     )
 
     def __init__(self, ranks: Ranks, show: Show | None = None, write: WriteReport | None = None) -> None:
@@ -154,7 +155,7 @@ class Session(Tidy, Announced, Closing):
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
-        self._end_run("another checkpoint was loaded; session.prefill(…) begins a run of it")
+        self._end_run("a checkpoint was loaded since; session.prefill(…) begins a run of it")
         self._free_lanes()
         if config.backend != self._config.backend:
             meet(self.ranks, config.backend)
@@ -344,6 +345,16 @@ class Session(Tidy, Announced, Closing):
             if self._watch:
                 self._watch.close()
             self.ranks.close()
+
+    def leave(self) -> None:
+        """End this session and leave its ranks as they are, with checkpoint and run, for the next session of them."""
+        if not self._closing.is_set():
+            if self._run:
+                with suppress(DinferError):  # it hangs, or has failed: the next session finds out
+                    self._run.pause()
+            self._closing.set()
+            self._thread.join(2)
+            self.ranks.leave()
 
     def __str__(self) -> str:
         config, devices = self._config, devices_text(self._devices)

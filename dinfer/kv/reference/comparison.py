@@ -13,6 +13,7 @@ from dinfer.kv.reference.judge import CauseKind, Deviation, ReferenceCase
 from dinfer.kv.reference.reports import FINAL, HIDDEN, TensorKey
 from dinfer.model.tolerance import CONFIDENCE, ROUNDINGS, UNIT_ROUNDOFF
 from dinfer.severity import Severity
+from dinfer.tabular import TableRow, Tabular
 
 TENSORS = ("hidden", "K", "V")
 
@@ -27,7 +28,11 @@ ABOUT_COLUMNS = {
 """what the columns of the table mean"""
 
 
-class Comparison(Tidy, Composed):
+FIGURES = [f"{name}{kind}" for name in TENSORS for kind in ("", "_relative", "_share")]
+"""of a row of a comparison, beside its layer, chunk and tolerance"""
+
+
+class Comparison(Tidy, Tabular, Composed):
     """What `run.compare("reference")` returns: a run compared with transformers' own forward of the same checkpoint.
     `chunked`: the forward was fed the run's chunks; `edited`: what the user has changed in the run; `first`: the first
     place where they differ beyond what is tolerated, None if there is none; `texts`: the text of each token, empty
@@ -84,7 +89,7 @@ class Comparison(Tidy, Composed):
         `K`, `V`, `hidden`: absolute; with `_relative`: relative to the larger of the two values; with `_share`:
         relative to the block's largest value, of which `tolerance` is allowed. None: nothing to compare.
         """
-        names = [f"{name}{kind}" for name in TENSORS for kind in ("", "_relative", "_share")]
+        names = FIGURES
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for (chunk, layer, tensor), one in self._measured():
             if tensor == FINAL:
@@ -112,6 +117,11 @@ class Comparison(Tidy, Composed):
             numbers += [max(_largest(rows, f"{name}_share") for name in TENSORS), rows[0]["tolerance"]]
             lines.append([layer, *(f"{number:.2g}" for number in numbers)])
         return Table([*columns, "of largest", "tolerated"], lines, about=ABOUT_COLUMNS)
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """`rows`."""
+        columns = ["layer", "chunk", *FIGURES, "tolerance"]
+        return columns, ([row[name] for name in columns] for row in self.rows)
 
     def _parts(self) -> Iterable[str | Displayable]:
         edited = f"edited by hand: {', '.join(self.edited)}" if self.edited else ""

@@ -17,8 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dinfer.display import WrittenPath
-from dinfer.files import check_folder
+from dinfer.files import WrittenPath, check_folder
 from dinfer.plan.verify import verify
 from dinfer.severity import Severity, style_variables
 from dinfer.trace.export import write_whole
