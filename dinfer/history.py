@@ -55,10 +55,17 @@ class History:
 
 
 def call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], of: str = "run") -> str:
-    """The call as its user wrote it, for example `run.step("layer", n=2)`."""
+    """The call as its user wrote it, for example `run.step("layer", n=2)`; without functions, which have no text."""
 
     def written(value: object) -> str:
-        return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+        if isinstance(value, str):
+            return json.dumps(value, ensure_ascii=False)
+        text = repr(value)
+        return (
+            text if "\n" not in text else type(value).__name__.lower()
+        )  # a run, whose repr says where it stands
 
-    parts = [*map(written, args), *(f"{key}={written(value)}" for key, value in kwargs.items())]
+    named = {key: value for key, value in kwargs.items() if not callable(value)}
+    parts = [written(one) for one in args if not callable(one)]
+    parts += [f"{key}={written(value)}" for key, value in named.items()]
     return f"{of}.{name}({', '.join(parts)})"

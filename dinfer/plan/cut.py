@@ -11,12 +11,13 @@ else: what stays needs none of it, because the chain's cuts are consistent.
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import cached_property
 from itertools import groupby
 from numbers import Integral
 from typing import Literal
 
+from dinfer.errors import excerpt
 from dinfer.plan.graph import NONE, Graph, levels, simulate
 from dinfer.plan.ops import Op, PlanError
 from dinfer.plan.partition import Block
@@ -94,6 +95,11 @@ class Cuts:
                 self._add((number,), inside)
                 return self._positions(inside), rank, op
         return None
+
+    def ops_back(self, cut: Cut) -> Iterator[tuple[int, Op]]:
+        """The ops of a cut, each with its rank, as steps back by op undo them."""
+        inside, graph = self._numbers(cut), self._graph
+        return ((graph.ranks[n], graph.ops[n]) for n in reversed(self._op_order) if n in inside)
 
     def next(self, cut: Cut, unit: Unit) -> Cut:
         """The cut one step after `cut`; the same cut at the end."""
@@ -230,3 +236,23 @@ def count_of(n: int, name: str = "n") -> int:
     if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
         raise PlanError(f"{name} is {n!r}; it must be a whole number, at least 1.")
     return n
+
+
+def cut_of(cuts: Cuts, positions: Sequence[Sequence[int]]) -> Cut:
+    """The cut with these positions, by rank and lane. Raises PlanError for what is no consistent cut of the plan."""
+    lanes = [len(one) for one in cuts.end]
+    try:
+        cut = tuple(tuple(map(int, one)) for one in positions)
+    except (TypeError, ValueError):
+        cut = ()
+    if [len(one) for one in cut] != lanes:
+        raise PlanError(
+            f"positions are {excerpt(positions)}; they must be a list for each of {len(lanes)} ranks, of a number for "
+            f"each of its {' or '.join(map(str, sorted(set(lanes))))} lanes."
+        )
+    if not cuts.is_consistent(cut):
+        raise PlanError(
+            f"positions are {excerpt(positions)}; there an op would lack what it needs, or a send its recv: take those "
+            "at which a run stood."
+        )
+    return cut

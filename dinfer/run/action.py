@@ -7,7 +7,10 @@ from contextlib import contextmanager, nullcontext
 
 from dinfer.cluster.lease import RunOver, over_text
 from dinfer.errors import NotPossible
+from dinfer.run.failure import RankFailed
+from dinfer.run.log import LoggedCall
 from dinfer.run.state import MOVING, RunState
+from dinfer.run.stepper import NoProgress
 
 POLL_S = 0.05
 
@@ -26,26 +29,31 @@ class Actions:
     # -- who may move the run
 
     @contextmanager
-    def taken(self, call: str, *, alone: bool = True) -> Iterator[None]:
+    def taken(self, call: str, *, alone: bool = True) -> Iterator[LoggedCall]:
         """An action is under way: no other begins until it ends, unless `alone` is False. Raises NotPossible for a run
         that is over, and as `check` does."""
-        self.begin(call)
-        self._check()
-        self._state.replace_message()
+        made = self.begin(call)
         try:
+            self._check()
+            self._state.replace_message()
             with self.lock if alone else nullcontext():
-                yield
+                yield made
         except KeyboardInterrupt:
             self._interrupted()
             raise
+        except Exception as error:
+            made.error, made.broke = str(error).partition("\n")[0], isinstance(error, RankFailed | NoProgress)
+            raise
         finally:
+            made.after = self._state.cut_now()
             self.tell()
 
-    def begin(self, call: str) -> None:
-        """Remember the call as its user wrote it. Raises NotPossible for a run that is over."""
-        self._state.last_call = call
+    def begin(self, call: str) -> LoggedCall:
+        """Log the call as its user wrote it. Raises NotPossible for a run that is over."""
         if self._state.closed:
+            self._state.last_call = call
             raise NotPossible(f"this run is over: {self._state.closed}")
+        return self._state.note_call(call)
 
     @contextmanager
     def halted(self, stop: Callable[[], None], timeout: float = float("inf")) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """The breakpoints of one run: setting them, arming their conditions on the ranks, noticing that one is met."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -8,21 +9,39 @@ from dinfer.config import Config
 from dinfer.display import listed
 from dinfer.history import History
 from dinfer.messages import BreakpointHit, SetBreakpoints
-from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when
+from dinfer.plan.breakpoints import Breakpoint, OpOfRank, check, next_stop, parse_when, previous_stop
 from dinfer.plan.cut import Cut, Cuts
-from dinfer.plan.ops import OpKind, PlanError
+from dinfer.plan.ops import OpKind, PlanError, parse_op
 from dinfer.results import Breakpoints
 
 
 class BreakpointTable:
-    """`tell` gives the ranks the conditions to look for; `view` is what a user sees and changes."""
+    """`tell` gives the ranks the conditions to look for; `view` is what a user sees and changes, and `note(call)` logs
+    such a change."""
 
-    def __init__(self, config: Config, tell: Callable[[SetBreakpoints], object], history: History) -> None:
-        self._config, self._tell, self._history = config, tell, history
+    def __init__(
+        self,
+        config: Config,
+        tell: Callable[[SetBreakpoints], object],
+        history: History,
+        note: Callable[[str], object],
+    ) -> None:
+        self._config, self._tell, self._history, self._note = config, tell, history, note
         self._found: dict[int, Breakpoint] = {}
         self._count = 0
         self._ahead: list[Breakpoint] = []
-        self.view = Breakpoints(self._found, self._changed)
+        self._conditions_met: dict[int, set[OpOfRank]] = {}
+        """where the ranks have met the condition of each breakpoint so far, by its number"""
+        self._here: tuple[int, OpOfRank] | None = None
+        """of these, the one that has stopped the run where it stands"""
+        self.met: tuple[int, ...] = ()
+        """numbers of the breakpoints that have stopped the run where it stands"""
+        self.view = Breakpoints(self._found, self._changed_there)
+
+    @property
+    def met_on(self) -> int | None:
+        """The rank that has met the condition of the breakpoint that has stopped the run, if it has one."""
+        return self._here[1][0] if self._here else None
 
     def add(self, cuts: Cuts, op: OpKind | None, when: str | None, **where: int | None) -> Breakpoint:
         """Set a breakpoint; `where`: rank, chunk and layer. Raises PlanError where no op of the plan could meet it."""
@@ -42,13 +61,24 @@ class BreakpointTable:
         """How far a run that stands at `cut` may go on, and the breakpoints that it meets there."""
         return next_stop(cuts, cut, list(self._found.values()))
 
+    def behind(self, cuts: Cuts, cut: Cut) -> tuple[Cut, list[Breakpoint]]:
+        """The last cut before this one at which a breakpoint has stopped the run, or would have; of conditions, where
+        the ranks have met them so far. The start, and none, if there is no such cut."""
+        met = {number: set(found) for number, found in self._conditions_met.items()}
+        if self._here:
+            number, op = self._here
+            met[number].discard(op)
+        return previous_stop(cuts, cut, list(self._found.values()), met)
+
     def expect(self, breakpoints: list[Breakpoint]) -> None:
         """The run is on its way to these; none: it is sent elsewhere than to the next breakpoint."""
-        self._ahead = breakpoints
+        self._ahead, self._here, self.met = breakpoints, None, ()
 
     def arrived(self) -> str:
         """The message for a run that has reached its limit; empty if no breakpoint is there."""
         met, self._ahead = self._ahead, []
+        if met:
+            self.met = tuple(one.number for one in met)
         return f"stopped at {'; '.join(map(str, met))}" if met else ""
 
     def hit(self, rank: int, note: BreakpointHit) -> str:
@@ -56,7 +86,10 @@ class BreakpointTable:
         one = Breakpoint(**note.breakpoint)
         if one.number not in self._found:
             return ""
-        self._ahead = []
+        self._ahead, self.met = [], (one.number,)
+        with suppress(PlanError):  # it may be no op of the plan, such as a token
+            self._here = one.number, (rank, parse_op(note.op))
+            self._conditions_met.setdefault(one.number, set()).add(self._here[1])
         return f"stopped at {one}: rank {rank}, `{note.op}`: {note.found}"
 
     def arm(self) -> None:
@@ -68,6 +101,11 @@ class BreakpointTable:
         """Take over those that the ranks have kept of an earlier session."""
         self._found.update({one.number: one for one in (Breakpoint(**found) for found in breakpoints)})
         self._count = max(self._found, default=0)
+
+    def _changed_there(self, call: str, before: Mapping[int, Breakpoint]) -> None:
+        """A user has changed the list in `view`."""
+        self._note(call)
+        self._changed(call, before)
 
     def _changed(self, call: str, before: Mapping[int, Breakpoint]) -> None:
         """This call has changed the list, which was `before`."""

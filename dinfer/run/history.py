@@ -8,6 +8,7 @@ from dinfer.errors import NotPossible
 from dinfer.history import History
 from dinfer.plan.cut import Cut
 from dinfer.run.decode import Generation
+from dinfer.run.log import LoggedCall
 from dinfer.run.moves import Moves
 from dinfer.run.state import STANDING, RunState
 from dinfer.verdict.where import returned_text
@@ -24,7 +25,7 @@ class MoveHistory:
             history.forget("this plan was refuted, so it has no cuts to go back to")
 
     @contextmanager
-    def moving(self, call: str) -> Iterator[None]:
+    def moving(self, made: LoggedCall) -> Iterator[None]:
         """Whatever moves the run meanwhile can be undone, also if it fails or is interrupted."""
         if not self._moves.can_step:
             yield
@@ -36,8 +37,19 @@ class MoveHistory:
         finally:
             end = stepper.cuts.end
             start, target = stepper.heading or (end, end)
+            if stepper.heading:
+                made.start, made.target = start, target
             if start != target or len(self._state.tokens) != tokens:
-                self._history.add(call, partial(self._return_to, start, tokens))
+                self._history.add(made.text, partial(self._return_to, start, tokens))
+
+    @contextmanager
+    def undoing(self, made: LoggedCall) -> Iterator[None]:
+        """An undo is under way, which may go elsewhere."""
+        if self._moves.can_step:
+            self._moves.stepper.heading = None
+        yield
+        if self._moves.can_step and (heading := self._moves.stepper.heading):
+            made.start = heading[0]
 
     @contextmanager
     def restarting(self, call: str) -> Iterator[None]:

@@ -150,6 +150,9 @@ NOT_OF_THE_RUN = {
     *PROMPTS, "log_dir", "log_level", "master_addr", "master_port", "start_timeout", "device_mode",
 }  # fmt: skip
 
+OF_LOAD = ("dtype", "gpu_ids", "threads", "kernels", "backend")
+"""parameters that `session.load` fixes for all runs"""
+
 ALWAYS = {"model_path", "world_size", "chunk_size", "sync_strategy", "schedule"}
 """parameters that a reader wants to see, also where they have their defaults"""
 
@@ -174,6 +177,26 @@ def commands(config: Config, done: Done, *, prompt: bool) -> dict[str, str]:
         return notebook
     less = ", without what was broken or edited" * bool(done.faults or done.edited)
     return {f"In a terminal{less}": _shell({**chosen, given: asked}), **notebook}
+
+
+def opening(config: Config, connect: str, plan: str, *, keep: bool) -> list[str]:
+    """The calls that make a run, paused: import, connect, load, prefill. `plan`: the text of a plan of the user's own,
+    "" for none."""
+    default = {item.name: item.default for item in fields(config)}
+    chosen = {name: one for name, one in parameters(config).items() if name in ALWAYS or one != default[name]}
+    of_load = [name for name in OF_LOAD if name in chosen and chosen[name] not in ("auto", "gloo")]
+    given = next((name for name in PROMPTS if getattr(config, name)), "prompt")
+    left_out = {"world_size", "model_path", *OF_LOAD} | ({"schedule", "sync_strategy"} if plan else set())
+    run = [repr(getattr(config, given)), *(f"{n}={one!r}" for n, one in chosen.items() if n not in left_out)]
+    run += ["plan=plan"] * bool(plan) + ["keep=True"] * keep + ["paused=True"]
+    load = [repr(str(chosen["model_path"])), *(f"{name}={chosen[name]!r}" for name in of_load)]
+    return [
+        "import dinfer",
+        f"session = {connect}",
+        f"session.load({', '.join(load)})",
+        *[f"plan = {plan!r}"] * bool(plan),
+        f"run = session.prefill({', '.join(run)})",
+    ]
 
 
 def _shell(chosen: dict[str, Any]) -> str:

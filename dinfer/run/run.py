@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from dinfer.arguments import CHECKED, argument_check
+from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
 from dinfer.display import Displayable, DisplayableText, Table, Tidy
@@ -40,7 +41,7 @@ from dinfer.messages import (
 )
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
-from dinfer.plan.cut import Unit, count_of, unit_of
+from dinfer.plan.cut import Unit, count_of, cut_of, unit_of
 from dinfer.plan.ops import OpKind, PlanError
 from dinfer.results import Breakpoints, Decoded, Moved, Where
 from dinfer.run.action import Actions
@@ -50,11 +51,13 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
+from dinfer.run.graft import Grafts
 from dinfer.run.hang import Health, Hung
 from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
 from dinfer.run.kept import KeptKv
 from dinfer.run.left import LeftRun
+from dinfer.run.log import CallLog
 from dinfer.run.moves import Moves
 from dinfer.run.play import Player, period_of
 from dinfer.run.prediction import prediction
@@ -71,7 +74,7 @@ from dinfer.run.state import (
     where_of,
 )
 from dinfer.run.stepper import Move, NoProgress
-from dinfer.saved.bisect.collect import Collected
+from dinfer.saved.bisect.collect import Collected, collect
 from dinfer.saved.bisect.result import Bisection
 from dinfer.saved.bisect.search import Bisectable, bisect_run
 from dinfer.saved.replay.replay import Replay
@@ -112,8 +115,12 @@ def action(*, alone: bool = True, moves: bool = False) -> Callable[[RunMethod[P,
             call = call_text(name, args, kwargs)
             if moves:
                 run._end_play()
-            with run._actions.taken(call, alone=alone), run._moving.moving(call) if moves else nullcontext():
-                return method(run, *args, **kwargs)
+            with run._actions.taken(call, alone=alone) as made:
+                with run._moving.moving(made) if moves else nullcontext():
+                    found = method(run, *args, **kwargs)
+                if isinstance(found, Decoded) and found.stopped == "user":
+                    made.tokens = len(found.tokens)
+                return found
 
         setattr(called, CHECKED, True)
         return called
@@ -137,8 +144,9 @@ class Run(Tidy, Displayable):
 
     INTERNAL = frozenset({
         "INTERNAL", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings", "hold",
-        "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "look", "mend", "on_change", "recover",
-        "recovering", "reporter", "said", "say", "show", "silence", "story", "stuck_ranks", "told",
+        "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "look", "mend", "met", "met_on",
+        "on_change", "recover", "recovering", "reporter", "said", "say", "show", "silence", "step_to_stop", "story",
+        "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
@@ -165,7 +173,7 @@ class Run(Tidy, Displayable):
         self.check, self.say = self._health.check, state.say  # for the session, as are the next
         self.stuck_ranks, self.left_blocked = self._health.stuck_ranks, self._health.left_blocked
         self._history = history = History()
-        self._breakpoints = BreakpointTable(job.config, self._ask_all, history)
+        self._breakpoints = BreakpointTable(job.config, self._ask_all, history, state.note_call)
         self._faults = Armed(state, self._ask_all, history)
         self._generation = Generation(state, self.check, tokenizer)
         self._events = RunEvents(state)
@@ -177,6 +185,7 @@ class Run(Tidy, Displayable):
         self._recorder = RunRecorder(
             state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
         )
+        self._grafts = Grafts(state, self._inspector, self._recorder, history)
         self._begin(left)
 
     # -- moving
@@ -212,7 +221,7 @@ class Run(Tidy, Displayable):
         stood before it, with as many new tokens as it had there; decode; a restart; or a change of breakpoints or
         faults. The next undo goes further back. What was edited by hand stays as it is."""
         self._end_play()
-        with self._actions.taken("run.undo()"):
+        with self._actions.taken("run.undo()") as made, self._moving.undoing(made):
             return self._history.undo()
 
     @action(moves=True)
@@ -220,6 +229,18 @@ class Run(Tidy, Displayable):
         """Stop just after that block is on every rank, with all blocks before it; forward or back. Raises PlanError for
         an unknown block."""
         return self._moves.moved(self._moves.leaving().run_to(chunk, layer))
+
+    @action(moves=True)
+    def resume_back(self) -> Moved:
+        """Go back to the last place before this one at which a breakpoint has stopped the run, or would have; without
+        one, to the start. A condition counts where the ranks have met it on their way here."""
+        return self._moves.back_to_stop()
+
+    @action(moves=True)
+    def go_to(self, positions: Sequence[Sequence[int]]) -> Moved:
+        """Go to any cut, forward or back, past breakpoints: `positions[rank][lane]` is how many ops of that lane are
+        done then. Logs of calls have such cuts. Raises PlanError where ranks would wait for one another there."""
+        return self._moves.moved(self._moves.leaving().go_to(cut_of(self._moves.stepper.cuts, positions)))
 
     @action(moves=True)
     def resume(self) -> None:
@@ -255,12 +276,13 @@ class Run(Tidy, Displayable):
         """Begin again, paused at the start, with the same breakpoints and faults; also after `session.recover()`. Stops
         what is under way first."""
         with self._actions.halted(self._stop), self._moving.restarting("run.restart()"):
-            self._actions.begin("run.restart()")
+            made = self._actions.begin("run.restart()")
             self._breakpoints.expect([])
             self._begin()
             self._breakpoints.arm()
             if self._faults:
                 self._faults.arm()
+            made.after = self._state.cut_now()
         self._actions.tell()
         return self.where()
 
@@ -271,9 +293,10 @@ class Run(Tidy, Displayable):
         if remedy not in (RECOVER, RESTART) or (remedy == RECOVER and recover is None):
             raise NotPossible(f"nothing here can be mended: {remedy or f'the run is {self._state.now}'}")
         if remedy == RECOVER and recover:
+            self._state.note_call("session.recover()")
             recover()
         where = self.restart()
-        self.last_call = remedy
+        self._state.last_call = remedy
         return where
 
     # -- breakpoints
@@ -300,6 +323,11 @@ class Run(Tidy, Displayable):
     def breakpoints(self) -> Breakpoints:
         """The breakpoints that are set; `run.breakpoints.clear()` and `.remove(number)` remove them."""
         return self._breakpoints.view
+
+    @property
+    def calls(self) -> CallLog:
+        """The calls made on this run so far; `run.calls.cell()` and `.save("replay.ipynb")` make them again."""
+        return self._state.calls
 
     # -- decode
 
@@ -466,6 +494,10 @@ class Run(Tidy, Displayable):
         where: str | None = None,
         dtype: str | None = None,
         seed: int | None = None,
+        source: int | None = None,
+        target: int | None = None,
+        ms: float | None = None,
+        factor: float | None = None,
     ) -> Injected:
         """Break something on purpose, now or as soon as it exists; for a run that stands still.
 
@@ -479,15 +511,43 @@ class Run(Tidy, Displayable):
         that receives the block first, K, head 0, the chunk's first token, dim 0, a bit in the middle of the mantissa.
         `token` is a position in the prompt and selects its chunk.
 
+        Time, and no byte: "slow link": each message from rank `source` to rank `target` takes `ms` milliseconds longer;
+        "slow rank": each layer on `rank` does, in prefill, or takes `factor` times as long. In sessions on threads and
+        over gloo.
+
         It strikes again whenever the block is made again, until `run.faults.clear()`. Raises PlanError for a fault that
         is not possible.
         """
         injected = self._faults.inject(
             self._ask_all(GetStand()), kind, rank=rank, layer=layer, chunk=chunk, tensor=tensor, head=head,
-            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed,
+            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed, source=source, target=target, ms=ms,
+            factor=factor,
         )  # fmt: skip
         self.look()
         return injected
+
+    @action()
+    def graft(
+        self,
+        *,
+        layer: int,
+        chunk: int,
+        source: "str | Bisectable",
+        rank: int | None = None,
+        part: str | None = None,
+    ) -> DisplayableText:
+        """Put another run's block into the cache of `rank`, or of all ranks that hold it, in the place of their own; as
+        the rank of that run held it that computed it. What was computed from the old block stays: to have it computed
+        again, go back before it and on.
+
+        `source`: another run of the same prompt, live or saved, or "reference", transformers' own forward, which is run
+        in this process; `part`: "K" or "V", by default both. It counts as an edit by hand, and can be undone. Raises
+        PlanError for another prompt or model, a block that does not exist, and one that is not there yet.
+        """
+        with self.hold():
+            done = self._grafts.graft(layer=layer, chunk=chunk, source=source, rank=rank, part=part)
+            self.look()
+            return done
 
     @property
     def faults(self) -> Armed:
@@ -557,12 +617,31 @@ class Run(Tidy, Displayable):
         record = self._recorder.record_of(rank)
         return Replay(record, model_path=str(model_path), device=device, decoder=decoder)
 
-    # -- for the session
+    # -- for the session and the debug adapter
+
+    @action(moves=True)
+    def step_to_stop(self, unit: Unit | str) -> Moved:
+        """As `step`, but not past the next breakpoint."""
+        return self._moves.step_to_stop(unit_of(unit))
+
+    def live(self) -> Live:
+        """What the ranks hold now, also of a run that hangs or has failed, as far as its ranks answer."""
+        return self._inspector.live()
+
+    @property
+    def met(self) -> tuple[int, ...]:
+        """Numbers of the breakpoints that have stopped the run where it stands."""
+        return self._breakpoints.met
+
+    @property
+    def met_on(self) -> int | None:
+        """The rank that has met their condition, if they have one."""
+        return self._breakpoints.met_on
 
     def collected(self, rank: int | None = None) -> Collected:
         """What a bisect compares."""
         with self.hold():
-            return self._recorder.collected(rank)
+            return collect(self.kept.source, None, rank) if self.kept else self._recorder.collected(rank)
 
     def look(self) -> None:
         """Take in what the ranks report. Called often, on the session's thread."""
@@ -633,7 +712,7 @@ class Run(Tidy, Displayable):
 
     @last_call.setter
     def last_call(self, call: str) -> None:
-        self._state.last_call = call
+        self._state.note_call(call)
 
     @property
     def hang(self) -> str:
@@ -643,7 +722,7 @@ class Run(Tidy, Displayable):
     def __str__(self) -> str:
         plan, chunks = self.plan, len(self.plan.shape.chunks)
         head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
-        return f"run of {head}: {self.where()}"
+        return f"run of {head}{self.job.config.codec_text}: {self.where()}"
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         """The panel beside the text in a notebook; elsewhere the text alone."""

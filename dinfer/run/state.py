@@ -18,6 +18,7 @@ from dinfer.plan.cut import Cut
 from dinfer.plan.plan import Lane, Plan
 from dinfer.results import Where
 from dinfer.run.failure import Breakage, Broken
+from dinfer.run.log import CallLog, LoggedCall
 from dinfer.run.nonfinite import NonFiniteBlocks
 from dinfer.severity import Severity
 from dinfer.trace.events import Event
@@ -214,6 +215,8 @@ class RunState:
     def __init__(self, job: Job, ranks: RankLease, devices: Sequence[str]) -> None:
         self.job, self.plan, self.ranks, self.devices = job, job.plan, ranks, devices
         self.last_call = ""  # the text of the last call, whoever made it
+        self.calls = CallLog()
+        self.calls.standing = self.cut_now
         self.closed = ""  # why the run is over
         self.ending = ""  # why the run is about to be over, while `close()` waits for others to finish
         self.said: list[str] = []  # messages that the session has not logged yet
@@ -256,6 +259,18 @@ class RunState:
             if (hang := self.hang_now) and hang.is_hung:
                 return AS_STATES.get(hang.kind, State.HUNG)
             return self.activity
+
+    def note_call(self, text: str) -> LoggedCall:
+        """A call begins."""
+        self.last_call = text
+        return self.calls.add(text)
+
+    def cut_now(self) -> Cut | None:
+        """The cut at which the run stands; None while it moves or is played, and where it cannot go on."""
+        with self.ranks.changed:
+            if self.failure or self.closed or self.playing or self.activity not in STANDING:
+                return None
+            return tuple(stand.positions for stand in self.stands())
 
     @property
     def hang_now(self) -> Verdict | None:
@@ -381,6 +396,12 @@ class RunState:
         """The user has changed this by hand."""
         with self.ranks.changed:
             self.edited.extend(what)
+
+    def forget_edited(self, what: str) -> None:
+        """The last change of this by hand has been undone."""
+        with self.ranks.changed:
+            for at in [n for n, one in enumerate(self.edited) if one == what][-1:]:
+                del self.edited[at]
 
     def note_corrupt(self, found: Corruption) -> None:
         """A rank has found changed bytes."""

@@ -9,6 +9,7 @@ from dinfer.arguments import nearest
 from dinfer.cluster.ranks import DEFAULT_N, Ranks
 from dinfer.config import ConfigError
 from dinfer.files import check_working_folder
+from dinfer.history import call_text
 
 if TYPE_CHECKING:
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
@@ -80,6 +81,10 @@ def connect(
     except BaseException:
         ranks.close()
         raise
+    named = {"profile": profile} if profile != "default" else {}
+    named |= {"cluster_id": cluster_id} if cluster_id else {}
+    place_of_ranks = () if where == "ipyparallel" else (where,)
+    session.connected_by = call_text("connect", place_of_ranks, {"n": ranks.world_size, **named}, "dinfer")
     try:
         for older in [*_opened]:
             older.give_way(session)

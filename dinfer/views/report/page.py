@@ -17,8 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dinfer.display import WrittenPath
-from dinfer.files import check_folder
+from dinfer.files import WrittenPath, check_folder
 from dinfer.plan.verify import verify
 from dinfer.severity import Severity, style_variables
 from dinfer.trace.export import write_whole
@@ -233,6 +232,7 @@ def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
         "layers": f"{about['layers']} on {ranks} rank{'s' * (ranks != 1)}" if about.get("layers") else "",
         "schedule": str(about.get("schedule") or ""),
         "sync strategy": str(about.get("sync_strategy") or ""),
+        "codec": str(about.get("codec") or ""),
         "predicted": _predicted(trace),
         "made": made,
         "clocks": trace.clocks,

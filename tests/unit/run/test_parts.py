@@ -233,7 +233,7 @@ def test_who_waits_for_an_answer_when_the_run_ends_gets_none(lease: RankLease) -
 
 def test_breakpoints_arm_conditions_and_know_which_is_met() -> None:
     armed = list[SetBreakpoints]()
-    table, cuts = BreakpointTable(Config(digests=False), armed.append, History()), Cuts(PLAN)
+    table, cuts = BreakpointTable(Config(digests=False), armed.append, History(), str), Cuts(PLAN)
     plain = table.add(cuts, None, None, chunk=1, layer=0)
     with_condition = table.add(cuts, None, "nan", rank=1)
     assert [[one["number"] for one in told.breakpoints] for told in armed] == [[1], [1, 2]]
