@@ -293,7 +293,7 @@ class Trace(Tidy, Tabular, Composed):
     # -- figures: a cell shows them, `.figure` is plotly's, `.save("figure.html")` writes one to a file
 
     def plot(self) -> Plot:
-        """The figure to look at first: `exposure()`. The others: `gantt()`, `latency()`, `distribution()`, `matrix()`,
+        """The figure to look at first: `exposure()`. The others: `lanes()`, `latency()`, `distribution()`, `links()`,
         `by_layer()`. All raise NotPossible where plotly is missing."""
         return self.exposure()
 
@@ -301,7 +301,7 @@ class Trace(Tidy, Tabular, Composed):
         """A bar for each rank: computing, exposed communication (on the wire, or waiting for the peer), bubble."""
         return plotted("exposure", self)
 
-    def gantt(self) -> Plot:
+    def lanes(self) -> Plot:
         """What each lane did over time."""
         return plotted("gantt", self)
 
@@ -313,7 +313,7 @@ class Trace(Tidy, Tabular, Composed):
         """For each link, the share of transfers that took no longer than a time."""
         return plotted("distribution", self)
 
-    def matrix(self) -> Plot:
+    def links(self) -> Plot:
         """From each rank to each other: bytes, bandwidth, and the median and 99th percentile of latency."""
         return plotted("matrix", self)
 
