@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from dinfer.engine.ahead import Ahead
-from dinfer.engine.arrivals import Arrivals
 from dinfer.engine.corruption import Corrupted, Corruption
+from dinfer.engine.decode_start import DecodeStart
 from dinfer.engine.prefill import Prefill
 from dinfer.errors import DinferError, ModelError
 from dinfer.model.cache import KVCache
@@ -114,7 +114,7 @@ class Decoding:
         recorder: Recorder | None,
         state: Prefill | None,
         ahead: Ahead | None = None,
-        arrivals: Arrivals | None = None,
+        arrivals: DecodeStart | None = None,
     ) -> None:
         """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]. `state` is that of the
         prompt whose cache this is, for faults and for the words of errors; None for other KV. `ahead` makes tokens by
@@ -188,7 +188,7 @@ class Decoding:
         token = NO_TOKEN if not logits.max().isfinite() else self._sampler(logits, len(self.tokens))
         return token, logits, row
 
-    def _forward_behind(self, arrivals: Arrivals, row: int) -> Tensor:
+    def _forward_behind(self, arrivals: DecodeStart, row: int) -> Tensor:
         """All layers on the last token, each as soon as its blocks are here; an event each, in which `met` is when they
         were. Then the check of all rows."""
         hidden = self._decoder.embed(self.tokens[-1:])

@@ -14,10 +14,10 @@ from torch import Tensor
 from dinfer.codec.choice import Codec
 from dinfer.config import Config
 from dinfer.engine.ahead import Ahead
-from dinfer.engine.arrivals import Arrivals
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.corruption import Alarm, Corruption
+from dinfer.engine.decode_start import DecodeStart
 from dinfer.engine.decoding import Decoding, cache_of, recheck, record
 from dinfer.engine.finite import FiniteCheck, NonFinite, OnNonFinite
 from dinfer.engine.kernels import Graphs
@@ -218,7 +218,7 @@ class Engine:
             self.board.set_phase("decode", len(decoding.tokens))
             self.recheck()
 
-        executor, arrivals = self.executor, Arrivals(self.executor, self._deadline.seconds, check)
+        executor, arrivals = self.executor, DecodeStart(self.executor, self._deadline.seconds, check)
         self.prompt.detect_edits()
         self.board.set_phase("prefill")
         executor.set_limits([len(lane.ops) for lane in executor.plan.lanes[self.rank]])
@@ -242,7 +242,7 @@ class Engine:
         is_plain = state.kernels == "exact" and not self.config.uses_streams and not state.faults.are_armed
         return is_plain and not Codec.of(self.config.codec).is_lossy
 
-    def _decoding(self, final: Tensor | None, state: Prefill, arrivals: Arrivals) -> Decoding:
+    def _decoding(self, final: Tensor | None, state: Prefill, arrivals: DecodeStart) -> Decoding:
         """A decode of the current prompt whose blocks are still arriving."""
         assert final is not None
         assert self.cache is not None

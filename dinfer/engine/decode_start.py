@@ -1,4 +1,4 @@
-"""Arrivals: what decode waits for where it begins before prefill has ended.
+"""The start of decode: what it waits for where it begins before prefill has ended.
 
 The first new token needs the final hidden state alone; the second needs, layer by layer, that layer's blocks of all
 chunks. So while the blocks of later layers are still on their way, earlier layers compute.
@@ -11,7 +11,7 @@ from dinfer.plan.ops import FINAL, Value
 from dinfer.transport.deadline import StillWaiting
 
 
-class Arrivals:
+class DecodeStart:
     """The values of one prompt as they come to this rank. `at_end` is called once all have come, by `end`. Each method
     waits, and raises OpFailed if an op fails, and StillWaiting if no op ends for `patience` seconds."""
 
