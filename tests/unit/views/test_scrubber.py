@@ -219,4 +219,4 @@ def test_pauses_between_steps_are_left_out(run: PaperRun) -> None:
 
 def moved_by(event: Event, time: int) -> Event:
     times = {name: getattr(event, name) + time for name in ("ready", "start", "met", "end")}
-    return replace(event, **times)  # type: ignore[arg-type]
+    return replace(event, **times)
