@@ -17,6 +17,7 @@ from dinfer.magics import line as magics
 from dinfer.magics.line import VERBS, act, usage
 from dinfer.magics.words import split
 from dinfer.results import Moved, Where
+from dinfer.saved.format import SavedError
 
 PROMPT = "The code of Lima is 471. What is the code of Lima? The code of Lima is"
 
@@ -187,6 +188,16 @@ def test_decode_step_by_step_and_restart(begun: Any) -> None:
     assert act(begun, "back token -n 2").count == 1
     assert "0 of" in str(act(begun, "restart"))
     assert "stands before its first layer" in str(act(begun, "where"))
+
+
+def test_bisect_and_a_slow_link(begun: Any) -> None:
+    act(begun, "inject 'slow link' source=0 target=1 ms=2.5")
+    assert begun.user_ns["session"].run.faults[1].fault.ms == 2.5
+    act(begun, "resume")
+    act(begun, "wait")
+    assert not act(begun, "bisect rank=1 what=logits").found
+    with pytest.raises(SavedError, match="nowhere"):
+        act(begun, "bisect nowhere")
 
 
 def test_compare(begun: Any) -> None:
