@@ -17,7 +17,6 @@ from dinfer.magics import line as magics
 from dinfer.magics.line import VERBS, act, usage
 from dinfer.magics.words import split
 from dinfer.results import Moved, Where
-from dinfer.saved.format import SavedError
 
 PROMPT = "The code of Lima is 471. What is the code of Lima? The code of Lima is"
 
@@ -196,7 +195,7 @@ def test_bisect_and_a_slow_link(begun: Any) -> None:
     act(begun, "resume")
     act(begun, "wait")
     assert not act(begun, "bisect rank=1 what=logits").found
-    with pytest.raises(SavedError, match="nowhere"):
+    with pytest.raises(UsageError, match="there is no .nowhere."):
         act(begun, "bisect nowhere")
 
 
