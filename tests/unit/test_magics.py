@@ -195,7 +195,7 @@ def test_bisect_and_a_slow_link(begun: Any) -> None:
     act(begun, "resume")
     act(begun, "wait")
     assert not act(begun, "bisect rank=1 what=logits").found
-    with pytest.raises(UsageError, match="there is no .nowhere."):
+    with pytest.raises(UsageError, match=r"there is no .nowhere"):
         act(begun, "bisect nowhere")
 
 
