@@ -1,5 +1,6 @@
 """The breakpoints of one run: setting them, arming their conditions on the ranks, noticing that one is met."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -29,7 +30,8 @@ class BreakpointTable:
         self._found: dict[int, Breakpoint] = {}
         self._count = 0
         self._ahead: list[Breakpoint] = []
-        self.view = Breakpoints(self._found, self._changed_there)
+        self._hits = Counter[int]()
+        self.view = Breakpoints(self._found, self._changed_there, self._hits)
 
     def add(self, cuts: Cuts, op: OpKind | None, when: str | None, **where: int | None) -> Breakpoint:
         """Set a breakpoint; `where`: rank, chunk and layer. Raises PlanError where no op of the plan could meet it."""
@@ -37,7 +39,8 @@ class BreakpointTable:
         if condition == "digest" and not self._config.digests:
             raise PlanError(f"when is {when!r}, but this run has digests=False: start it with digests=True.")
         kind = op or ("recv" if condition == "digest" else "layer")
-        one = Breakpoint(self._count + 1, op=kind, condition=condition, bound=bound, **where)
+        place: dict[str, Any] = dict(where)
+        one = Breakpoint(self._count + 1, op=kind, condition=condition, bound=bound, **place)
         check(one, cuts)
         before = dict(self._found)
         self._count += 1
@@ -56,14 +59,16 @@ class BreakpointTable:
     def arrived(self) -> str:
         """The message for a run that has reached its limit; empty if no breakpoint is there."""
         met, self._ahead = self._ahead, []
+        self._hits.update(one.number for one in met)
         return f"stopped at {'; '.join(map(str, met))}" if met else ""
 
     def hit(self, rank: int, note: BreakpointHit) -> str:
         """The message for a condition that a rank reports as met; empty if that breakpoint was removed."""
         one = Breakpoint(**note.breakpoint)
-        if one.number not in self._found:
+        if not self._found.get(one.number, one).enabled or one.number not in self._found:
             return ""
         self._ahead = []
+        self._hits[one.number] += 1
         return f"stopped at {one}: rank {rank}, `{note.op}`: {note.found}"
 
     def arm(self) -> None:
@@ -91,6 +96,11 @@ class BreakpointTable:
         """Set those of `before` and no others; what that changed."""
         texts = [f"removed {one}" for number, one in self._found.items() if number not in before]
         texts += [f"set {one} again" for number, one in before.items() if number not in self._found]
+        texts += [
+            f"{'enabled' if one.enabled else 'disabled'} #{number}"
+            for number, one in before.items()
+            if number in self._found and self._found[number].enabled != one.enabled
+        ]
         self._found.clear()
         self._found.update(before)
         self.arm()

@@ -102,6 +102,10 @@ class SessionRuns(Tidy, Composed, called="session.runs"):
         """Two of these runs side by side: see `run.compare(other_run)`. Raises NoSuch."""
         return compare_runs(self[one], self[other])
 
+    def table(self) -> Table:
+        """A row for each run, oldest first."""
+        return Table(tuple(ABOUT), self.lines(), about=ABOUT)
+
     def to_frame(self) -> Any:
         """A row for each run, as a pandas DataFrame. Raises ImportError if pandas is not installed."""
         import pandas
@@ -112,7 +116,7 @@ class SessionRuns(Tidy, Composed, called="session.runs"):
         if not len(self):
             yield "no runs yet: session.prefill(…) makes one"
             return
-        yield Table(tuple(ABOUT), self.lines(), about=ABOUT)
+        yield self.table()
         dropped = self._count - len(self)
         yield f"{dropped} older run{'s were' if dropped > 1 else ' was'} dropped" if dropped else ""
 
