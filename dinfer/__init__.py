@@ -9,9 +9,9 @@ the contract for import-linter; imports in functions and for types count too):
 - `watch`: what runs inside other people's processes, and what it writes; standard library and torch only.
 - `severity`, `version`; `errors`, `messages`: how grave a message is, the base of all errors, the messages between
   session and rank; standard library only.
-- `files`, `arguments`, `codec`; `config`, `display`: files that are read within bounds and written beside others; what
-  a call takes; how K and V are written on the wire; a run's parameters, validated; how values are shown as text and
-  HTML. `progress`: bars.
+- `files`, `arguments`, `codec`; `tabular`; `config`, `display`: files that are read within bounds and written beside
+  others; what a call takes; how K and V are written on the wire; tables as DataFrames and CSV; a run's parameters,
+  validated; how values are shown as text and HTML. `progress`: bars.
 - `plan`, `model`: what will be done: ops, lanes, schedules, proofs, simulated time; and transformers' layers one by
   one, without ranks. `planner`: what layers and links cost, and which plan to run.
 - `results`, `trace`, `kv`, `history`: what happened: results of calls, events and figures; whose KV differs, where and
@@ -27,6 +27,7 @@ the contract for import-linter; imports in functions and for types count too):
   judged from what `watch` has recorded.
 - `session`, `launch`, `views`: notebooks; ranks of the command line; panels, figures and reports.
 - `lab`: the fault lab, and hosts on one machine; `doctor`, `bench`: checks of an installation, measurements.
+- `dap`: the Debug Adapter Protocol, for editors.
 - `magics`, `cli`: `%dinfer` and the command `dinfer`.
 
 To read the code, start with `plan.ops` and `plan.plan`, then `engine.engine` and `engine.lanes`, then `run.run`. Each

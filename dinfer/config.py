@@ -152,6 +152,11 @@ class Config:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1: all tokens).")
 
     @property
+    def codec_text(self) -> str:
+        """For one-line descriptions of a run: `, codec int8`; "" for none."""
+        return "" if self.codec == "none" else f", codec {self.codec}"
+
+    @property
     def uses_streams(self) -> bool:
         """Whether ranks issue a lowered plan to CUDA streams, once the backend is chosen."""
         return self.backend in ("nccl", "ipc")

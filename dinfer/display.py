@@ -9,11 +9,11 @@ from html import escape
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TextIO
-from urllib.parse import quote
 
 from dinfer.arguments import check_calls
 from dinfer.errors import NotPossible, ipython
 from dinfer.severity import Severity
+from dinfer.tabular import TableRow, Tabular
 
 
 def devices_text(devices: Sequence[str]) -> str:
@@ -82,22 +82,6 @@ def few(lines: Sequence[str]) -> list[str]:
     return [*lines[:MOST], *[f"and {len(lines) - MOST} more"] * (len(lines) > MOST)]
 
 
-class WrittenPath(type(Path())):  # type: ignore[misc] # PosixPath or WindowsPath
-    """The path of what was written: shells show it without `PosixPath(...)`, notebooks as a link where they can open
-    it, which is below the notebook's folder."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        text = escape(str(self))
-        try:
-            address = self.absolute().relative_to(Path.cwd()).as_posix()
-        except (OSError, ValueError):  # the working folder is gone, or this lies elsewhere
-            return text
-        return f'<a href="{quote(address)}" target="_blank">{text}</a>'
-
-
 class Tidy:
     """An object whose `dir`, and so Tab, offers what is made for users, and whose public methods check their
     arguments."""
@@ -153,7 +137,13 @@ NUMBER = re.compile(r"[-+−]?[\d.,]*\d(e[-+]?\d+)?( ?(%|s|ms|MB|kB))?|[-+−]?(
 """cells that are right-aligned where their whole column consists of them"""
 
 
-class Table(Displayable):
+PLAIN = re.compile(r"[-+−]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?(e[-+−]?\d+)?|[-+−]?(nan|inf)")
+"""a cell that is a number and nothing else"""
+
+NOTHING = ("", "–")
+
+
+class Table(Tabular, Displayable):
     """Cells under column names; names of "" print no header line. A cell may have several lines. `columns` and `rows`
     are all of it.
 
@@ -188,13 +178,29 @@ class Table(Displayable):
         rows += [_html_row(row, "td") for row in self.rows[: self._shown]]
         return f"<table>{''.join(rows)}</table>{''.join(f'<div>{escape(one)}</div>' for one in self._more())}"
 
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """A column of numbers alone is one of numbers."""
+        columns = [_plain_values(cells) for cells in zip(*self.rows, strict=True)]
+        return self.columns, zip(*columns, strict=True)
+
     def _more(self) -> list[str]:
         hidden = len(self.rows[self._shown :]) if self._shown is not None else 0
         return [f"and {hidden:,} more: .table(None) shows all"] * bool(hidden)
 
 
+def _plain_values(cells: Sequence[str]) -> Sequence[Any]:
+    """TableRow of a column as numbers, if all are numbers or empty and some are; else as they are."""
+    given = [cell for cell in cells if cell not in NOTHING]
+    if not given or not all(map(PLAIN.fullmatch, given)):
+        return cells
+    texts = {cell: cell.replace(",", "").replace("−", "-") for cell in given}
+    is_whole = all(text.lstrip("+-").isdigit() for text in texts.values())
+    values = {cell: int(text) if is_whole else float(text) for cell, text in texts.items()}
+    return [values.get(cell) for cell in cells]
+
+
 def _aligned(cells: Sequence[str], has_header: bool) -> list[str]:
-    """Cells of a column, padded to the same width: to the right if all are numbers, the header aside."""
+    """TableRow of a column, padded to the same width: to the right if all are numbers, the header aside."""
     from rich.cells import cell_len
 
     widths = [cell_len(cell) for cell in cells]

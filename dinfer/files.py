@@ -5,8 +5,10 @@ import errno
 import json
 import os
 from contextlib import suppress
+from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 from dinfer.errors import DinferError, NotPossible
 
@@ -115,6 +117,22 @@ def _is_free(path: Path) -> bool:
     if path.is_dir():
         return not any(path.iterdir())
     return not path.is_file() or path.stat().st_size == 0  # a device or a pipe may be written to
+
+
+class WrittenPath(type(Path())):  # type: ignore[misc] # PosixPath or WindowsPath
+    """The path of what was written: shells show it without `PosixPath(...)`, notebooks as a link where they can open
+    it, which is below the notebook's folder."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        text = escape(str(self))
+        try:
+            address = self.absolute().relative_to(Path.cwd()).as_posix()
+        except (OSError, ValueError):  # the working folder is gone, or this lies elsewhere
+            return text
+        return f'<a href="{quote(address)}" target="_blank">{text}</a>'
 
 
 class WrittenFiles:

@@ -64,7 +64,12 @@ def call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], of: str 
     """The call as its user wrote it, for example `run.step("layer", n=2)`; without functions, which have no text."""
 
     def written(value: object) -> str:
-        return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+        if isinstance(value, str):
+            return json.dumps(value, ensure_ascii=False)
+        text = repr(value)
+        return (
+            text if "\n" not in text else type(value).__name__.lower()
+        )  # a run, whose repr says where it stands
 
     named = {key: value for key, value in kwargs.items() if not callable(value)}
     parts = [written(one) for one in args if not callable(one)]

@@ -173,12 +173,14 @@ class KvHash(Answer, frozen=True):
 
 class RankMeasured(Answer, frozen=True):
     """What layers take on this rank, fields of `planner.costs.LayerTime`; and each link, fields of
-    `planner.machine.LinkSpeed`, the same on every rank. Bytes are of one token."""
+    `planner.machine.LinkSpeed`, the same on every rank. Bytes are of one token. `codecs`: fields of
+    `planner.machine.CodecCost`."""
 
     layers: tuple[tuple[int, int, float], ...]
     links: tuple[tuple[int, int, float, float, float, float], ...]
     hidden_bytes: int
     block_bytes: int
+    codecs: tuple[tuple[str, float, float, float], ...] = ()
 
 
 class LeftGroup(Answer, frozen=True):
@@ -237,6 +239,12 @@ class KvSpans(Answer, frozen=True):
     new_rows: int
 
 
+class KvLoss(Answer, frozen=True):
+    """By tensor, "K" and "V", fields of CellDifference: what a lossy codec has changed."""
+
+    loss: tuple[tuple[str, tuple[Any, ...]], ...]
+
+
 class TensorSummary(Answer, frozen=True):
     """A tensor in a few figures for each head."""
 
@@ -247,6 +255,12 @@ class HiddenSpans(Answer, frozen=True):
     """By chunk, the first layer before which this rank has, or can compute, the hidden state."""
 
     first: dict[int, int]
+
+
+class BlockWritten(Answer, frozen=True):
+    """How many values of the block are not as they were."""
+
+    changed: int
 
 
 class RankNotes(Answer, frozen=True):
@@ -268,7 +282,9 @@ class ReferenceReport(Answer, frozen=True):
     """How what a rank holds, by these kernels, differs from transformers' own forward, and that forward's digests.
 
     `blocks`: chunk, layer, digests; `hidden` as in HiddenDigests; `choices`: fields of TokenChoice; `misplaced`: layer,
-    then fields of Misplaced; `measured`: chunk, layer, tensor, then fields of CellDifference.
+    then fields of Misplaced; `measured`: chunk, layer, tensor, then fields of CellDifference. With a lossy codec the
+    reference's K and V of the prompt go through it too; `loss`: tensor, then fields of the CellDifference that this
+    makes; `lost_choices`: as `choices`, without the codec.
     """
 
     exact: bool
@@ -282,6 +298,8 @@ class ReferenceReport(Answer, frozen=True):
     misplaced: tuple[tuple[int, tuple[Any, ...]], ...]
     kernels: str
     measured: tuple[tuple[int, int, str, tuple[Any, ...]], ...]
+    loss: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    lost_choices: tuple[tuple[int, int, int, float], ...] = ()
 
 
 A = TypeVar("A", bound=Answer, covariant=True)
@@ -332,6 +350,17 @@ class SetFaults(Command[Ok], frozen=True):
     """Have these faults strike, each a `Fault.as_dict()`, and no others."""
 
     faults: tuple[dict[str, Any], ...]
+
+
+class WriteBlock(Command[BlockWritten], frozen=True):
+    """Put these values in the place of a block's, as its user would by hand. `part`: "K", "V" or "", both; `data`: one
+    tensor, [tokens, 1 or 2, kv_heads, head_dim], in safetensors format; `undo`: it is no edit, but takes one back."""
+
+    chunk: int
+    layer: int
+    part: str
+    data: bytes
+    undo: bool = False
 
 
 class OpenStore(Command[StoreAddress], frozen=True):
@@ -532,6 +561,13 @@ class SummarizeKv(Command[TensorSummary], frozen=True):
     layer: int
     start: int
     stop: int
+
+
+class MeasureLoss(Command[KvLoss], frozen=True):
+    """What the run's codec changes in the blocks of these layers and chunks that this rank has computed."""
+
+    layers: tuple[int, ...]
+    chunks: tuple[int, ...]
 
 
 class ListHidden(Command[HiddenSpans], frozen=True):

@@ -15,7 +15,10 @@ ABOUT: Mapping[str, str] = {
 }
 """all codecs, and what each does"""
 
-LOSSY = ("bf16", "fp8", "int8", "int4")
+STEPS: Mapping[str, float] = {"bf16": 2.0**-8, "fp8": 2.0**-3, "int8": 1 / 127, "int4": 1 / 7}
+"""the lossy codecs; how far apart two of their numbers are at most, as a share of the largest of a row"""
+
+LOSSY = tuple(STEPS)
 
 DTYPES: Mapping[str, str] = {"lossless": "bfloat16", "bf16": "float32"}
 """codecs of one dtype only"""
@@ -102,6 +105,11 @@ class Codec(NamedTuple):
     def is_sized(self) -> bool:
         """Whether the number of bytes follows from the block's size alone."""
         return "lossless" not in self
+
+    @property
+    def step(self) -> float:
+        """How far apart two numbers of it are at most, as a share of the largest value of a row; 0 without loss."""
+        return max(STEPS.get(self.k, 0.0), STEPS.get(self.v, 0.0))
 
     @property
     def number(self) -> int:

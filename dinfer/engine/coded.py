@@ -153,6 +153,10 @@ class CodedBlocks:
             self._state.faults.in_memory(Op("layer", *key), block.data)
             return data
 
+    def made_here(self) -> list[BlockKey]:
+        """The blocks that this rank has computed, in order; none with a codec that loses nothing."""
+        return sorted(self._made) if self.codec.is_lossy else []
+
     # -- what this rank receives
 
     def arrived(self, key: BlockKey, data: Tensor, place: Tensor) -> None:

@@ -1,20 +1,22 @@
 """Faults armed on one rank: when each strikes, and what it does to a block.
 
-Most kinds change a block in place (`_damage`). The other three are `append_twice`, which moves the rows behind it,
-`positions`, which runs the layer with wrong positions, and `repeat_row`, which strikes in decode.
+Most kinds change a block in place (`_damage`). Three others are `append_twice`, which moves the rows behind it,
+`positions`, which runs the layer with wrong positions, and `repeat_row`, which strikes in decode. A slow link or rank
+changes nothing, but takes time.
 """
 
 import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from time import sleep
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dinfer.model.cache import KVCache
-from dinfer.plan.faults import Fault, FaultPlace, middle_bit
+from dinfer.plan.faults import SLOW, Fault, FaultPlace, middle_bit
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 
@@ -143,8 +145,29 @@ class Faults:
 
     @property
     def are_armed(self) -> bool:
-        """Whether any fault is armed on this rank."""
-        return bool(self._armed)
+        """Whether any fault that changes bytes is armed on this rank."""
+        return any(one.kind not in SLOW for one in self._armed)
+
+    def slow_message(self, op: Op) -> None:
+        """A message has begun to arrive: wait as long as a slow link takes."""
+        for one in self._armed:
+            if one.kind == "slow link" and one.source == op.peer and one.ms:
+                self._wait(one, one.ms / 1e3)
+
+    def slow_layer(self, took_s: float) -> None:
+        """A layer op has taken so long: wait as long as a slow rank would have taken more."""
+        for one in self._armed:
+            if one.kind == "slow rank":
+                self._wait(one, one.ms / 1e3 if one.ms else took_s * ((one.factor or 1) - 1))
+
+    def _wait(self, fault: Fault, seconds: float) -> None:
+        """On the lane's thread, without the GIL. Reported once."""
+        with self._lock:
+            is_first = fault.number not in self._struck
+            self._struck.add(fault.number)
+        if is_first:
+            self._on_strike(Strike(fault.number, 0, fault.slowness))
+        sleep(seconds)
 
     def computed(self, op: Op, block: Tensor) -> None:
         """A layer op has written its block; its digests are not taken yet."""
@@ -203,7 +226,9 @@ class Faults:
                     del extra[appended.layer]
         here = {one.number for one in self._appended}
         for one in self._armed:
-            if not (one.number in here if one.kind == "append_twice" else holds(one.chunk, one.layer)):
+            if one.kind not in SLOW and not (
+                one.number in here if one.kind == "append_twice" else holds(one.chunk, one.layer)
+            ):
                 self._struck.discard(one.number)
 
     @property

@@ -39,8 +39,10 @@ def embed(state: Prefill, op: Op, _: Comm) -> Outcome:
 
 
 def layer(state: Prefill, op: Op, _: Comm) -> Outcome:
+    began = monotonic_ns()
     state.layer(op)
     state.ordering.launched(op.makes())
+    state.faults.slow_layer((monotonic_ns() - began) / 1e9)
     return Outcome()
 
 
@@ -70,6 +72,7 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
     except TransferError:
         comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # keeps the channel usable
         raise
+    state.faults.slow_message(op)
     place, corrupt = _place(state, op), None
     if op.what == "kv":
         with state.ordering.receiving(op.makes()):

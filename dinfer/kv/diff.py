@@ -7,12 +7,14 @@ ledgers say; without a ledger, those that most ranks hold, and the owner's where
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dinfer.codec.choice import Codec
 from dinfer.kv.difference import Compared, Diff, Difference, equal_text, unequal_text
 from dinfer.kv.digests import as_numbers, row_digests
 from dinfer.kv.ledger import BlockKey, Digests
@@ -32,7 +34,7 @@ def diff_ranks(source: Source, chosen: Selection, values: int | None = VALUES) -
     blocks = held_blocks(source, source.held(chosen.ranks), chosen, subject.spans)
     shared = _shared(blocks, chosen)
     if not shared:
-        which = f"rank{'s' * (len(blocks) > 1)} {' and '.join(map(str, chosen.ranks))}"
+        which = f"rank{'s' * (len(blocks) > 1)} {numbers_text(chosen.ranks)}"
         raise NothingYet(f"no block is on {which} yet; the run stands {subject.stands}.")
     noted = dict(zip(chosen.ranks, source.noted(chosen.ranks, chosen.layers), strict=True))
     evidence = _Evidence(source)
@@ -77,7 +79,29 @@ def diff_sources(one: Source, other: Source, chosen: Selection, values: int | No
                 origin = _origin_between(*evidence, a.side, b.side, span, layer)
                 found.add_block(a.side, b.side, span, layer, origin._replace(hops=0))
     compared = Compared(subject, chosen.ranks, chosen.layers, shared, theirs.name)
-    return found.diff(compared, one.bytes_moved + other.bytes_moved - before)
+    return _with_choice(found.diff(compared, one.bytes_moved + other.bytes_moved - before), subject, theirs)
+
+
+def _with_choice(found: Diff, one: Subject, other: Subject) -> Diff:
+    """The diff, which says so where all that differs follows from the runs' codecs: values that were computed so. What
+    was changed on the way or in memory, rows in wrong places, NaN and Inf do not."""
+    codecs = one.codec, other.codec
+    lossy = any(Codec.of(codec).is_lossy for codec in codecs)
+    if found.equal or codecs[0] == codecs[1] or not lossy:
+        return found
+    if any(one.kind != "value" or one.where != "compute" or one.has_nan for one in found.differences):
+        return found
+    apart = dict[str, float]()
+    for one_value in found.differences:
+        if one_value.values is not None and one_value.tensor:
+            a, b = one_value.values
+            apart[one_value.tensor] = max(abs(a - b), apart.get(one_value.tensor, 0.0))
+    by = " and ".join(f"{name} by up to {apart[name]:.3g}" for name in sorted(apart))
+    return replace(
+        found,
+        verdict=f"a chosen loss, codec {codecs[0]} beside {codecs[1]}: {by}; {found.verdict}",
+        chosen=True,
+    )
 
 
 def check_alike(a: Subject, b: Subject) -> None:

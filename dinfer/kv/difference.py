@@ -9,10 +9,12 @@ import torch
 
 from dinfer.display import Composed, Displayable, Table, Tidy
 from dinfer.kv.ledger import BlockKey
+from dinfer.kv.measure import CellDifference
 from dinfer.kv.origin import CausePlace
 from dinfer.kv.rows import RowKind, numbers_text
 from dinfer.kv.source import Selection, Subject
 from dinfer.severity import Severity
+from dinfer.tabular import TableRow, Tabular
 
 SHOWN = 40
 """lines of a table"""
@@ -107,17 +109,19 @@ class Difference(KvPlace, Displayable):
 
 
 @dataclass(frozen=True, repr=False)
-class Diff(Tidy, Composed):
+class Diff(Tidy, Tabular, Composed):
     """What `diff()` returns. `verdict`: the first line. `differences`: first layers with too many rows or too few, then
     rows that are other rows, then values; each in the order in which blocks are computed, the rank where a difference
     began before those to which the block was passed on. `rows`: how many rows (token, K or V, head) differ;
-    `unfetched`: how many of them whose values were not fetched; `bytes_moved`: between the ranks and here."""
+    `unfetched`: how many of them whose values were not fetched; `bytes_moved`: between the ranks and here. `chosen`:
+    whether all that differs follows from different codecs, which were chosen."""
 
     verdict: str
     differences: tuple[Difference, ...]
     bytes_moved: int
     rows: int = 0
     unfetched: int = 0
+    chosen: bool = False
 
     @property
     def equal(self) -> bool:
@@ -126,7 +130,9 @@ class Diff(Tidy, Composed):
 
     @property
     def severity(self) -> Severity:
-        return Severity.OK if self.equal else Severity.ERROR
+        if self.equal:
+            return Severity.OK
+        return Severity.NOTE if self.chosen else Severity.ERROR
 
     @property
     def first(self) -> Difference | None:
@@ -136,6 +142,28 @@ class Diff(Tidy, Composed):
     def table(self, lines: int | None = SHOWN) -> Table:
         """A line for each difference, `lines` at most; None: all."""
         return Table(COLUMNS, [one.cells() for one in self.differences], lines)
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """`value`: what is there; `expected`: what should be."""
+        own = (
+            "rank",
+            "layer",
+            "chunk",
+            "tensor",
+            "head",
+            "token",
+            "label",
+            "dim",
+            "count",
+            "kind",
+            "where",
+            "op",
+        )
+        rows = (
+            [*(getattr(one, name) for name in own), *(one.values or (None, None)), one.origin]
+            for one in self.differences
+        )
+        return [*own, "value", "expected", "origin"], rows
 
     def _parts(self) -> Iterable[str | Displayable]:
         yield "\n".join([self.verdict, *self._remarks()])
@@ -220,6 +248,17 @@ def nonfinite_remark(blocks: Iterable[BlockKey], chosen: Selection, text: str) -
     none. `text`: where they come from."""
     count = sum(chunk in chosen.spans and layer in chosen.layers for chunk, layer in blocks)
     return f"{count:,} of these blocks hold{'s' * (count == 1)} NaN or Inf: {text}" if count else ""
+
+
+def loss_text(codec: str, by_tensor: Mapping[str, CellDifference]) -> str:
+    """What a lossy codec changes, as far as it was measured, for example `K by up to 0.0312 (0.4 % of its largest
+    value) and V by up to 0.0156 (0.4 %)`; "" for nothing."""
+    parts = [
+        f"{name} by up to {one.absolute:.3g} ({one.absolute / (one.scale or 1.0):.2%} of the largest value)"
+        for name, one in by_tensor.items()
+    ]
+    amount = f": {' and '.join(parts)}" if parts else ""
+    return f"codec {codec} has changed them by choice{amount}"
 
 
 def _blocks_text(compared: Compared) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dinfer.kv.ledger import BlockKey, Digests
+from dinfer.kv.rows import numbers_text
 from dinfer.messages import Figures
 from dinfer.plan.plan import Plan
 
@@ -29,7 +30,7 @@ class HeldSpans(NamedTuple):
 class Subject:
     """The run whose KV a source holds. `name`: what to call it in messages; `standing`: by rank, where it stands, "" at
     its end; `ids`: the prompt's tokens, then the new ones; `texts`: the text of each, in whole characters, empty
-    without a tokenizer; `checkpoint`: the checkpoint's fingerprint."""
+    without a tokenizer; `checkpoint`: the checkpoint's fingerprint; `codec`: of the run's blocks on the wire."""
 
     name: str
     standing: tuple[str, ...]
@@ -40,6 +41,7 @@ class Subject:
     head_dim: int
     dtype: torch.dtype
     checkpoint: str
+    codec: str = "none"
 
     @property
     def dtype_name(self) -> str:
@@ -70,9 +72,17 @@ class Subject:
 
     @property
     def stands(self) -> str:
-        """Where the run stands, for example `at c1 l2 on rank 0, before its first layer on rank 1`."""
-        places = [f"{text} on rank {rank}" for rank, text in enumerate(self.standing) if text]
-        return ", ".join(places) or "at its end"
+        """Where the run stands, for example `at c1 l2 on rank 0, before its first layer on ranks 1–2`."""
+        ranks: dict[str, list[int]] = {}
+        for rank, text in enumerate(self.standing):
+            if text:
+                ranks.setdefault(text, []).append(rank)
+        return (
+            ", ".join(
+                f"{text} on rank{'s' * (len(some) > 1)} {numbers_text(some)}" for text, some in ranks.items()
+            )
+            or "at its end"
+        )
 
     @property
     def row_nbytes(self) -> int:

@@ -1,11 +1,12 @@
 """View: what `run.kv()`, `run.hidden()` and `run.attention()` return: who holds what, values on demand."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +17,13 @@ from dinfer.display import Composed, Displayable, Table, Tidy
 from dinfer.errors import NoSuch, excerpt
 from dinfer.kv.diff import VALUES, diff_ranks, diff_sources
 from dinfer.kv.difference import Diff, number_text
+from dinfer.kv.export import save_tensors, value_columns, value_rows
 from dinfer.kv.measure import FIELDS
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import LiveSource, Selection, Source, Subject, ViewableSource
 from dinfer.plan.ops import NothingYet, PlanError
 from dinfer.plan.partition import within
+from dinfer.tabular import TableRow, Tabular
 
 LARGE = 64 << 20
 """before more bytes than this move, a message says how many"""
@@ -40,7 +43,7 @@ class Other(Protocol):
     def source(self) -> Source: ...
 
 
-class KV(Tidy, Composed):
+class KV(Tidy, Tabular, Composed):
     """What `run.kv` returns: the KV that ranks hold of a layer, a chunk, a rank, each None for all.
 
     `.k[head, tokens]` and `.v[head, tokens]` fetch values of one layer, `.summary()` has each of its heads in a few
@@ -146,6 +149,18 @@ class KV(Tidy, Composed):
             ]
         return Table(("", "head", *FIELDS), lines)
 
+    def to_safetensors(self, path: str | Path) -> Path:
+        """Write K and V of one layer as "k" and "v", [heads, tokens, head_dim], with where they are from as metadata;
+        the path of the file, which is replaced. Raises PlanError where no layer is named, OSError."""
+        with self._hold():
+            return save_tensors(path, {"k": self.k[:], "v": self.v[:]}, self.k.about)
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """Of one layer, a row for each head and token of K and V."""
+        with self._hold():
+            k, v = self.k, self.v
+            return value_columns(k.shape[2]), [*k.rows(), *v.rows()]
+
     def _parts(self) -> Iterable[str | Displayable]:
         with self._hold():
             source = self.source()
@@ -200,9 +215,11 @@ class KV(Tidy, Composed):
         return rank, layer, places
 
 
-class Part(Tidy, Displayable):
+class Part(Tidy, Tabular, Displayable):
     """K or V of a layer on one rank, indexed as a tensor [heads, tokens, head_dim], which fetches values to the CPU.
     `places`: the rows that the second index counts."""
+
+    INTERNAL = frozenset({"about", "rows"})
 
     def __init__(
         self, source: ViewableSource, tensor: int, rank: int, layer: int, places: range, hold: "Hold"
@@ -238,6 +255,27 @@ class Part(Tidy, Displayable):
         found = found[:, 0] if isinstance(token, int) else found
         found = found[0] if isinstance(head, int) else found
         return found[(..., *rest)] if rest else found
+
+    @property
+    def about(self) -> dict[str, object]:
+        """Where the values are from."""
+        subject = self._source.subject
+        first, end = (self.places[0], self.places[-1] + 1) if len(self.places) else (0, 0)
+        return {
+            "run": subject.name, "layer": self._layer, "rank": self._rank, "tokens": f"{first}:{end}",
+            "checkpoint": subject.checkpoint,
+        }  # fmt: skip
+
+    def rows(self) -> Iterator[TableRow]:
+        """A row for each head and token, all of them fetched: see `kv.export`."""
+        return value_rows(self._source.subject, "KV"[self._tensor], self[:], self.places)
+
+    def to_safetensors(self, path: str | Path) -> Path:
+        """Write it as "k" or "v": see `KV.to_safetensors`."""
+        return save_tensors(path, {"kv"[self._tensor]: self[:]}, self.about)
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        return value_columns(self.shape[2]), self.rows()
 
     def __str__(self) -> str:
         name, (heads, tokens, dims) = "KV"[self._tensor], self.shape
@@ -287,7 +325,7 @@ TOP = 5
 """how many keys are shown of a query"""
 
 
-class Hidden(Tidy, Displayable):
+class Hidden(Tidy, Tabular, Displayable):
     """What `run.hidden` returns: the hidden state of `chunk` before `layer`, [tokens, hidden_size], on `rank`; indexing
     fetches it to the CPU. `hold` keeps the run from moving while ranks are asked. Raises PlanError if the run has not
     come to it, or has gone back to before it meanwhile."""
@@ -314,6 +352,13 @@ class Hidden(Tidy, Displayable):
     def __getitem__(self, index: Any) -> Tensor:
         return _indexed(self.values, index, "[token, value]")
 
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """A row for each token, which has its number, its text and its values."""
+        subject, values = self._source().subject, self.values
+        rows = zip(subject.spans[self.chunk], values.tolist(), strict=True)
+        columns = ["token", "text", *map(str, range(values.shape[1]))]
+        return columns, ([token, subject.label(token), *row] for token, row in rows)
+
     def __str__(self) -> str:
         with self._hold():
             source = self._checked_source()
@@ -331,7 +376,7 @@ class Hidden(Tidy, Displayable):
         return now
 
 
-class AttentionWeights(Tidy, Displayable, called="attention"):
+class AttentionWeights(Tidy, Tabular, Displayable, called="attention"):
     """The attention weights of the tokens of `chunk` in `layer`: `weights`, [heads, queries, keys], on the CPU. The
     first key is the token `first_key`. `heads` are attention heads; several may share one KV head."""
 
@@ -343,6 +388,17 @@ class AttentionWeights(Tidy, Displayable, called="attention"):
 
     def __getitem__(self, index: Any) -> Tensor:
         return _indexed(self.weights, index, "[head, query, key]")
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """A row for each head, query and key, by their tokens' numbers."""
+        keys = range(self.first_key, self.first_key + self.weights.shape[2])
+        rows = (
+            [head, query, key, self._subject.label(key), weight]
+            for head, queries in zip(self.heads, self.weights.tolist(), strict=True)
+            for query, weights in zip(self._subject.spans[self.chunk], queries, strict=True)
+            for key, weight in zip(keys, weights, strict=True)
+        )
+        return ["head", "query", "key", "text of key", "weight"], rows
 
     def top(self, token: int, head: int | None = None, n: int = TOP) -> list[tuple[int, str, float]]:
         """The `n` tokens to which a token attends most, as (number, text, weight); of one head, or on average over all

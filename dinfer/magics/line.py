@@ -295,7 +295,8 @@ def compare(call: Call) -> Any:
 
 @verb(
     argument(
-        "kind", help="bitflip, nan, zero, stale, swap_kv, permute, lost, append_twice, head_shift, cast, …"
+        "kind",
+        help="bitflip, nan, zero, stale, swap_kv, permute, lost, append_twice, head_shift, cast, 'slow link', …",
     ),
     OF_RANK,
     OF_LAYER,
@@ -308,6 +309,10 @@ def compare(call: Call) -> Any:
     argument("--where", help="memory, wire or compute"),
     argument("--dtype", help="through which to cast"),
     argument("--seed", type=int, help="of permute"),
+    argument("--source", type=number_or_word, help="of a slow link, the rank that sends"),
+    argument("--target", type=number_or_word, help="of a slow link, the rank that receives"),
+    argument("--ms", type=float, help="of a slow link or rank, milliseconds more"),
+    argument("--factor", type=float, help="of a slow rank, times as long"),
 )
 def inject(call: Call) -> Any:
     """Break something on purpose: bitflip layer=7 rank=2 tensor=K head=3 token=141 where=memory, …"""

@@ -68,10 +68,24 @@ class Forward:
         assert self._normed is not None
         return PieceOutput(self._normed, output.logits[0, 0].float())
 
+    def fork(self, see: OnTensor) -> "Forward":
+        """Another forward that goes on from here. What either is fed later, the other does not see."""
+        other = Forward(self._decoder, see)
+        mine, its = (list[Any](one._cache.layers) for one in (self, other))
+        for layer, copied in zip(mine, its, strict=True):
+            vars(copied).update({name: value for name, value in vars(layer).items() if name != "update"})
+        return other
+
+    def replace_kv(self, made_of: Callable[[Tensor], Tensor]) -> None:
+        """Replace what the cache holds of each layer by what `made_of` makes of it, [tokens, 2, kv_heads, head_dim]."""
+        layers: list[Any] = self._cache.layers
+        for layer in layers:
+            rows = made_of(_rows(layer.keys, layer.values))
+            layer.keys, layer.values = (rows[:, n].transpose(0, 1).unsqueeze(0).contiguous() for n in (0, 1))
+
     def _update(self, layer: int, update: Any, keys: Tensor, values: Tensor, *args: Any, **named: Any) -> Any:
         """Show what a layer hands to its cache, from which sliding-window layers drop earlier rows."""
-        rows = torch.stack([keys[0], values[0]], dim=1).permute(2, 1, 0, 3).contiguous()
-        self._show("kv", layer, rows)
+        self._show("kv", layer, _rows(keys, values))
         return update(keys, values, *args, **named)
 
     def _show(self, what: str, layer: int, tensor: Tensor) -> None:
@@ -103,3 +117,8 @@ class Forward:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _rows(keys: Tensor, values: Tensor) -> Tensor:
+    """K and V, each [1, kv_heads, tokens, head_dim], as a block [tokens, 2, kv_heads, head_dim]."""
+    return torch.stack([keys[0], values[0]], dim=1).permute(2, 1, 0, 3).contiguous()

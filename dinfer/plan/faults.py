@@ -48,6 +48,13 @@ KINDS: dict[str, FaultRule] = {
 }
 
 
+SLOW: dict[str, tuple[str, ...]] = {
+    "slow link": ("source", "target", "ms"),
+    "slow rank": ("rank", "ms", "factor"),
+}
+"""kinds that change no byte but take time, and their parameters: see `plan.slowness`"""
+
+
 class TokenSizes(NamedTuple):
     """The size of K or V of one token in one layer."""
 
@@ -62,6 +69,9 @@ class Fault:
 
     `token`: a position in the prompt; `tensor` None: K and V; `dim` None: the first; `bit`: 0 is the lowest, None the
     middle of the mantissa. A repeat_row has neither block nor rank: it strikes in decode, on all ranks.
+
+    A "slow link" makes each message from `source` to `rank` take `ms` longer, a "slow rank" each layer op of `rank`, by
+    `ms` or to `factor` times its time; these have no block.
     """
 
     number: int
@@ -77,6 +87,9 @@ class Fault:
     bit: int | None = None
     dtype: str | None = None
     seed: int = 0
+    source: int | None = None
+    ms: float | None = None
+    factor: float | None = None
 
     def is_at(self, chunk: int, layer: int) -> bool:
         """Whether it strikes that block."""
@@ -88,6 +101,11 @@ class Fault:
     @property
     def call(self) -> str:
         """The call that arms it, for example `run.inject("bitflip", rank=2, chunk=1, layer=7, …)`."""
+        if self.kind in SLOW:
+            values = {**self.as_dict(), "target": self.rank}
+            named = ((name, values[name]) for name in SLOW[self.kind])
+            given = [f"{name}={value:g}" for name, value in named if value is not None]
+            return f'run.inject("{self.kind}", {", ".join(given)})'
         block = () if self.kind == "repeat_row" else ("rank", "chunk", "layer")
         given = [f"{name}={getattr(self, name)!r}" for name in (*block, *KINDS[self.kind].details, "where")]
         return f"run.inject({', '.join([repr(self.kind), *(text for text in given if not text.endswith('=None'))])})"
@@ -96,6 +114,9 @@ class Fault:
         """For example `#1 bitflip in K of block c1 l7 on rank 2, head 3, token 141, in memory`."""
         if self.kind == "repeat_row":
             return f"#{self.number} repeat_row in decode, on all ranks"
+        if self.kind in SLOW:
+            which = f"{self.source}→{self.rank}" if self.source is not None else str(self.rank)
+            return f"#{self.number} {self.kind} {which}, {self.slowness}"
         parts = f" in {self.tensor or 'K and V'}" if "tensor" in KINDS[self.kind].details else ""
         details = [f"{name} {getattr(self, name)}" for name in ("head", "token", "dim", "bit")]
         details = [text for text in details if not text.endswith("None")]
@@ -105,6 +126,13 @@ class Fault:
         return ", ".join([f"#{self.number} {self.kind}{parts} of {block}", *details, where])
 
     __repr__ = __str__
+
+    @property
+    def slowness(self) -> str:
+        """What a slow link or rank does, for example `20 ms more for each message`."""
+        if self.factor is not None:
+            return f"each layer takes {self.factor:g} times as long"
+        return f"{self.ms:g} ms more for each {'layer' if self.source is None else 'message'}"
 
 
 def middle_bit(dtype: str) -> int:
@@ -118,9 +146,10 @@ def fault_of(number: int, kind: str, shape: Shape, sizes: TokenSizes, **given: A
     Raises PlanError; the message names the given value, the allowed ones and what to do.
     """
     if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, n=1)
+        kinds = [*KINDS, *SLOW]
+        near = difflib.get_close_matches(str(kind), kinds, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
-        raise PlanError(f"unknown kind of fault: {kind!r}.{meant} The kinds are {', '.join(KINDS)}.")
+        raise PlanError(f"unknown kind of fault: {kind!r}.{meant} The kinds are {', '.join(kinds)}.")
     given = {name: value for name, value in given.items() if value is not None}
     rule = KINDS[kind]
     allowed = ("where",) if kind == "repeat_row" else ("rank", "layer", "chunk", "where", *rule.details)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dinfer import messages
+from dinfer.codec.coding import as_received
 from dinfer.engine.prefill import Prefill
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
-from dinfer.kv.measure import per_head
+from dinfer.kv.measure import CellDifference, measure, per_head
 from dinfer.model.attention import attention, hidden_before
 from dinfer.rank.commands import Handler, looking
 from dinfer.rank.decode import PromptOnRank
@@ -40,6 +41,7 @@ def inspect_commands(rank: int, prompt: Callable[[], PromptOnRank]) -> list[Hand
         looking(messages.ReadRows, found.rows),
         looking(messages.ReadKvPart, found.part),
         looking(messages.SummarizeKv, found.summary),
+        looking(messages.MeasureLoss, found.loss),
         looking(messages.ListHidden, found.hidden_spans),
         looking(messages.ReadHidden, found.hidden),
         looking(messages.SummarizeHidden, found.hidden_summary),
@@ -108,6 +110,17 @@ class Inspection:
     def summary(self, command: messages.SummarizeKv) -> messages.TensorSummary:
         held = Inventory(self._prompt())
         return messages.TensorSummary(per_head(held.rows(command.layer, command.start, command.stop)))
+
+    def loss(self, command: messages.MeasureLoss) -> messages.KvLoss:
+        coded, found = self._state().coded, dict[str, CellDifference]()
+        for key in coded.made_here():
+            if key[0] in command.chunks and key[1] in command.layers:
+                exact = coded.block(*key)
+                made = as_received(coded.codec, exact)
+                for index, name in enumerate("KV"):
+                    one = measure(made[:, index], exact[:, index])
+                    found[name] = found[name].with_(one) if name in found else one
+        return messages.KvLoss(tuple(found.items()))
 
     # -- what the layers compute
 

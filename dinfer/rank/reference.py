@@ -6,11 +6,13 @@ in other chunks or in another dtype than the run did. What a difference means is
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
+from dinfer.codec.coding import as_received
 from dinfer.engine.engine import Engine
 from dinfer.errors import ModelError
 from dinfer.kv.digests import as_numbers, block_digests, row_digests
@@ -51,12 +53,19 @@ class LayerReplay:
         kept. None if the run has not come that far, or this rank lacks the KV to compute it."""
         holding, start = self._holding, rows.start
         found = holding.state.hidden.get((chunk, layer))
+        is_prompt = chunk < holding.prompt_chunks
         if found is None and layer == 0:
             found = self._decoder.embed(holding.ids[start : rows.stop])
         elif found is None:
             before = self._at[start]
-            if before is not None and all(holding.holds(n, layer - 1) for n in range(chunk + 1)):
-                self._scratch.take(holding.cache, layer - 1, start)
+            known = all(holding.holds(n, layer - 1) for n in range(chunk + 1))
+            if (
+                is_prompt and holding.state.coded.codec.is_lossy
+            ):  # only the owner has what the layer computed on
+                known &= holding.state.plan.shape.owners[layer - 1] == holding.state.rank
+            if before is not None and known:
+                cache = holding.state.coded.cache if is_prompt else holding.cache
+                self._scratch.take(cache, layer - 1, start)
                 found = self._decoder.layer(layer - 1, before, self._scratch, start)
         self._at[start] = found
         return found
@@ -95,6 +104,10 @@ class Examination:
         self.hidden: dict[InventoryKey, int] = {}
         """digests of the reference's hidden states, or of this rank's if bits may differ"""
         self.choices: list[TokenChoice] = []
+        self.loss: dict[str, CellDifference] = {}
+        """what a lossy codec changes: of K and V of the prompt, and of the logits of new tokens"""
+        self.lost_choices: list[TokenChoice] = []
+        self._codec = holding.state.coded.codec
         config = engine.config
         self._sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
         self._holding, self._command, self._check = holding, command, check
@@ -106,10 +119,18 @@ class Examination:
     def run(self) -> None:
         """Feed the prompt, then the run's new tokens one by one. Raises what `check` raises."""
         holding, tokens = self._holding, self._holding.tokens
+        exact: Forward | None = None
         for rows in self._pieces():
-            self.fed = rows
-            output = self._forward.feed(holding.ids[rows.start : rows.stop])
+            self.fed, ids = rows, holding.ids[rows.start : rows.stop]
             step = rows.stop - len(holding.state.ids)
+            if (
+                step > 0 and exact is None and self._codec.is_lossy
+            ):  # as ranks do, decode from what the codec makes
+                exact = self._forward.fork(lambda *_: None)
+                self._forward.replace_kv(partial(as_received, self._codec))
+            output = self._forward.feed(ids)
+            if exact is not None:
+                self._lose(step, exact.feed(ids).logits, output.logits)
             if step == 0 and (mine := holding.state.final) is not None:
                 theirs, key = output.hidden[:, -1:], (holding.prompt_chunks - 1, holding.layers + 1)
                 self._add((*key, FINAL), measure(mine[0], theirs[0], rows.stop - 1))
@@ -119,6 +140,18 @@ class Examination:
                 if (chosen := self._sampler(logits, step)) != token:
                     gap = float(logits[chosen] - logits[token])
                     self.choices.append(TokenChoice(step, token, chosen, gap))
+
+    def _lose(self, step: int, exact: Tensor, coded: Tensor) -> None:
+        """Note what the codec changes in the logits of a new token, [vocab_size], and whether it is another one."""
+        self._add_loss("logits", coded, exact)
+        tokens = self._holding.tokens
+        if step < len(tokens) and (chosen := self._sampler(exact, step)) != tokens[step]:
+            gap = float(exact[chosen] - exact[tokens[step]])
+            self.lost_choices.append(TokenChoice(step, tokens[step], chosen, gap))
+
+    def _add_loss(self, name: str, coded: Tensor, exact: Tensor) -> None:
+        found, before = measure(coded, exact), self.loss.get(name)
+        self.loss[name] = before.with_(found) if before else found
 
     def digests(self) -> dict[InventoryKey, tuple[int, int]]:
         """The digests of the reference's blocks; empty if bits may differ."""
@@ -163,6 +196,10 @@ class Examination:
         """Compare a tensor that the forward has made with what this rank has of it, chunk by chunk."""
         holding, fed = self._holding, self.fed
         self._check(fed.start + len(fed) * min(layer, holding.layers) // holding.layers, self._total)
+        if what == "kv" and self._codec.is_lossy and fed.start < len(holding.state.ids):
+            exact, tensor = tensor, as_received(self._codec, tensor)
+            for index, name in enumerate("KV"):
+                self._add_loss(name, tensor[:, index], exact[:, index])
         if what == "kv" and self.exact:
             self._rows[layer].append(row_digests(tensor))
         for chunk, span in enumerate(holding.chunks):
@@ -243,6 +280,8 @@ class References:
             hidden=tuple((*key, digest) for key, digest in found.hidden.items()),
             misplaced=tuple(found.misplaced()),
             measured=tuple((*key, one) for key, one in found.measured.items()),
+            loss=tuple(found.loss.items()),
+            lost_choices=tuple(found.lost_choices),
         )
 
     def stop(self, _: StopReference) -> None:

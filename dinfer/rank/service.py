@@ -23,7 +23,7 @@ from dinfer.engine.decoding import NotANumber, TokensDiffer
 from dinfer.engine.engine import Engine
 from dinfer.engine.kernels import Kernels, kernels_of
 from dinfer.engine.lanes import LaneExecutor, OpFailed
-from dinfer.engine.measure import time_layers, time_links, token_bytes
+from dinfer.engine.measure import time_codecs, time_layers, time_links, token_bytes
 from dinfer.errors import NotPossible
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -36,6 +36,7 @@ from dinfer.rank.commands import CommandTable, looking, quick, slow, table_of
 from dinfer.rank.decode import PromptOnRank, TokenFailed, Tokens
 from dinfer.rank.failure import describe
 from dinfer.rank.faults import fault_commands, misbehave_commands
+from dinfer.rank.graft import graft_command
 from dinfer.rank.inspect import inspect_commands
 from dinfer.rank.reference import reference_commands
 from dinfer.rank.remembered import Remembered
@@ -124,6 +125,7 @@ class RankService:
             slow(messages.LeaveGroup, self._leave),
             quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),
             *fault_commands(lambda: self._engine, self.report),
+            graft_command(lambda: self._engine, self.report),
             *inspect_commands(self.rank, self._prompted),
             *reference_commands(self._prompted, self._tell),
             *misbehave_commands(self.rank, self.report),
@@ -271,9 +273,10 @@ class RankService:
             layers = time_layers(decoder, command.tokens, command.lengths, digests=command.digests)
             hidden, block = token_bytes(decoder)
             links = time_links(comm, block * command.link_tokens)
+            codecs = time_codecs(decoder, command.link_tokens)
         finally:
             self._preparing = False
-        return messages.RankMeasured(tuple(layers), tuple(links), hidden, block)
+        return messages.RankMeasured(tuple(layers), tuple(links), hidden, block, tuple(codecs))
 
     # -- the prompt
 

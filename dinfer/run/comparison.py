@@ -19,6 +19,7 @@ from dinfer.run.report import parameters
 from dinfer.run.state import Standing, State
 from dinfer.saved.saved import Saved
 from dinfer.severity import Severity
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.findings import Findings, findings_of, with_findings
 from dinfer.trace.summary import summary, verdict
 from dinfer.trace.trace import Trace
@@ -64,7 +65,7 @@ class ComparedSide:
 
 
 @dataclass(frozen=True, repr=False)
-class RunComparison(Tidy, Composed):
+class RunComparison(Tidy, Tabular, Composed):
     """What `run.compare(other)` returns. `kv`: where the KV of this run differs from the other's, None where it cannot
     be compared, and `why` then says why; `first_block`: the (chunk, layer) of the first block that differs, None if
     none does, or of new tokens; `first_token`: the index of the first new token that differs, None if none does;
@@ -95,11 +96,8 @@ class RunComparison(Tidy, Composed):
         """What the runs are, made and took; `≠` marks what differs."""
         return Table(("", *(side.name for side in self.sides), "differs"), self.rows)
 
-    def to_frame(self) -> Any:
-        """The table as a pandas DataFrame. Raises ImportError if pandas is not installed."""
-        import pandas
-
-        return pandas.DataFrame(list(self.rows), columns=list(self.table().columns))
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        return self.table().columns, self.rows
 
     def _parts(self) -> Iterable[str | Displayable]:
         yield "\n".join(filter(None, [self.kv_text(), self.token_text(), self.time]))

@@ -9,9 +9,10 @@ from dinfer.engine.board import Stand
 from dinfer.errors import NoSuch
 from dinfer.history import History
 from dinfer.messages import FaultStruck, SetFaults
-from dinfer.plan.faults import KINDS, Fault, TokenSizes, fault_of
+from dinfer.plan.faults import KINDS, SLOW, Fault, TokenSizes, fault_of
 from dinfer.plan.ops import PlanError, Value
 from dinfer.plan.plan import Plan
+from dinfer.plan.slowness import slow_fault
 from dinfer.run.state import Mark, RunState, State, state_of_lanes
 from dinfer.severity import Severity
 
@@ -40,6 +41,8 @@ class Injected(Tidy, Displayable):
         if not self.strikes:
             return f"armed: {self.fault}"
         rank, _, found = self.strikes[-1]
+        if self.fault.kind in SLOW:
+            return f"hit: {self.fault}"
         times = sum(one[0] == rank for one in self.strikes)
         return f"hit: {self.fault}: {found}" + (f" ({times} times)" if times > 1 else "")
 
@@ -92,7 +95,12 @@ class Armed(Tidy, Displayable, called="run.faults"):
                 "the run is moving, so what a fault meets would be luck: run.pause() first, then run.inject(…)."
             )
         sizes = TokenSizes(spec.kv_heads, spec.head_dim, spec.dtype if dtype == "auto" else dtype)
-        fault = fault_of(self._count + 1, kind, plan.shape, sizes, **chosen)
+        number = self._count + 1
+        if kind in SLOW:
+            fault = slow_fault(number, kind, plan, **chosen)
+            self._check_can_wait(fault)
+        else:
+            fault = fault_of(number, kind, plan.shape, sizes, **chosen)
         _check_in_time(fault, plan, stands)
         self._count = fault.number
         injected = Injected(fault)
@@ -102,7 +110,7 @@ class Armed(Tidy, Displayable, called="run.faults"):
     def marks(self) -> Iterator[Mark]:
         """One for each armed fault that has a block."""
         for one in self:
-            if one.fault.rank is not None:
+            if one.fault.rank is not None and one.fault.kind not in SLOW:
                 yield Mark(one.fault.rank, one.fault.chunk, one.fault.layer, "armed", str(one))
 
     def arm(self) -> None:
@@ -124,7 +132,20 @@ class Armed(Tidy, Displayable, called="run.faults"):
         """A rank reports a strike. That of a fault which is no longer armed is ignored."""
         if one := self._found.get(note.number):
             one.strikes.append((rank, note.changed, note.found))
-            self._state.said.append(f"fault {one.fault}: {note.found}")
+            found = "" if one.fault.kind in SLOW else f": {note.found}"
+            self._state.said.append(f"fault {one.fault}{found}")
+
+    def _check_can_wait(self, fault: Fault) -> None:
+        """Raises PlanError where a fault would wait on the host while a GPU goes on."""
+        if self._state.job.config.uses_streams:
+            raise PlanError(
+                f"{fault.kind} works where a thread of the host carries out each op: in sessions on threads, and over "
+                f"gloo. The ops of this run are issued to streams (backend {self._state.job.config.backend})."
+            )
+        if fault.factor is not None and self._state.devices[fault.rank or 0].startswith("cuda"):
+            raise PlanError(
+                "factor is known for ranks on CPUs only, since a GPU computes behind its ops: give ms=…."
+            )
 
     def _replace(self, found: dict[int, Injected], call: str = "") -> None:
         """Arm these instead; the run may be over, or a rank refuse: then all stays as it was. `call`: the one that asks

@@ -10,19 +10,22 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
+from msgspec import convert
 
 from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RunOver
 from dinfer.cluster.ranks import RankRefused, RankState
+from dinfer.codec.choice import Codec
 from dinfer.display import few
 from dinfer.errors import excerpt
-from dinfer.kv.difference import Diff
+from dinfer.kv.difference import Diff, loss_text
+from dinfer.kv.measure import CellDifference
 from dinfer.kv.reference.comparison import Comparison
 from dinfer.kv.reference.judge import ReferenceCase
 from dinfer.kv.reference.reports import Examined, HeldDigests, ToleranceMeasure, helds_of, to_be_examined
 from dinfer.kv.source import Selection, Subject, ViewableSource
 from dinfer.kv.view import KV, AttentionWeights, Hidden, attention_of
-from dinfer.messages import Answer, Command, DigestHidden, HashKv, RunReference, StopReference
+from dinfer.messages import Answer, Command, DigestHidden, HashKv, MeasureLoss, RunReference, StopReference
 from dinfer.model.checkpoint import check_unchanged
 from dinfer.model.text import texts_of
 from dinfer.plan.ops import NothingYet, PlanError
@@ -62,9 +65,23 @@ class RunInspector:
         """See `Run.kv`."""
         hold = self.hold
         with hold():
-            remark = self._state.nonfinite.in_selection
+            remark = self._remark
             note = self._compared
             return KV(self.now, layer=layer, chunk=chunk, rank=rank, note=note, remark=remark, hold=hold)
+
+    def _remark(self, chosen: Selection) -> str:
+        """What a comparison of ranks does not show: NaN and Inf, and what a lossy codec changes."""
+        told = [self._state.nonfinite.in_selection(chosen)]
+        codec = self._job.config.codec
+        if Codec.of(codec).is_lossy:
+            lost = dict[str, CellDifference]()
+            with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
+                requests = dict.fromkeys(chosen.ranks, MeasureLoss(chosen.layers, chosen.spans))
+                for answer in self._ranks.ask(requests, ANSWER_S, self._check).values():
+                    for name, one in convert(answer.loss, tuple[tuple[str, CellDifference], ...]):
+                        lost[name] = lost[name].with_(one) if name in lost else one
+            told.append(loss_text(codec, lost))
+        return "; and ".join(filter(None, told))
 
     def hidden(self, chunk: int, layer: int) -> Hidden:
         """See `Run.hidden`."""
@@ -130,6 +147,7 @@ class RunInspector:
             head_dim=spec.head_dim,
             dtype=getattr(torch, spec.dtype if dtype == "auto" else dtype),
             checkpoint=spec.fingerprint,
+            codec=self._job.config.codec,
         )
         return Live(subject, self._ranks, check)
 
@@ -194,12 +212,14 @@ class RunInspector:
             examined = self._examined(helds, chunked=chunked, dtype=dtype or own)
         spec, plan = self._job.spec, self._job.plan
         width = max(spec.hidden_size, spec.intermediate_size, plan.shape.tokens)
-        measure = ToleranceMeasure(examined[0].report.exact, own, dtype or own, width)
+        codec = self._job.config.codec
+        measure = ToleranceMeasure(examined[0].report.exact, own, dtype or own, width, Codec.of(codec).step)
         return Comparison(
             ReferenceCase(plan, ids[plan.shape.tokens :], measure, helds, examined),
             chunked=chunked,
             edited=self._state.edited,
             texts=source.subject.texts,
+            codec=codec,
         )
 
     def _examined(self, helds: list[HeldDigests], *, chunked: bool, dtype: str) -> list[Examined]:

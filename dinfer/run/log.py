@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dinfer.display import Displayable, Tidy, WrittenPath
+from dinfer.display import Displayable, Tidy
 from dinfer.errors import NotPossible, excerpt
-from dinfer.files import WrittenFiles, check_folder
+from dinfer.files import WrittenFiles, WrittenPath, check_folder
 from dinfer.plan.cut import Cut
 from dinfer.trace.export import write_whole
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ from dinfer.files import WrittenFiles, check_folder
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Source
 from dinfer.messages import EditedBlocks, ListKv, ReadBlocks, ReadEdit, ReadFinalHidden, ReadNotes
+from dinfer.plan.faults import SLOW
 from dinfer.plan.ops import PlanError
 from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.events import RunEvents
@@ -29,7 +31,16 @@ from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector
 from dinfer.run.kept import KeptKv, kept_digests, kept_values
 from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
-from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State, last_op_text, nonfinite_marks
+from dinfer.run.state import (
+    CANNOT_GO_ON,
+    IN_OPS,
+    STANDING,
+    RunState,
+    Standing,
+    State,
+    last_op_text,
+    nonfinite_marks,
+)
 from dinfer.run.stepper import NoProgress
 from dinfer.saved.bisect.collect import Collected, collect
 from dinfer.saved.format import SavedError
@@ -37,6 +48,7 @@ from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by,
 from dinfer.saved.write import Content, check_free, chosen_layers, write
 from dinfer.severity import Severity
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
+from dinfer.verdict.kept import kept_waits
 
 WAIT_S = 0.2
 
@@ -151,6 +163,7 @@ class RunRecorder:
             text=state.text if prompt else None,
             chunk_texts=tuple(self.inspector.chunk_labels()) if prompt else (),
             environment=dict(sorted(os.environ.items())) if environment else None,
+            waits=kept_waits(self.health.verdict()) if standing.state in CANNOT_GO_ON else None,
         )
 
     def _kv_finding(self, *, labels: bool) -> KvFinding | None:
@@ -325,24 +338,22 @@ class RunRecorder:
 
     def collected(self, rank: int | None) -> Collected:
         """What a bisect compares, of a run that stands still or has failed: see `saved.bisect.collect`."""
-        source, state = self._last_source(), self.state
-
-        def light(one: int) -> RankRecord:
-            """Without the blocks that the rank received."""
-            return record_of(
-                source,
-                one,
-                self._own(source, one),
-                config=state.job.config,
-                positions=state.stands()[one].positions,
-                hidden=lambda chunk, layer: source.hidden(one, chunk, layer),
-                block=lambda *_: None,
-                failure=state.failure,
-            )
-
-        last = state.plan.shape.owners[-1]
+        source, last = self._last_source(), self.state.plan.shape.owners[-1]
         final = source.tensor_if_any(last, source.ask([last], ReadFinalHidden())[0])
-        return collect(source, light, rank, final)
+        return collect(source, partial(self.light_record_of, source), rank, final)
+
+    def light_record_of(self, source: Live, rank: int) -> RankRecord:
+        """The record of a rank without the blocks that it received."""
+        return record_of(
+            source,
+            rank,
+            self._own(source, rank),
+            config=self.state.job.config,
+            positions=self.state.stands()[rank].positions,
+            hidden=lambda chunk, layer: source.hidden(rank, chunk, layer),
+            block=lambda *_: None,
+            failure=self.state.failure,
+        )
 
     def _own(self, source: Live, rank: int) -> Own:
         """What only the rank itself knows of its part of the run."""
@@ -355,7 +366,11 @@ class RunRecorder:
             begun=tuple(stand.started),
             final=source.tensors([rank], ReadFinalHidden())[0] if has_final else None,
             edits=_edits(source, rank, notes.edits),
-            faults=tuple(one.fault for one in self.faults if rank in [by for by, _, _ in one.strikes]),
+            faults=tuple(
+                one.fault
+                for one in self.faults
+                if rank in [by for by, _, _ in one.strikes] and one.fault.kind not in SLOW
+            ),
         )
 
 

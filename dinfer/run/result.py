@@ -32,6 +32,7 @@ def merge(job: Job, by_rank: Sequence[Sequence[Event]], ranks: Sequence[RankStat
         stages=list(shape.starts),
         schedule=job.plan.schedule,
         sync_strategy=job.plan.sync_strategy,
+        **({} if job.config.codec == "none" else {"codec": job.config.codec}),
         world_size=shape.world_size,
         threads=job.config.threads,
         plan_id=f"{job.plan.id:016x}",
@@ -51,6 +52,7 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         "backend": job.config.backend,
         "schedule": job.plan.schedule,
         "sync_strategy": job.plan.sync_strategy,
+        "codec": job.config.codec,
         "ranks": [
             {
                 "rank": rank,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from dinfer.arguments import CHECKED, argument_check
+from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
 from dinfer.display import Displayable, DisplayableText, Table, Tidy
@@ -50,6 +51,7 @@ from dinfer.run.decode import Generation
 from dinfer.run.events import RunEvents
 from dinfer.run.failure import RankFailed
 from dinfer.run.faults import Armed, Injected
+from dinfer.run.graft import Grafts
 from dinfer.run.hang import Health, Hung
 from dinfer.run.history import MoveHistory
 from dinfer.run.inspect import RunInspector, check_comparable
@@ -72,7 +74,7 @@ from dinfer.run.state import (
     where_of,
 )
 from dinfer.run.stepper import Move, NoProgress
-from dinfer.saved.bisect.collect import Collected
+from dinfer.saved.bisect.collect import Collected, collect
 from dinfer.saved.bisect.result import Bisection
 from dinfer.saved.bisect.search import Bisectable, bisect_run
 from dinfer.saved.replay.replay import Replay
@@ -142,8 +144,9 @@ class Run(Tidy, Displayable):
 
     INTERNAL = frozenset({
         "INTERNAL", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings", "hold",
-        "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "look", "mend", "on_change", "recover",
-        "recovering", "reporter", "runs", "said", "say", "show", "silence", "story", "stuck_ranks", "told", "undoable",
+        "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "look", "mend", "met", "met_on",
+        "on_change", "recover", "recovering", "reporter", "runs", "said", "say", "show", "silence", "step_to_stop",
+        "story", "stuck_ranks", "told", "undoable",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
@@ -184,6 +187,7 @@ class Run(Tidy, Displayable):
         self._recorder = RunRecorder(
             state, self._health, self._breakpoints, self._faults, self._events, self._inspector, self.look
         )
+        self._grafts = Grafts(state, self._inspector, self._recorder, history)
         self._begin(left)
 
     # -- moving
@@ -227,6 +231,12 @@ class Run(Tidy, Displayable):
         """Stop just after that block is on every rank, with all blocks before it; forward or back. Raises PlanError for
         an unknown block."""
         return self._moves.moved(self._moves.leaving().run_to(chunk, layer))
+
+    @action(moves=True)
+    def resume_back(self) -> Moved:
+        """Go back to the last place before this one at which a breakpoint has stopped the run, or would have; without
+        one, to the start. A condition counts where the ranks have met it on their way here."""
+        return self._moves.back_to_stop()
 
     @action(moves=True)
     def go_to(self, positions: Sequence[Sequence[int]]) -> Moved:
@@ -491,6 +501,10 @@ class Run(Tidy, Displayable):
         where: str | None = None,
         dtype: str | None = None,
         seed: int | None = None,
+        source: int | None = None,
+        target: int | None = None,
+        ms: float | None = None,
+        factor: float | None = None,
     ) -> Injected:
         """Break something on purpose, now or as soon as it exists; for a run that stands still.
 
@@ -504,15 +518,43 @@ class Run(Tidy, Displayable):
         that receives the block first, K, head 0, the chunk's first token, dim 0, a bit in the middle of the mantissa.
         `token` is a position in the prompt and selects its chunk.
 
+        Time, and no byte: "slow link": each message from rank `source` to rank `target` takes `ms` milliseconds longer;
+        "slow rank": each layer on `rank` does, in prefill, or takes `factor` times as long. In sessions on threads and
+        over gloo.
+
         It strikes again whenever the block is made again, until `run.faults.clear()`. Raises PlanError for a fault that
         is not possible.
         """
         injected = self._faults.inject(
             self._ask_all(GetStand()), kind, rank=rank, layer=layer, chunk=chunk, tensor=tensor, head=head,
-            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed,
+            token=token, dim=dim, bit=bit, where=where, dtype=dtype, seed=seed, source=source, target=target, ms=ms,
+            factor=factor,
         )  # fmt: skip
         self.look()
         return injected
+
+    @action()
+    def graft(
+        self,
+        *,
+        layer: int,
+        chunk: int,
+        source: "str | Bisectable",
+        rank: int | None = None,
+        part: str | None = None,
+    ) -> DisplayableText:
+        """Put another run's block into the cache of `rank`, or of all ranks that hold it, in the place of their own; as
+        the rank of that run held it that computed it. What was computed from the old block stays: to have it computed
+        again, go back before it and on.
+
+        `source`: another run of the same prompt, live or saved, or "reference", transformers' own forward, which is run
+        in this process; `part`: "K" or "V", by default both. It counts as an edit by hand, and can be undone. Raises
+        PlanError for another prompt or model, a block that does not exist, and one that is not there yet.
+        """
+        with self.hold():
+            done = self._grafts.graft(layer=layer, chunk=chunk, source=source, rank=rank, part=part)
+            self.look()
+            return done
 
     @property
     def faults(self) -> Armed:
@@ -587,12 +629,31 @@ class Run(Tidy, Displayable):
         record = self._recorder.record_of(rank)
         return Replay(record, model_path=str(model_path), device=device, decoder=decoder)
 
-    # -- for the session
+    # -- for the session and the debug adapter
+
+    @action(moves=True)
+    def step_to_stop(self, unit: Unit | str) -> Moved:
+        """As `step`, but not past the next breakpoint."""
+        return self._moves.step_to_stop(unit_of(unit))
+
+    def live(self) -> Live:
+        """What the ranks hold now, also of a run that hangs or has failed, as far as its ranks answer."""
+        return self._inspector.live()
+
+    @property
+    def met(self) -> tuple[int, ...]:
+        """Numbers of the breakpoints that have stopped the run where it stands."""
+        return self._breakpoints.met
+
+    @property
+    def met_on(self) -> int | None:
+        """The rank that has met their condition, if they have one."""
+        return self._breakpoints.met_on
 
     def collected(self, rank: int | None = None) -> Collected:
         """What a bisect compares."""
         with self.hold():
-            return self._recorder.collected(rank)
+            return collect(self.kept.source, None, rank) if self.kept else self._recorder.collected(rank)
 
     def look(self) -> None:
         """Take in what the ranks report. Called often, on the session's thread."""
@@ -673,7 +734,7 @@ class Run(Tidy, Displayable):
     def __str__(self) -> str:
         plan, chunks = self.plan, len(self.plan.shape.chunks)
         head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
-        return f"run of {head}: {self.where()}"
+        return f"run of {head}{self.job.config.codec_text}: {self.where()}"
 
     def _repr_mimebundle_(self, **_: Any) -> Any:
         """The panel beside the text in a notebook; elsewhere the text alone."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from dinfer.codec.choice import Codec
 from dinfer.engine.prompt import Edit
 from dinfer.files import FileError, read_bytes
 from dinfer.monitor.signs import HangEvidence
@@ -88,8 +89,14 @@ class About(Struct, frozen=True):
     evidence: Raw = Raw(b"null")
     files: dict[str, str] = {}
 
+    @property
+    def codec(self) -> str:
+        """Of blocks on the wire."""
+        return str((self.parameters or {}).get("codec", "none"))
+
     def check(self, plan: Plan) -> None:
         """Raises ValueError where it does not fit the plan."""
+        Codec.of(self.codec)
         layers, ranks, spans = plan.shape.layers, plan.world_size, len(plan.shape.chunks)
         spans += len(self.tokens) > 1  # the last new token has no K and V
         ops = [tuple(len(lane.ops) for lane in lanes) for lanes in plan.lanes]

@@ -227,7 +227,7 @@ def read_source(folder: Path, about: About) -> SavedSource:
         subject = Subject(
             name=f"saved run {folder.name!r}", standing=about.standing, plan=plan, ids=(*about.ids, *about.tokens),
             texts=about.texts or (), kv_heads=about.kv.heads, head_dim=about.kv.head_dim, dtype=dtype,
-            checkpoint=about.checkpoint.fingerprint,
+            checkpoint=about.checkpoint.fingerprint, codec=about.codec,
         )  # fmt: skip
         return SavedSource(folder, subject, about.ranks, about.kv.layers)
 

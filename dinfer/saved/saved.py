@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dinfer.codec.choice import Codec
 from dinfer.display import Displayable, Tidy
 from dinfer.errors import NotPossible, excerpt
 from dinfer.files import WrittenFiles
 from dinfer.kv.diff import VALUES
-from dinfer.kv.difference import Diff, nonfinite_remark
+from dinfer.kv.difference import Diff, loss_text, nonfinite_remark
 from dinfer.kv.rows import numbers_text
 from dinfer.kv.source import Selection, Source
 from dinfer.kv.view import KV, Other
@@ -31,6 +32,7 @@ from dinfer.saved.read import (
     read_trace,
     well_formed,
 )
+from dinfer.saved.replay.record import RankRecord
 from dinfer.saved.replay.replay import Replay
 from dinfer.severity import Severity
 from dinfer.trace.export import TraceError
@@ -90,11 +92,11 @@ class Saved(Tidy, Displayable):
     def kv(self, layer: int | None = None, *, chunk: int | None = None, rank: int | None = None) -> KV:
         """The KV that the ranks held: see `run.kv`. Raises PlanError for an unknown layer, chunk or rank, SavedError
         for values that were not saved."""
-        return KV(self.source, layer=layer, chunk=chunk, rank=rank, remark=self._nonfinite)
+        return KV(self.source, layer=layer, chunk=chunk, rank=rank, remark=self._remark)
 
     def noted_kv(self, layer: int | None, note: Callable[[Diff, Selection], None]) -> KV:
         """The same; `note(diff, selection)` is called after ranks were compared."""
-        return KV(self.source, layer=layer, chunk=None, rank=None, remark=self._nonfinite, note=note)
+        return KV(self.source, layer=layer, chunk=None, rank=None, remark=self._remark, note=note)
 
     def diff(self, other: "Other | Source | None" = None, values: int | None = VALUES) -> Diff:
         """Where the ranks differed from one another or, given another run, saved or live, from that: see `KV.diff`."""
@@ -163,8 +165,11 @@ class Saved(Tidy, Displayable):
     def collected(self, rank: int | None = None) -> Collected:
         """What a bisect compares: see `saved.bisect.collect`."""
         about, source = self._of_folder("KV and hidden states to bisect")
-        failure = self.findings.failure
-        return collect(source, lambda one: read_record(self.path, about, source, one, failure), rank)
+
+        def record_of(one: int) -> RankRecord:
+            return read_record(self.path, about, source, one, self.findings.failure)
+
+        return collect(source, record_of if about.hidden else None, rank)
 
     def report(self, path: str | Path = "report.html") -> Path:
         """Write it as one HTML file, and return where that is. A file that is there is kept, unless this object wrote
@@ -191,9 +196,10 @@ class Saved(Tidy, Displayable):
         if source.ranks:
             held = f"ranks {numbers_text(source.ranks)}: {source.holds}"
             held += ", hidden states" * about.hidden
+        codec = f", codec {about.codec}" * (about.codec != "none")
         lines = [
             f"{subject.name}: {plan.shape.tokens} tokens in {len(plan.shape.chunks)} chunks, {plan.schedule}, "
-            f"{plan.sync_strategy}: {state}{f', {new} new tokens' * bool(new)}",
+            f"{plan.sync_strategy}{codec}: {state}{f', {new} new tokens' * bool(new)}",
             held,
             *[f"it stood {subject.stands}"] * any(subject.standing),
             *[findings.failure.partition("\n")[0]] * bool(findings.failure),
@@ -209,10 +215,13 @@ class Saved(Tidy, Displayable):
             raise self._lacks(what)
         return self._about, self._source
 
-    def _nonfinite(self, chosen: Selection) -> str:
-        """See `kv.difference.nonfinite_remark`."""
+    def _remark(self, chosen: Selection) -> str:
+        """See `kv.difference.nonfinite_remark`; and that a lossy codec has changed the blocks."""
         blocks = ((chunk, layer) for _, chunk, layer, kind, _ in self.findings.marks if kind == "nonfinite")
-        return nonfinite_remark(blocks, chosen, self.findings.nonfinite)
+        told = [nonfinite_remark(blocks, chosen, self.findings.nonfinite)]
+        if self._about is not None and Codec.of(self._about.codec).is_lossy:
+            told.append(loss_text(self._about.codec, {}))
+        return "; and ".join(filter(None, told))
 
     def _lacks(self, what: str) -> SavedError:
         return SavedError(f"{str(self.path)!r} holds a trace and findings, but no {what}.")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinfer.display import WrittenPath
+from dinfer.files import WrittenPath
 from dinfer.kv.digests import as_numbers, block_digests
 from dinfer.kv.source import HeldSpans, LiveSource, Source
 from dinfer.kv.view import say_size

@@ -1,8 +1,7 @@
 """The runs of a session: the current one, and those before it, which answer from what was kept of them."""
 
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from dinfer.arguments import nearest
 from dinfer.display import Composed, Displayable, Table, Tidy
@@ -11,6 +10,7 @@ from dinfer.run.comparison import RunComparison, compare_runs, figures_of, side_
 from dinfer.run.kept import size_text
 from dinfer.run.run import Run
 from dinfer.severity import Severity
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.summary import chunks_text
 
 KEPT = 8
@@ -34,7 +34,7 @@ ABOUT = {
 """columns, and what they mean"""
 
 
-class SessionRuns(Tidy, Composed, called="session.runs"):
+class SessionRuns(Tidy, Tabular, Composed, called="session.runs"):
     """The last runs of a session, oldest first: `session.runs[3]` or `session.runs["run 3"]` is a run by its number,
     `session.runs[-1]` the newest, `session.runs.compare(2, 3)` two of them side by side.
 
@@ -106,11 +106,8 @@ class SessionRuns(Tidy, Composed, called="session.runs"):
         """A row for each run, oldest first."""
         return Table(tuple(ABOUT), self.lines(), about=ABOUT)
 
-    def to_frame(self) -> Any:
-        """A row for each run, as a pandas DataFrame. Raises ImportError if pandas is not installed."""
-        import pandas
-
-        return pandas.DataFrame(self.lines(), columns=list(ABOUT))
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        return self.table()._tabulated()
 
     def _parts(self) -> Iterable[str | Displayable]:
         if not len(self):

@@ -11,6 +11,7 @@ from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
 from dinfer.errors import NotPossible
 from dinfer.progress import progress_bar
 from dinfer.run.run import Run
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.shares import ABOUT_PARTS, percentages, shares
 
 ABOUT = {
@@ -36,7 +37,7 @@ ADD_UP = (
 
 
 @dataclass(frozen=True, repr=False)
-class Sweep(Tidy, Composed):
+class Sweep(Tidy, Tabular, Composed):
     """What `session.sweep` returns: a table of runs. `rows`: one for each run, from column to value; `left`: number of
     runs that did not begin because the kernel was interrupted.
 
@@ -50,10 +51,12 @@ class Sweep(Tidy, Composed):
     left: int = 0
 
     def dataframe(self) -> Any:
-        """The rows as a pandas DataFrame. Raises ImportError if pandas is not installed."""
-        import pandas
+        """See `to_frame`, which every table has."""
+        return self.to_frame()
 
-        return pandas.DataFrame(list(self.rows))
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        columns = list(self.rows[0]) if self.rows else ["prompt", *SWEEP_FIGURES, *LARGEST]
+        return columns, ([row[name] for name in columns] for row in self.rows)
 
     def plot(self) -> Plot:
         """A bar for each run, as long as its prefill took, divided by what that time went into. Raises NotPossible

@@ -10,9 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dinfer.display import WrittenPath
 from dinfer.errors import DinferError
-from dinfer.files import make_folder
+from dinfer.files import WrittenPath, make_folder
 from dinfer.trace.events import COMPUTE, Event, pairs
 
 FORMAT = "dinfer trace 1"

@@ -131,7 +131,7 @@ def _check_sizes(about: Any, events: Sequence[Event]) -> None:
     predicted_s = about.get("predicted_s", 1.0)
     if type(predicted_s) not in (int, float) or not 0 < predicted_s < inf:
         raise ValueError(f"predicted_s is {excerpt(predicted_s)}; it must be a number of seconds, above 0")
-    for name in ("schedule", "sync_strategy", "plan_id"):
+    for name in ("schedule", "sync_strategy", "codec", "plan_id"):
         if not isinstance(about.get(name, ""), str | None):
             raise ValueError(f"{name} is {excerpt(about[name])}; it must be text")
     chunks = len(lengths) or -(-(about.get("tokens") or 0) // (about.get("chunk_size") or 1))

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from dinfer.display import Composed, Displayable, Plot, Table, Tidy, plotted
 from dinfer.errors import excerpt
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.clocks import clocks_text, error_between, rank_clocks
-from dinfer.trace.events import COMPUTE, Event, prefill_events
+from dinfer.trace.events import COMPUTE, CallRecord, Event, prefill_events
 from dinfer.trace.export import TraceError, export
 from dinfer.trace.intervals import Interval, minus, seconds, union
 
@@ -86,7 +87,7 @@ class LinkFigures(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Trace(Tidy, Composed):
+class Trace(Tidy, Tabular, Composed):
     """What `run.trace` returns: `events` in the order in which they ended, and `about`, a description of the run in
     plain values. `plot()` and its like draw figures of it."""
 
@@ -112,6 +113,17 @@ class Trace(Tidy, Composed):
                 yield OVERLAP
             if self.clocks:
                 yield self.clocks
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """A row for each event; of other people's code also what is known of the call."""
+        own = [name for name in Event.__slots__ if name != "call"]
+        calls = [name for name in CallRecord.__slots__ if self.is_watched]
+        columns = [*own, *(name if name not in own else f"call_{name}" for name in calls)]
+        rows = (
+            [*(getattr(event, name) for name in own), *(getattr(event.call, name, None) for name in calls)]
+            for event in self.events
+        )
+        return columns, rows
 
     @property
     def ranks(self) -> list[int]:
@@ -260,7 +272,7 @@ class Trace(Tidy, Composed):
     # -- figures: a cell shows them, `.figure` is plotly's, `.save("figure.html")` writes one to a file
 
     def plot(self) -> Plot:
-        """The figure to look at first: `exposure()`. The others: `gantt()`, `latency()`, `distribution()`, `matrix()`,
+        """The figure to look at first: `exposure()`. The others: `lanes()`, `latency()`, `distribution()`, `links()`,
         `by_layer()`. All raise NotPossible where plotly is missing."""
         return self.exposure()
 
@@ -268,7 +280,7 @@ class Trace(Tidy, Composed):
         """A bar for each rank: computing, exposed communication (on the wire, or waiting for the peer), bubble."""
         return plotted("exposure", self)
 
-    def gantt(self) -> Plot:
+    def lanes(self) -> Plot:
         """What each lane did over time."""
         return plotted("gantt", self)
 
@@ -280,7 +292,7 @@ class Trace(Tidy, Composed):
         """For each link, the share of transfers that took no longer than a time."""
         return plotted("distribution", self)
 
-    def matrix(self) -> Plot:
+    def links(self) -> Plot:
         """From each rank to each other: bytes, bandwidth, and the median and 99th percentile of latency."""
         return plotted("matrix", self)
 

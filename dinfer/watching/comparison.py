@@ -11,6 +11,7 @@ from dinfer.display import Composed, Displayable, Table, Tidy
 from dinfer.kv.reference.judge import CauseKind
 from dinfer.kv.rows import places_text
 from dinfer.severity import Severity
+from dinfer.tabular import TableRow, Tabular
 from dinfer.verdict.where import ranks_text
 from dinfer.watch.probe.tensors import HIDDEN, OUTPUT
 from dinfer.watching.taken import AFTER_ALL, LOGITS, ORDER, Rows, TapKey
@@ -60,7 +61,7 @@ class ComparedRows(NamedTuple):
         return self.start <= row < self.start + len(self.share)
 
 
-class WatchedComparison(Tidy, Composed):
+class WatchedComparison(Tidy, Tabular, Composed):
     """What `watch.compare("reference")` returns. `first`: the first place where a rank differs from the reference by
     more than rounding explains, None if there is none; `not_compared`: names of taps that the reference does not
     have."""
@@ -133,6 +134,9 @@ class WatchedComparison(Tidy, Composed):
             cells = [f"{max(shares[name]):.2g}" if shares[name] else "–" for name in names]
             lines.append(["end" if layer == AFTER_ALL else layer, *cells, f"{mine[0].tolerated:.2g}"])
         return Table(["layer", *names, "tolerated"], lines, about=ABOUT_COLUMNS)
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        return self.table()._tabulated()
 
     def _parts(self) -> Iterable[str | Displayable]:
         lines = [self.verdict, self._about, self._extent()]

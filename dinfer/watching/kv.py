@@ -4,15 +4,16 @@ Ranks are compared only where they hold the same layer in the same shape and agr
 hold other rows by design.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 from dinfer.display import Displayable, Table
+from dinfer.tabular import TableRow, Tabular
 from dinfer.verdict.completed import OpFinding
 from dinfer.watching.held_rows import LayerRows, Layers
 
 
-class WatchedKv(Displayable):
+class WatchedKv(Tabular, Displayable):
     """What `watch.kv()` returns: how many tokens of which layer each rank holds. `diff()` says what is wrong."""
 
     def __init__(self, layers: Mapping[int, Layers] | None = None, *, is_behind: bool = False) -> None:
@@ -43,6 +44,9 @@ class WatchedKv(Displayable):
             for layer, sequence in keys
         ]
         return Table(["layer", "sequence", *(f"rank {rank}, tokens" for rank in ranks)], rows)
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        return self.table()._tabulated()
 
     def __str__(self) -> str:
         if not any(self.layers.values()):

@@ -37,6 +37,12 @@ _MESSAGE = "a message from outside"
 _LIBRARY_LINE = re.compile(r"\brecv_(json|pyobj|multipart|string)\(")
 """of a library whose own thread receives, and tells the one that waits by a descriptor of the process"""
 
+_BARE_RECV = re.compile(r"\.recv\(\s*(\)|flags\s*=|copy\s*=|zmq\.)")
+"""ZeroMQ's, in C: torch.distributed's takes a tensor, a socket's a size"""
+
+_PIPE = "multiprocessing/connection.py"
+"""whose `recv` is written like that too, and has a frame of its own"""
+
 _LINES = (
     (
         re.compile(r"\baccept\(|\bselect\(|\bpoll\(|\bserve_forever\(|\bwait_for_termination\("),
@@ -66,7 +72,7 @@ def outside_of(taken: StacksTaken, thread: str) -> str:
     if mine is None or _is_of_kernel(mine) or child_waited(taken, thread):
         return ""
     if mine.for_itself:
-        if mine.user_frames and _LIBRARY_LINE.search(mine.frames[0][3]):
+        if mine.user_frames and (_LIBRARY_LINE.search(mine.frames[0][3]) or _receives_bare(mine)):
             return _MESSAGE
     else:
         if found := _of_thread(mine):
@@ -151,8 +157,15 @@ def _of_thread(thread: ThreadLook) -> str:
             return found
     if thread.user_frames:
         line = thread.frames[0][3]
-        return next((words for pattern, words in _LINES if pattern.search(line)), "")
+        found = next((words for pattern, words in _LINES if pattern.search(line)), "")
+        return found or (_MESSAGE if _receives_bare(thread) else "")
     return ""
+
+
+def _receives_bare(thread: ThreadLook) -> bool:
+    library = _library(thread)
+    is_pipe = bool(library) and library[0][0].endswith(_PIPE)
+    return bool(_BARE_RECV.search(thread.frames[0][3])) and not is_pipe
 
 
 def _waits_for_thread(thread: ThreadLook) -> bool:

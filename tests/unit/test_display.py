@@ -12,7 +12,8 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 import dinfer
-from dinfer.display import Displayable, DisplayableText, Table, WrittenPath
+from dinfer.display import Displayable, DisplayableText, Table
+from dinfer.files import WrittenPath
 from dinfer.results import Moved, Where
 from dinfer.verdict.verdict import Verdict
 

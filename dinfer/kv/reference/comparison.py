@@ -13,6 +13,7 @@ from dinfer.kv.reference.judge import CauseKind, Deviation, ReferenceCase
 from dinfer.kv.reference.reports import FINAL, HIDDEN, TensorKey
 from dinfer.model.tolerance import CONFIDENCE, ROUNDINGS, UNIT_ROUNDOFF
 from dinfer.severity import Severity
+from dinfer.tabular import TableRow, Tabular
 
 TENSORS = ("hidden", "K", "V")
 
@@ -27,11 +28,18 @@ ABOUT_COLUMNS = {
 """what the columns of the table mean"""
 
 
-class Comparison(Tidy, Composed):
+FIGURES = [f"{name}{kind}" for name in TENSORS for kind in ("", "_relative", "_share")]
+"""of a row of a comparison, beside its layer, chunk and tolerance"""
+
+
+class Comparison(Tidy, Tabular, Composed):
     """What `run.compare("reference")` returns: a run compared with transformers' own forward of the same checkpoint.
     `chunked`: the forward was fed the run's chunks; `edited`: what the user has changed in the run; `first`: the first
     place where they differ beyond what is tolerated, None if there is none; `texts`: the text of each token, empty
     without a tokenizer.
+
+    `loss`: what the run's codec changes, where that is lossy: the reference's K and V go through it too, so that all
+    else that differs is a fault.
 
     `at_once`: beside it, the comparison with the prompt fed at once, where the checkpoint's rotary angles may depend on
     how much is fed: the reference in chunks would then be wrong in the same way as the run.
@@ -40,11 +48,18 @@ class Comparison(Tidy, Composed):
     INTERNAL = frozenset({"case"})
 
     def __init__(
-        self, case: ReferenceCase, *, chunked: bool, edited: Sequence[str], texts: Sequence[str]
+        self,
+        case: ReferenceCase,
+        *,
+        chunked: bool,
+        edited: Sequence[str],
+        texts: Sequence[str],
+        codec: str = "none",
     ) -> None:
         self.case, self.chunked, self.edited, self._texts = case, chunked, tuple(edited), texts
         self.first: Deviation | None = case.first()
         self.at_once: Comparison | None = None
+        self.loss = case.first_examined.loss(codec, len(case.tokens))
 
     @property
     def kind(self) -> CauseKind:
@@ -74,7 +89,7 @@ class Comparison(Tidy, Composed):
         `K`, `V`, `hidden`: absolute; with `_relative`: relative to the larger of the two values; with `_share`:
         relative to the block's largest value, of which `tolerance` is allowed. None: nothing to compare.
         """
-        names = [f"{name}{kind}" for name in TENSORS for kind in ("", "_relative", "_share")]
+        names = FIGURES
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for (chunk, layer, tensor), one in self._measured():
             if tensor == FINAL:
@@ -89,7 +104,9 @@ class Comparison(Tidy, Composed):
 
     @property
     def severity(self) -> Severity:
-        return Severity.OK if self.within_tolerance else Severity.ERROR
+        if not self.within_tolerance:
+            return Severity.ERROR
+        return Severity.NOTE if self.loss else Severity.OK
 
     def table(self) -> Table:
         """A line for each layer: the largest differences in all chunks, and the tolerance."""
@@ -101,10 +118,25 @@ class Comparison(Tidy, Composed):
             lines.append([layer, *(f"{number:.2g}" for number in numbers)])
         return Table([*columns, "of largest", "tolerated"], lines, about=ABOUT_COLUMNS)
 
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """`rows`."""
+        columns = ["layer", "chunk", *FIGURES, "tolerance"]
+        return columns, ([row[name] for name in columns] for row in self.rows)
+
     def _parts(self) -> Iterable[str | Displayable]:
         edited = f"edited by hand: {', '.join(self.edited)}" if self.edited else ""
         beside = f"with the prompt fed at once, {self.at_once.verdict}" if self.at_once else ""
-        lines = [self.verdict, beside, self._what(), self._extent(), self._growth(), self._choices(), edited]
+        loss = str(self.loss) if self.loss else ""
+        lines = [
+            self.verdict,
+            loss,
+            beside,
+            self._what(),
+            self._extent(),
+            self._growth(),
+            self._choices(),
+            edited,
+        ]
         yield "\n".join(filter(None, lines))
         if not self.equal:
             yield self.table()
@@ -138,6 +170,9 @@ class Comparison(Tidy, Composed):
             )
         world_size = len(self.case.helds)
         who, hold = self._who(range(world_size)), "hold" if world_size > 1 else "holds"
+        if self.equal and self.loss:
+            made = f"what codec {self.loss.codec} makes of transformers' own forward"
+            return f"equal but for the chosen loss: {who} {hold} {made}, bit for bit"
         if self.equal:
             return f"equal: {who} {hold} what transformers' own forward makes, bit for bit"
         furthest, key = max((self.case.measure.share(key[1], found), key) for key, found in self._measured())

@@ -36,12 +36,14 @@ HIDDEN = ("hidden", FINAL)
 
 class ToleranceMeasure(NamedTuple):
     """The tolerance within which values count as equal. `dtype`, `reference`: the dtypes of the run and the reference;
-    `width` as in `model.tolerance.tolerance`."""
+    `width` as in `model.tolerance.tolerance`; `step`: as a share of the largest value, how far apart two numbers of a
+    lossy codec are, since rounding may make one the other."""
 
     exact: bool
     dtype: str
     reference: str
     width: int
+    step: float = 0.0
 
     def share(self, layer: int, found: CellDifference) -> float:
         """The largest difference as a share of the tolerance; above 1 it is too large."""
@@ -54,7 +56,7 @@ class ToleranceMeasure(NamedTuple):
 
     def of(self, layer: int) -> float:
         """The tolerance in a layer, as a share of the block's largest value."""
-        return 0.0 if self.exact else tolerance(self.dtype, self.reference, layer, self.width)
+        return 0.0 if self.exact else tolerance(self.dtype, self.reference, layer, self.width) + self.step
 
 
 def digest_at(
@@ -66,6 +68,37 @@ def digest_at(
         return hidden.get((chunk, layer))
     found = blocks.get((chunk, layer))
     return found and found["KV".index(tensor)]
+
+
+class ChosenLoss(NamedTuple):
+    """What a lossy codec changes, beside the reference without it: by tensor, K and V of the prompt, and the logits of
+    new tokens, each after the same tokens; the new tokens that it would not have chosen; of how many."""
+
+    codec: str
+    by_tensor: Mapping[str, CellDifference]
+    choices: Sequence[TokenChoice]
+    tokens: int
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} by up to {found.absolute:.3g}, {_share(found):.2g} of the largest value"
+            for name, found in self.by_tensor.items()
+        ]
+        text = f"chosen loss, codec {self.codec}: {'; '.join(parts)}"
+        if not self.tokens:
+            return text
+        if not self.choices:
+            alike = "the new token is that" if self.tokens == 1 else f"all {self.tokens} new tokens are those"
+            return f"{text}; {alike} of exact KV"
+        one = self.choices[0]
+        return (
+            f"{text}; new tokens are those of exact KV up to number {one.position}, where it is {one.token} instead of "
+            f"{one.reference}"
+        )
+
+
+def _share(found: CellDifference) -> float:
+    return found.absolute / found.scale if found.scale else found.absolute
 
 
 class HeldDigests(NamedTuple):
@@ -107,6 +140,13 @@ class Examined:
     hidden: dict[BlockKey, int]
     misplaced: dict[int, list[Misplaced]]
     measured: dict[TensorKey, CellDifference]
+
+    def loss(self, codec: str, tokens: int) -> "ChosenLoss | None":
+        """What the run's codec changes; None for one that changes nothing."""
+        if not self.report.loss:
+            return None
+        by_tensor = convert(dict(self.report.loss), dict[str, CellDifference])
+        return ChosenLoss(codec, by_tensor, convert(self.report.lost_choices, list[TokenChoice]), tokens)
 
     @classmethod
     def of(cls, rank: int, report: ReferenceReport) -> "Examined":

@@ -19,16 +19,20 @@ from dinfer.saved.replay.record import RankRecord, check_rank
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """A run that has ended prefill: its parts as each of some ranks holds them, and these ranks' records."""
+    """A run that has ended prefill: its parts as each of some ranks holds them, and these ranks' records; without
+    records the run can be compared with, but not run again."""
 
-    ranks: Sequence[tuple[RunParts, RankRecord]]
+    ranks: Sequence[tuple[RunParts, RankRecord | None]]
 
 
 def collect(
-    source: Source, record_of: Callable[[int], RankRecord], rank: int | None, final: Tensor | None = None
+    source: Source,
+    record_of: Callable[[int], RankRecord] | None,
+    rank: int | None = None,
+    final: Tensor | None = None,
 ) -> Collected:
     """The parts of a run as `rank` holds them; None: as each rank does, but for those that hold the same as an earlier
-    one. `final`: see RunParts, if it is at hand.
+    one. `record_of`: None where only KV is left of the run; `final`: see RunParts, if it is at hand.
 
     Raises PlanError for an unknown rank, and where rows are missing or too many; NothingYet before the end of prefill.
     """
@@ -47,7 +51,7 @@ def collect(
     owners = torch.stack([digests[shape.owners[layer]][layer] for layer in layers])
     distinct = [one for one in ranks if not any(torch.equal(digests[one], digests[n]) for n in range(one))]
     owned = [source.values(shape.owners[layer], layer, range(shape.tokens)) for layer in layers]
-    records = [record_of(one) for one in ranks]
+    records = [record_of(one) for one in ranks] if record_of else []
     finals = [one.final for one in records if one.final is not None]
     common = RunParts(
         name=subject.name, plan=plan, tokens=tuple(subject.ids[shape.tokens :]), rank=0, owned=owned,
@@ -61,7 +65,7 @@ def collect(
         return replace(common, rank=one, copies=copies)
 
     chosen = distinct if rank is None else [rank]
-    return Collected([(of(one), records[one]) for one in chosen])
+    return Collected([(of(one), records[one] if records else None) for one in chosen])
 
 
 def reference_parts(

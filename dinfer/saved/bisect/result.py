@@ -1,13 +1,13 @@
 """What a bisect says: the part with which an answer turns wrong, and each probe that led there."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, field, fields
 
 from dinfer.display import Composed, Displayable, Table
 from dinfer.model.kernels.token_graph import NO_TOKEN
 from dinfer.saved.bisect.parts import PartName, RunPart
 from dinfer.severity import Severity
+from dinfer.tabular import TableRow, Tabular
 
 REFERENCE = "reference"
 """what `against` says for transformers' own forward"""
@@ -45,7 +45,7 @@ class AnswerFigures:
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class Bisection(Composed):
+class Bisection(Tabular, Composed):
     """What `run.bisect` returns. `against`: the other's name; `what`: in what the answers were compared: "tokens",
     "logits" or "hidden"; `before`: the run's answer, `after`: its answer once the part is repaired, `wanted`: the
     other's.
@@ -115,11 +115,8 @@ class Bisection(Composed):
         ]
         return Table(["probe", "as it was", "agrees", "token", "logits error", "s"], rows)
 
-    def to_frame(self) -> Any:
-        """The probes as a pandas DataFrame. Raises ImportError if pandas is not installed."""
-        import pandas
-
-        return pandas.DataFrame([asdict(one) for one in self.steps])
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        return [item.name for item in fields(BisectStep)], map(astuple, self.steps)
 
     def _parts(self) -> Sequence[str | Displayable]:
         return "\n".join([*self._found(), *self.remarks, self._cost()]), *[self.table()] * bool(self.steps)

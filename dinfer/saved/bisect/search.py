@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from dinfer.display import listed
 from dinfer.kv.diff import check_alike
@@ -30,7 +31,7 @@ from dinfer.saved.bisect.collect import Collected, reference_parts
 from dinfer.saved.bisect.parts import RunPart, RunParts, same
 from dinfer.saved.bisect.rerun import RerunAnswer, Reruns, RerunState
 from dinfer.saved.bisect.result import REFERENCE, AnswerFigures, Bisection, BisectStep, place_text
-from dinfer.saved.replay.record import RankRecord
+from dinfer.saved.replay.record import RankRecord, RecordError
 from dinfer.saved.replay.replay import decoder_of
 
 NEW_TOKENS = 8
@@ -71,7 +72,12 @@ def bisect_run(
         )
     if not isinstance(against, str):
         check_alike(run.source().subject, against.source().subject)
-    ranks = run.collected(rank).ranks
+    ranks = [(parts, record) for parts, record in run.collected(rank).ranks if record is not None]
+    if not ranks:
+        raise RecordError(
+            f"what had entered the ranks of {run.source().subject.name} was not kept, so it can be compared with, but "
+            "not bisected: bisect a run before the next prefill, or save it with hidden=True."
+        )
     theirs = None if isinstance(against, str) else against.collected().ranks[0][0]
     mine, record = ranks[0]
     model = decoder_of(record, model_path, device, decoder)
@@ -95,6 +101,17 @@ def bisect_run(
     return replace(
         first, remarks=(*first.remarks, f"Ranks do not give one wrong answer: see {listed(others)}.")
     )
+
+
+def reference_block(record: RankRecord, source: str, layer: int, rows: range) -> Tensor:
+    """A block as transformers' own forward makes it, [tokens, 2, kv_heads, head_dim]. `record`: of a rank of the run,
+    in whose chunks it is fed; `source`: what the user asked for. Raises PlanError for anything but the reference."""
+    if source != REFERENCE:
+        raise PlanError(f'source is {source!r}; it must be "reference", or another run, live or saved.')
+    with _threads(record.config.threads):
+        run = RunParts(name="", plan=record.plan, tokens=(), rank=record.rank, owned=())
+        made = reference_parts(decoder_of(record), record.ids, run, lambda _: None)
+    return made.owned[layer][rows.start : rows.stop]
 
 
 class Search:

@@ -7,21 +7,28 @@ dinfer's light template is replaced by one that is legible on light and dark pag
 """
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
-from dinfer.display import Tidy, WrittenPath
+from dinfer.display import Tidy
 from dinfer.errors import NotPossible
+from dinfer.files import WrittenPath
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.export import write_whole
 from dinfer.views.figures.style import HTML_CONFIG, template
 from dinfer.views.figures.svg import svg
 
+ARRAYS = ("x", "y", "z", "base", "width", "text", "values", "labels")
+"""of a series, what has a value for each of its points"""
+
 MIME = "application/vnd.plotly.v1+json"
 
 
-class Shown(Tidy, called="plot"):
+class Shown(Tidy, Tabular, called="plot"):
     """What `run.trace.latency()` and its like return: the last expression of a cell shows it. `figure` is plotly's and
     can be changed."""
 
@@ -49,9 +56,32 @@ class Shown(Tidy, called="plot"):
         write_whole(target, [text])
         return WrittenPath(target)
 
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """A row for each point or bar: its series, and the values that it is drawn from."""
+        found = [(line.name or f"series {n}", _arrays(line)) for n, line in enumerate(self.figure.data)]
+        columns = list(dict.fromkeys(name for _, arrays in found for name in arrays))
+        rows = (
+            [name, *(arrays[column][n] if n < len(arrays.get(column, ())) else None for column in columns)]
+            for name, arrays in found
+            for n in range(max(map(len, arrays.values()), default=0))
+        )
+        return ["series", *columns], rows
+
     def __repr__(self) -> str:
         drawn = len(self.figure.data)
         return (
             f"a figure of {drawn} series; JupyterLab, Notebook 7 and VS Code draw it, "
             ".save('figure.html') writes it to a file"
         )
+
+
+def _arrays(line: Any) -> Mapping[str, Sequence[Any]]:
+    """What a series is drawn from, by name; of a map, a value for each of its cells."""
+    found = {name: np.asarray(line[name]) for name in ARRAYS if name in line and line[name] is not None}
+    if "z" in found and found["z"].ndim == 2:
+        rows, columns = found["z"].shape
+        x, y = found.pop("x", np.arange(columns)), found.pop("y", np.arange(rows))
+        apart = {name: values for name, values in found.items() if values.shape[:2] == (rows, columns)}
+        found = {"x": np.tile(x, rows), "y": np.repeat(y, columns)}
+        found |= {name: values.reshape(rows * columns, *values.shape[2:]) for name, values in apart.items()}
+    return {name: values.tolist() for name, values in found.items() if values.ndim}

@@ -17,8 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dinfer.display import WrittenPath
-from dinfer.files import check_folder
+from dinfer.files import WrittenPath, check_folder
 from dinfer.plan.verify import verify
 from dinfer.severity import Severity, style_variables
 from dinfer.trace.export import write_whole
@@ -28,6 +27,7 @@ from dinfer.trace.read import ELEMENT, as_columns, script_json
 from dinfer.trace.shares import pauses, shares
 from dinfer.trace.summary import chunks_text, summary, verdict
 from dinfer.trace.trace import Trace
+from dinfer.verdict.kept import waits_html
 from dinfer.version import __version__
 from dinfer.views.cells import marked
 from dinfer.views.figures.equal import make_equal
@@ -198,6 +198,7 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
         "paused_s": seconds(pauses(trace)),
         "figures": figures,
         "map": blocks,
+        "waits": findings.waits and Markup(waits_html(findings.waits, findings.failure.partition("\n")[0])),
         "plan": facts.plan_text(plan) if plan else "",
         "proof": findings.proof or (str(verify(plan)) if plan and len(trace.events) <= MOST_PLANNED else ""),
         "tables": tables,
@@ -231,6 +232,7 @@ def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
         "layers": f"{about['layers']} on {ranks} rank{'s' * (ranks != 1)}" if about.get("layers") else "",
         "schedule": str(about.get("schedule") or ""),
         "sync strategy": str(about.get("sync_strategy") or ""),
+        "codec": str(about.get("codec") or ""),
         "predicted": _predicted(trace),
         "made": made,
         "clocks": trace.clocks,

@@ -13,10 +13,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-from .callers import place_of, seen_from, thread_name, whose
+from .callers import place_of, seen_from, thread_name
+from .groups import NO_GROUP, GroupFacts, backend_of, facts_of, store_of
 from .labels import changed, labelled, module_layer
+from .raised import message_of, raised_at
 from .records import (
     KINDS,
     MOST_SEGMENTS,
@@ -24,7 +26,6 @@ from .records import (
     SEGMENT_RECORDS,
     TAGGED,
     UNNUMBERED,
-    backend_for,
 )
 from .writing import Records
 
@@ -43,28 +44,6 @@ _PLAIN = (str, int, float, bool, type(None))
 _ARGUMENTS = BaseException.__dict__["args"].__get__
 """of an exception, without running its class's code"""
 
-
-class GroupFacts(NamedTuple):
-    """What is known of a process group."""
-
-    number: int
-    ranks: tuple[int, ...]
-    backend: str = ""
-    cpu_backend: str = ""
-
-    def backend_for(self, tensor: Any) -> str:
-        """The backend that serves ops of this tensor."""
-        if self.cpu_backend == self.backend or tensor is None:
-            return self.backend
-        return self.cpu_backend if tensor.is_cpu else backend_for(self.backend, tensor.device.type)
-
-
-def facts_of(number: int, ranks: tuple[int, ...], backend: str) -> GroupFacts:
-    """With what follows from the backend."""
-    return GroupFacts(number, ranks, backend, backend_for(backend, "cpu"))
-
-
-NO_GROUP = GroupFacts(0, ())
 
 ChannelKey = tuple[Any, ...]
 """What ops are numbered in: (kind,) for groups that are made, (group, backend) for collectives, and for messages
@@ -460,7 +439,7 @@ class OpRecorder:
         if members is None:  # being made, or not made by torch.distributed
             return facts_of(0, tuple(range(group.size())), "")
         ranks = tuple(sorted(members, key=lambda rank: members[rank]))
-        backend = _backend(c10d, group)
+        backend = backend_of(c10d, group)
         description = str(getattr(group, "group_desc", "")).replace("undefined", "")
         made = next(self._made_groups)  # another group may have had the same id before
         number = records.groups.number((made, str(group.group_name), ranks, backend, description))
@@ -495,7 +474,7 @@ class OpRecorder:
     def _say_rank(self, c10d: Any) -> None:
         if self.records is None or not c10d.is_initialized():
             return
-        now = (c10d.get_rank(), c10d.get_world_size(), _store(c10d))
+        now = (c10d.get_rank(), c10d.get_world_size(), store_of(c10d))
         if now != self._rank:
             self._rank = now
             self.records.lines.write("rank", rank=now[0], world_size=now[1], store=now[2])
@@ -531,7 +510,7 @@ class OpRecorder:
         records.lines.write(
             what,
             type=type(error).__name__,
-            message=_message_of(error, is_handled),
+            message=message_of(error, is_handled),
             file=file,
             line=line,
             thread=thread or thread_name()[1],
@@ -543,50 +522,3 @@ class OpRecorder:
 def _kept_number(number: int | None) -> int:
     """A layer or chunk as the record has room for it: NOTHING for none, and for one of more than 32 bits."""
     return number if number is not None and -(2**31) <= number < 2**31 else NOTHING
-
-
-def _message_of(error: BaseException, is_handled: bool) -> str:
-    """Its text. While the program goes on, that of plain arguments only: a tensor's would wait for its device."""
-    try:
-        if is_handled and not all(
-            isinstance(one, (str, int, float, bytes, type(None))) for one in error.args
-        ):
-            return f"({', '.join(type(one).__name__ for one in error.args)})"
-        return str(error)[:2000]
-    except Exception:
-        return ""
-
-
-def _store(c10d: Any) -> str:
-    """Where the ranks of the default group met, such as `localhost:29500`; "" if unknown."""
-    try:
-        store = c10d._get_default_store()
-        for _ in range(10):
-            store = getattr(store, "underlying_store", store)
-        host = getattr(store, "host", None)
-        return str(getattr(store, "path", "")) if host is None else f"{host}:{store.port}"
-    except Exception:
-        return ""
-
-
-def _backend(c10d: Any, group: Any) -> str:
-    """Its name; of a group that has several, each with its kind of device."""
-    try:
-        named = str(c10d.get_backend_config(group))
-    except Exception:  # a group that torch.distributed has not made
-        return str(c10d.get_backend(group))
-    names = {one.partition(":")[2] or one for one in named.split(",")}
-    return names.pop() if len(names) == 1 else named
-
-
-def raised_at(error: BaseException) -> tuple[str, int]:
-    """File and line of the innermost frame of the user's code; where there is none, of the innermost of all."""
-    best, found = -1, ("", 0)
-    step = error.__traceback__
-    while step is not None:
-        file = step.tb_frame.f_code.co_filename
-        rank = 3 - whose(file)
-        if rank >= best:
-            best, found = rank, (file, step.tb_lineno)
-        step = step.tb_next
-    return found

@@ -2,21 +2,24 @@
 
 import os
 import sys
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .caches import TransformersCaches
 from .captures import captures
 from .cells import Cells
 from .endings import Endings
+from .groups import NO_GROUP
 from .imports import ImportWatch
-from .labels import enter_module
+from .kv_methods import watch_methods
+from .models import TransformersModels
 from .paged import PagedCaches
-from .recorder import NO_GROUP, OpRecorder
+from .recorder import OpRecorder
 from .records import NOTHING
 from .stacks import dump_no_more, dump_on_signal, dumps_still
-from .tensors import TensorWatch, calling
+from .tensors import TensorWatch
 from .thread import ProbeThread
 from .works import Works
 
@@ -43,11 +46,13 @@ class Probe:
         self._cells: Cells | None = None
         self._imports = ImportWatch()
         self._endings = Endings(self.recorder, self._imports, self._stop_thread, lambda: self._tensors.look())
-        self._tensors = TensorWatch(self.recorder, self._imports, compares=compares)
+        self._tensors = TensorWatch(self.recorder, compares=compares)
+        TransformersCaches(self._tensors, self._imports)
+        TransformersModels(self._tensors, self._imports)
+        watch_methods(self._tensors, self._imports)
         captures.watch(self._imports)
         PagedCaches(self._tensors, self._imports)
         self._imports.add(_C10D, self._found_c10d)
-        self._imports.add("transformers.modeling_layers", self._found_layers)
 
     def serves(self, folder: str | Path, *, compares: bool) -> bool:
         """Whether this is what a `Probe` of that folder would be."""
@@ -221,52 +226,6 @@ class Probe:
         self.recorder.done(pending)
         self.recorder.find_groups()
         return result
-
-    # -- transformers
-
-    def _found_layers(self, module: ModuleType) -> None:
-        try:
-            import torch
-
-            kind = getattr(module, "GradientCheckpointingLayer", None)
-            if kind is None:  # an older transformers
-                return
-            by = _within_layer(kind.__call__, calling(kind), torch.compiler.is_compiling, self._tensors)
-            self._tensors.replace(kind, "__call__", by)
-        except Exception as error:
-            self.recorder.problem(f"layers of transformers are not told apart: {error}")
-
-
-def _within_layer(compiled: Any, call: Any, is_compiling: Any, tensors: TensorWatch) -> Any:
-    """Calls a decoder layer, and says meanwhile which one it is. A compiler must not see that."""
-    compares = tensors.compares
-
-    @wraps(compiled)
-    def called(layer: Any, *args: Any, **options: Any) -> Any:
-        if is_compiling():
-            return compiled(layer, *args, **options)
-        number = _layer_number(layer)
-        if number is None:
-            return call(layer, *args, **options)
-        before = enter_module(number)
-        try:
-            if compares:
-                return tensors.layer_called(number, partial(call, layer, *args, **options), args, options)
-            return call(layer, *args, **options)
-        finally:
-            enter_module(before)
-
-    return called
-
-
-def _layer_number(layer: Any) -> int | None:
-    """`layer_idx` of a decoder layer, or of one of its parts."""
-    attributes = vars(layer)
-    found = attributes.get("layer_idx")
-    if found is None:
-        parts = (vars(part) for part in attributes.get("_modules", {}).values() if part is not None)
-        found = next((part["layer_idx"] for part in parts if "layer_idx" in part), None)
-    return found if type(found) is int else None
 
 
 current: Probe | None = None

@@ -349,7 +349,7 @@ def test_blocks_that_are_not_everywhere_yet_are_left_out_and_counted() -> None:
     )
     source.spans[1] = [0, 0, 0, 0]
     source.kv[1] = [layer[:0] for layer in source.kv[1]]
-    with pytest.raises(PlanError, match="no block is on ranks 0 and 1 and 2 yet; the run stands at its end"):
+    with pytest.raises(PlanError, match="no block is on ranks 0–2 yet; the run stands at its end"):
         diff(source)
 
 

@@ -243,7 +243,7 @@ def test_runs_of_two_sessions_are_compared(model: Path, done: Run) -> None:
 
 def test_states_that_are_not_computed_yet_are_refused(run: Run) -> None:
     with pytest.raises(
-        PlanError, match="no block is on ranks 0 and 1 and 2 yet; the run stands before its first layer"
+        PlanError, match="no block is on ranks 0–2 yet; the run stands before its first layer"
     ):
         run.kv().diff()
     run.step("chunk")

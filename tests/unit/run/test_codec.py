@@ -11,13 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+import dinfer
 from dinfer.codec.choice import Codec
 from dinfer.codec.coding import as_received
 from dinfer.config import ConfigError
 from dinfer.engine.engine import Engine
 from dinfer.plan.ops import NothingYet
+from dinfer.run.report import Done, commands
 from dinfer.run.run import Run
 from dinfer.session.session import Session
+from dinfer.severity import Severity
+from dinfer.views.report.page import write_report
+from tests.support.facts import has_facts
 from tests.support.threads import engines, session_on_threads
 from tests.support.twin import prompt
 
@@ -228,3 +233,102 @@ def test_a_codec_that_does_not_fit_is_refused(session: Session, codec: str, said
 def test_what_is_bfloat16_already_is_not_rounded_to_it(bfloat16: Session) -> None:
     with pytest.raises(ConfigError, match="codec bf16 is for KV in float32"):
         bfloat16.prefill(IDS, codec="bf16")
+
+
+# -- compared with the reference
+
+
+@pytest.mark.parametrize("codec", ["int8", "k=bf16,v=int4"])
+def test_the_loss_is_told_as_chosen_and_all_else_is_equal(session: Session, codec: str) -> None:
+    run = ended(session, codec=codec)
+    run.decode()
+    found = run.compare("reference")
+    assert (found.kind, found.equal, found.severity) == ("equal", True, Severity.NOTE)
+    assert found.verdict.startswith("equal but for the chosen loss: all 3 ranks hold what codec")
+    assert found.loss is not None
+    assert set(found.loss.by_tensor) == {"K", "V", "logits"}
+    assert all(0 < one.absolute < 2.0 * one.scale for one in found.loss.by_tensor.values())
+    assert found.loss.by_tensor["V"].absolute > found.loss.by_tensor["K"].absolute or codec == "int8"
+    assert f"chosen loss, codec {codec}: K by up to" in str(found)
+    assert "of exact KV" in str(found)
+
+
+def test_the_tokens_of_exact_kv_are_those_of_a_run_without_codec(session: Session) -> None:
+    plain = ended(session).decode().tokens
+    run = ended(session, codec="int4")
+    tokens = run.decode().tokens
+    loss = run.compare("reference").loss
+    assert loss is not None
+    first = next((n for n, (a, b) in enumerate(zip(tokens, plain, strict=False)) if a != b), None)
+    assert first == (loss.choices[0].position if loss.choices else None)
+
+
+def test_within_prefill_too_only_the_loss_differs(session: Session) -> None:
+    run = begun(session, codec="int8")
+    run.run_to(1, 3)
+    found = run.compare("reference")
+    assert (found.kind, found.severity) == ("equal", Severity.NOTE)
+
+
+def test_a_fault_under_a_codec_is_a_fault(session: Session) -> None:
+    run = begun(session, codec="int8")
+    run.inject("bitflip", rank=1, layer=0, chunk=1, where="memory")
+    run.inject("zero", layer=3, chunk=0, where="compute", rank=1)
+    run.resume()
+    assert run.wait(DEADLINE_S).state == "done"
+    found = run.compare("reference")
+    assert found.severity == Severity.ERROR
+    assert found.first is not None
+    assert (found.first.kind, found.first.rank, found.first.layer, found.first.chunk) == ("compute", 1, 3, 0)
+    assert "chosen loss" in str(found)
+
+
+def test_in_another_dtype_the_loss_is_no_fault(session: Session) -> None:
+    run = ended(session, codec="int8")
+    run.decode()
+    assert run.compare("reference", dtype="bfloat16").within_tolerance
+    assert run.compare("reference", chunked=False).within_tolerance
+
+
+# -- what diffs say of it
+
+
+def test_a_diff_of_ranks_says_what_the_codec_has_changed(session: Session) -> None:
+    found = ended(session, codec="int8").kv().diff()
+    assert found.severity == Severity.OK
+    said = "bit for bit; but codec int8 has changed them by choice: K by up to … and V by up to"
+    assert has_facts(found.verdict, said)
+
+
+def test_a_diff_of_two_runs_that_differ_by_codec_alone_is_a_note(session: Session, tmp_path: Path) -> None:
+    ended(session).save(tmp_path / "plain")
+    plain = dinfer.open(tmp_path / "plain")
+    run = ended(session, codec="int8")
+    found = run.kv().diff(plain)
+    assert (found.equal, found.severity) == (False, Severity.NOTE)
+    assert found.verdict.startswith("a chosen loss, codec int8 beside none: K by up to ")
+    run.inject("nan", rank=2, layer=1, chunk=0, where="memory")
+    assert run.kv().diff(plain).severity == Severity.ERROR
+
+
+def test_a_saved_run_reopens_with_its_codec_and_replays(session: Session, tmp_path: Path) -> None:
+    run = ended(session, codec="int8")
+    tokens = run.decode().tokens
+    run.save(tmp_path / "coded")
+    saved = dinfer.open(tmp_path / "coded")
+    assert "codec int8" in str(saved)
+    assert has_facts(saved.kv().diff().verdict, "bit for bit; but codec int8 has changed them by choice")
+    for rank in range(3):
+        replay = run.replay(rank)
+        replay.resume()
+        assert not replay.notes, replay.notes
+        replay.decode()
+        assert tuple(replay.tokens[: len(tokens)]) == tuple(tokens)
+
+
+def test_report_and_trace_name_the_codec(session: Session, tmp_path: Path) -> None:
+    run = ended(session, codec="k=int8,v=fp8")
+    assert run.trace.about["codec"] == "k=int8,v=fp8"
+    assert "codec k=int8,v=fp8" in str(run)
+    assert "k=int8,v=fp8" in write_report([run.trace], tmp_path / "report.html").read_text()
+    assert "--codec k=int8,v=fp8" in commands(run.job.config, Done(), prompt=False)["In a terminal"]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import dinfer
+from dinfer.cluster.lease import RunOver
 from dinfer.cluster.ranks import RankRefused
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import NothingYet, PlanError
 from dinfer.run.run import Run
 from dinfer.saved.bisect.result import Bisection
-from dinfer.saved.format import SavedError
+from dinfer.saved.replay.record import RecordError
 from dinfer.session.session import Session
 from tests.support.replays import engine_of
 from tests.support.threads import session_on_threads
@@ -245,6 +244,21 @@ def test_saved_runs_against_each_other(session: Session, decoder: Decoder, tmp_p
     assert not right.bisect(decoder=decoder).found
 
 
+def test_a_run_that_is_over_can_be_compared_with_if_its_values_were_kept(
+    session: Session, decoder: Decoder
+) -> None:
+    right = prefilled(session, keep=True)
+    digests_only = prefilled(session)
+    wrong = prefilled(session, {"kind": "lost", "rank": 2, "layer": 3, "chunk": 1})
+    answer = wrong.bisect(right, decoder=decoder)
+    assert found(answer) == ("K and V", 1, 3, 2)
+    assert answer.alone
+    with pytest.raises(RecordError, match="bisect a run before the next prefill"):
+        right.bisect(decoder=decoder)
+    with pytest.raises(RunOver, match="keep=True"):
+        wrong.bisect(digests_only, decoder=decoder)
+
+
 def test_a_run_in_other_chunks_differs_by_rounding_and_yet_the_block_is_found(
     session: Session, decoder: Decoder, tmp_path: Path
 ) -> None:
@@ -260,13 +274,12 @@ def test_a_run_in_other_chunks_differs_by_rounding_and_yet_the_block_is_found(
     assert not prefilled(session).bisect(right, decoder=decoder).found
 
 
-def test_probes_are_listed(session: Session, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_are_listed(session: Session, decoder: Decoder) -> None:
     answer = prefilled(session, {"kind": "swap_kv", "layer": 2, "chunk": 1}).bisect(decoder=decoder)
-    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=tuple))
     frame = answer.to_frame()
-    assert list(frame[0]) == ["kept", "agrees", "token", "logits_error", "seconds"]
+    assert list(frame.columns) == ["kept", "agrees", "token", "logits_error", "seconds"]
     assert len(frame) == len(answer.steps) == len(answer.table()) > 0
-    assert frame[-1]["agrees"]
+    assert frame["agrees"].iloc[-1]
 
 
 def test_the_threads_of_this_process_stay(session: Session, decoder: Decoder) -> None:
@@ -300,7 +313,7 @@ def test_other_arguments(session: Session, decoder: Decoder, tmp_path: Path) -> 
     with pytest.raises(PlanError, match="different prompts"):
         again.bisect(saved, decoder=decoder)
     bare = dinfer.open(again.save(tmp_path / "bare", hidden=False))
-    with pytest.raises(SavedError, match="hidden=False"):
+    with pytest.raises(RecordError, match="save it with hidden=True"):
         bare.bisect(decoder=decoder)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,9 +113,10 @@ def test_nothing_to_run() -> None:
     assert str(Sweep(())) == "no runs"
 
 
-def test_a_dataframe_is_made_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=tuple))
-    assert Sweep(({"prompt": "a"},)).dataframe() == ({"prompt": "a"},)
+def test_a_dataframe_is_made_of_the_rows() -> None:
+    found = Sweep(({"prompt": "a", "prefill_s": 0.25},)).dataframe()
+    assert (list(found.columns), found.values.tolist()) == (["prompt", "prefill_s"], [["a", 0.25]])
+    assert "prefill_s" in Sweep(()).to_frame().columns
 
 
 def test_a_sweep_of_which_no_run_has_ended_says_why_nothing_is_drawn() -> None:

@@ -16,10 +16,10 @@ from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, Stat
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
 from dinfer.watch.probe.digests import token_digests
+from dinfer.watch.probe.kv_methods import KV_VARIABLE
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.rows import RowsTaken, read_rows
 from dinfer.watch.probe.start import Probe
-from dinfer.watch.probe.tensors import KV_VARIABLE
 
 SIZES: dict[str, Any] = {
     "vocab_size": 32,

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from dinfer.watch.probe.captures import captures
+from dinfer.watch.probe.groups import NO_GROUP, facts_of
 from dinfer.watch.probe.reading import read
-from dinfer.watch.probe.recorder import NO_GROUP, OpRecorder, PendingOp, facts_of
+from dinfer.watch.probe.recorder import OpRecorder, PendingOp
 from dinfer.watch.probe.records import NOTHING
 from dinfer.watch.probe.works import HELD_BYTES, Works
 

@@ -14,8 +14,9 @@ from dinfer.verdict.matching import MatchedOps
 from dinfer.verdict.recorded import explain_events
 from dinfer.verdict.signs import Signs
 from dinfer.watch.probe import recorder as recorders
+from dinfer.watch.probe.groups import GroupFacts, facts_of
 from dinfer.watch.probe.reading import Reader
-from dinfer.watch.probe.recorder import GroupFacts, OpRecorder, PendingOp, facts_of
+from dinfer.watch.probe.recorder import OpRecorder, PendingOp
 from dinfer.watch.probe.records import NOTHING, SEGMENT_RECORDS, UNNUMBERED, WatchedOp
 from dinfer.watch.probe.writing import OpsWriter
 from dinfer.watching.events import ranks_of, trace_of

@@ -20,9 +20,9 @@ from torch.distributed import send as early_send
 
 from dinfer.verdict.completed import findings_of_events
 from dinfer.watch.probe import callers, kernels, patched, recorder
+from dinfer.watch.probe.groups import NO_GROUP
 from dinfer.watch.probe.labels import label
 from dinfer.watch.probe.reading import ask_stacks, read
-from dinfer.watch.probe.recorder import NO_GROUP
 from dinfer.watch.probe.records import WatchedOp, WatchedProcess
 from dinfer.watch.probe.start import HOOK_VARIABLE, Probe
 from dinfer.watch.probe.works import Works

@@ -20,9 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 import dinfer
-from dinfer.watch.probe import tensors
+from dinfer.watch.probe import kv_methods, models, tensors
 from dinfer.watch.probe.captures import captures
 from dinfer.watch.probe.digests import last_dim_digests, row_sketches, token_digests
+from dinfer.watch.probe.models import TransformersModels
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.records import RecordsError
 from dinfer.watch.probe.rows import (
@@ -327,7 +328,7 @@ def test_a_method_named_on_the_command_line(
         "layer": "number + 1",
         "start": "at",
     }
-    monkeypatch.setenv(tensors.KV_VARIABLE, json.dumps([asked]))
+    monkeypatch.setenv(kv_methods.KV_VARIABLE, json.dumps([asked]))
     k, v = kv(2)
     probe = Probe(tmp_path)
     try:
@@ -345,7 +346,7 @@ def test_an_expression_that_fails_says_so(
     tmp_path: Path, engine: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = {"method": "own_engine:Store.put", "k": "keys", "v": "pair[1]"}
-    monkeypatch.setenv(tensors.KV_VARIABLE, json.dumps([asked]))
+    monkeypatch.setenv(kv_methods.KV_VARIABLE, json.dumps([asked]))
     probe = Probe(tmp_path)
     try:
         for _ in range(2):
@@ -426,10 +427,11 @@ def test_ids_are_left_alone_where_nothing_is_taken(
     mask = {"attention_mask": torch.ones(1, 3)}
     try:
         watch = probe._tensors
-        assert watch._placed_ids(torch, ids, (), mask).shape == (1, 3, 2)
+        seen = TransformersModels(watch, probe._imports)
+        assert seen._placed_ids(torch, ids, (), mask).shape == (1, 3, 2)
         watch.is_off = is_off
-        monkeypatch.setattr(tensors, "_is_captured", lambda *_: not is_off)
-        assert watch._placed_ids(torch, ids, (), mask) is ids
+        monkeypatch.setattr(models, "is_captured", lambda *_: not is_off)
+        assert seen._placed_ids(torch, ids, (), mask) is ids
     finally:
         probe.stop()
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinfer.watch.probe.groups import NO_GROUP
 from dinfer.watch.probe.reading import read
-from dinfer.watch.probe.recorder import NO_GROUP, OpRecorder, PendingOp
+from dinfer.watch.probe.recorder import OpRecorder, PendingOp
 from dinfer.watch.probe.records import NOTHING
 from dinfer.watch.probe.start import Probe
 from dinfer.watch.probe.works import MOST_HELD, Works

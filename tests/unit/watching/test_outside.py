@@ -58,8 +58,26 @@ def test_a_select_that_only_its_own_process_can_end_is_no_request() -> None:
 
 def test_a_message_comes_from_outside_whatever_its_library_waits_for() -> None:
     """Its own thread may tell the one that waits, by a pair of sockets of the process."""
-    for call in ("parts = socket.recv_multipart()", "job = socket.recv_json()"):
+    for call in ("parts = socket.recv_multipart()", "job = socket.recv_json()", "job = loads(socket.recv())"):
         assert said(thread(mine(call), user=1)._replace(for_itself=True)) == "a message from outside"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("request = socket.recv()", "a message from outside"),
+        ("request = socket.recv(flags=0)", "a message from outside"),
+        ("part = group.recv([block], 0, 0)", ""),
+        ("dist.recv(block, src=0)", ""),
+    ],
+)
+def test_a_bare_recv_is_that_of_zeromq(call: str, words: str) -> None:
+    assert said(thread(mine(call), user=1)) == words
+
+
+def test_a_pipe_to_another_process_is_none_of_zeromq() -> None:
+    pipe: Frame = (f"{PYTHON}/multiprocessing/connection.py", 395, "_recv", "chunk = read(handle, remaining)")
+    assert said(thread(mine("job = pipe.recv()"), pipe, user=1)) == ""
 
 
 def test_an_engine_of_a_notebook_whose_cell_is_over_serves_nobody() -> None:
