@@ -234,6 +234,7 @@ def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
         "sync strategy": str(about.get("sync_strategy") or ""),
         "codec": str(about.get("codec") or ""),
         "predicted": _predicted(trace),
+        "first token": f"{trace.ttft_s:.3g} s after the first op" if trace.ttft_s else "",
         "made": made,
         "clocks": trace.clocks,
         "dinfer": str(about.get("dinfer", "")),
