@@ -18,7 +18,7 @@ SHOWN: dict[str, list[str]] = {
     "bad": ["run 1 keeps its KV", " 461\n(4 new tokens"],
     "desk": ["Panel object"],
     "runs": ["run 1  done", "nothing odd", "run 2  done", "1 fault armed", "on the ranks"],
-    "compare": ["KV differs, first at block c1 l1; rank 0", "V: stale: rows 8–15 hold rows 0–7", "461               471"],
+    "compare": ["KV differs, first at block c1 l1; rank 0", "V: stale: rows 8–15 hold rows 0–7", "≠"],
     "bisect": [
         "the answer turns wrong at V of block c1 l1 on rank 0: it is '461'; with the other run's block it is '471'",
         "all but V of block c1 l1 on rank 0",
