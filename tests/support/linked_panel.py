@@ -35,7 +35,7 @@ class HeardPanel(Panel):
 
 
 class LinkedPanel:
-    """`pump` carries messages to and fro; `wait` does so until something holds."""
+    """`pump` carries messages both ways; `wait` does so until something holds."""
 
     def __init__(self, page: Page, run: Run) -> None:
         self._lock, self._out, self._answered = threading.Lock(), list[Any](), 0
