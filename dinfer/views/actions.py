@@ -13,7 +13,7 @@ LOGGED = 200
 """how many calls a panel lists, the last"""
 
 
-class Verb(NamedTuple):
+class FormVerb(NamedTuple):
     """A call that a form makes. `placed`, `named`: the fields that come without a name and with it, and the type of
     each."""
 
@@ -22,23 +22,23 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "decode": Verb(named={"max_new_tokens": int}),
-    "step": Verb(placed={"unit": str}, named={"n": int}),
-    "step_back": Verb(placed={"unit": str}, named={"n": int}),
-    "inject": Verb(
+    "decode": FormVerb(named={"max_new_tokens": int}),
+    "step": FormVerb(placed={"unit": str}, named={"n": int}),
+    "step_back": FormVerb(placed={"unit": str}, named={"n": int}),
+    "inject": FormVerb(
         placed={"kind": str},
         named={
             "rank": int, "layer": int, "chunk": int, "tensor": str, "head": int, "token": int, "dim": int, "bit": int,
             "where": str, "dtype": str, "seed": int,
         },
     ),
-    "compare": Verb(placed={"what": str}, named={"chunked": bool, "dtype": str}),
-    "save": Verb(placed={"folder": str}, named={"kv": bool, "hidden": bool, "prompt": bool}),
-    "report": Verb(placed={"path": str}, named={"prompt": bool}),
-    "faults.remove": Verb(placed={"number": int}),
-    "breakpoints.enable": Verb(placed={"number": int}),
-    "breakpoints.disable": Verb(placed={"number": int}),
-    "calls.save": Verb(placed={"path": str}),
+    "compare": FormVerb(placed={"what": str}, named={"chunked": bool, "dtype": str}),
+    "save": FormVerb(placed={"folder": str}, named={"kv": bool, "hidden": bool, "prompt": bool}),
+    "report": FormVerb(placed={"path": str}, named={"prompt": bool}),
+    "faults.remove": FormVerb(placed={"number": int}),
+    "breakpoints.enable": FormVerb(placed={"number": int}),
+    "breakpoints.disable": FormVerb(placed={"number": int}),
+    "calls.save": FormVerb(placed={"path": str}),
 }  # fmt: skip
 """by name below `run`"""
 

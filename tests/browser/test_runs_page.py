@@ -220,4 +220,5 @@ def test_a_run_that_is_over_keeps_its_list(session: Session, panel: LinkedPanel,
     panel.root.locator("[data-tab=runs]").click()
     panel.says(panel.root.locator(".dinfer-runs tbody tr"), f"{run.name} (here)")
     assert panel.root.locator("[data-form=decode]").is_disabled()
+    panel.root.locator(".dinfer-log summary").click()
     assert panel.root.get_by_role("button", name="copy as a cell").is_enabled()
