@@ -375,7 +375,7 @@ class DebugAdapter:
             )
         run = target.run
         frames = rank_frames(
-            run.plan, run.standing(), target.listings[rank], run.chunk_labels(), target.python_of(rank)
+            run.plan, run.standing(), target.listings[rank], target.chunk_labels, target.python_of(rank)
         )
         first = arguments.get("startFrame") or 0
         shown = frames[first : first + (arguments.get("levels") or len(frames))]
