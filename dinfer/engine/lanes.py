@@ -159,7 +159,11 @@ class LaneExecutor(ABC):
 
     def holds_block(self, chunk: int, layer: int) -> bool:
         """Whether this rank has computed or received the block."""
-        return Value("kv", chunk, layer) in self._made
+        return self.holds(Value("kv", chunk, layer))
+
+    def holds(self, value: Value) -> bool:
+        """Whether this rank has computed or received the value."""
+        return value in self._made
 
     def wait_until_closed(self) -> None:
         """Wait until `close` is called. Raises OpFailed as soon as an op has failed."""

@@ -21,7 +21,6 @@ from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
-from dinfer.planner.choose import CHOICES
 from dinfer.planner.machine import unmeasured
 from dinfer.progress import rank_bars
 from dinfer.rank.debugger import FIRST_PORT
@@ -34,6 +33,7 @@ from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
 from dinfer.session.measure import (
     AUTO,
+    AUTOS,
     LENGTHS,
     LINK_TOKENS,
     TOKENS,
@@ -181,8 +181,8 @@ class Session(Tidy, Announced, Closing):
 
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …;
         those that `load` fixes for all runs, such as dtype, are refused if they differ.
-        Of schedule, chunk_size, layer_split and sync_strategy any may be "auto": the planner takes the fastest by what
-        `measure` has found, and prints a sentence on each.
+        Of schedule, chunk_size, layer_split, sync_strategy and codec any may be "auto": the planner takes the fastest
+        by what `measure` has found (of codecs only none or lossless), and prints a sentence on each.
         `plan`: a plan of your own, its text, or a function of config and shape that makes it or its lanes (see
         `dinfer.plan.custom`); one that can hang is refused unless `unsafe=True`. Raises ConfigError, PlanError,
         NotPossible where no checkpoint is loaded, and ModelError where its folder has changed since.
@@ -197,7 +197,7 @@ class Session(Tidy, Announced, Closing):
         parameters, auto = without_auto(parameters)
         if auto and plan is not None:
             raise ConfigError(
-                f"{auto[0]} is auto, but a plan is given, which says it: leave one of them out."
+                f"{auto[0]} is auto, but a plan is given, beside which nothing is chosen: leave one of them out."
             )
         own = without_fixed(parameters, self._config, self.spec)
         if prompt is None and "prompt_ids" in own:  # the name that it has in `dinfer run`
@@ -218,7 +218,7 @@ class Session(Tidy, Announced, Closing):
             config, plan = with_choice(config, chosen, self.spec.layers)
             job = replace(prepare_loaded(config, self.spec, plan or None), predicted_s=chosen.predicted_s)
         if (found := self._measured.get(config.digests)) and not unmeasured(config):
-            job = replace(job, machine=found.machine)
+            job = replace(job, machine=replace(found.machine, codec=config.codec))
         text = "" if not plan else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)
@@ -250,7 +250,7 @@ class Session(Tidy, Announced, Closing):
         check_known(parameters, OF_PREFILL)
         for name, values in parameters.items():
             for value in values if isinstance(values, list) else [values]:
-                if name not in OF_PREFILL and not (name in CHOICES and value == AUTO):
+                if name not in OF_PREFILL and not (name in AUTOS and value == AUTO):
                     self._config.with_(**{name: value})
                 elif name == "paused" and not isinstance(value, bool):
                     raise ConfigError(f"paused is {excerpt(value)}; it must be True or False.")

@@ -26,6 +26,7 @@ from dinfer.views.slotted import SlottedWidget, texts_of
 from dinfer.views.status import breakpoints, layout, moment
 from dinfer.views.still import still_html
 from dinfer.views.still_kv import still_kv
+from dinfer.views.why import Why
 
 
 def action_of(run: InspectableRun, message: Json) -> Action:
@@ -102,8 +103,8 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
 
 
 SCRIPTS = (
-    "map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "banner.js", "scrubber.js", "find.js",
-    "slots.js", "panel.js",
+    "map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "banner.js", "why.js", "scrubber.js",
+    "find.js", "slots.js", "panel.js",
 )  # fmt: skip
 """concatenated, they are one module"""
 
@@ -137,6 +138,7 @@ class Panel(SlottedWidget):
         self._inspector, self._communication = Inspector(run, self.send), Communication(run, self.send)
         recorded = RecordedRun(run)
         self._scrubber, self._finder = Scrubber(run, recorded, self.send), Finder(run, recorded, self.send)
+        self._why = Why(run, self.send)
         self._painted: object = None
         self._answered = 0, ""
         """the number of actions done when the last one ended, and the stamp of the run then"""
@@ -158,6 +160,7 @@ class Panel(SlottedWidget):
             self._communication.close()
             self._scrubber.close()
             self._finder.close()
+            self._why.close()
             self._painter.close()
         super().close()
 
@@ -226,6 +229,7 @@ class Panel(SlottedWidget):
             "plotly": self._communication.script,
             "time": self._scrubber.ask,
             "find": self._finder.ask,
+            "explain": self._why.ask,
         }
         if do in looks:
             looks[do](message)
