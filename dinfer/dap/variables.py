@@ -191,7 +191,7 @@ def _hidden_states(run: Run, chunk: int, layer: int) -> list[DapVariable]:
     shape = source.subject.plan.shape
     found = []
     for at, name in ((layer, f"before layer {layer}"), (layer + 1, f"after layer {layer}")):
-        rank = shape.owners[min(at, shape.layers - 1)]
+        rank = shape.owners[layer]  # which has made the second, too, wherever it is sent
         found.append(_guarded(name, partial(_hidden_state, source, rank, chunk, at, name)))
     return found
 
@@ -346,6 +346,6 @@ def _made(source: LiveSource, rank: int, chunk: int, layer: int) -> Iterator[tup
             (f"{name} of c{chunk} l{layer} on rank {rank}", values[:, n]) for n, name in enumerate("KV")
         )
     shape = source.subject.plan.shape
-    owner = shape.owners[min(layer + 1, shape.layers - 1)]
+    owner = shape.owners[layer]
     with suppress(NothingYet):
         yield f"hidden state after c{chunk} l{layer}", hidden_values(source, owner, chunk, layer + 1)
