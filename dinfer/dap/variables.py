@@ -255,7 +255,7 @@ def _blocks(source: LiveSource, rank: int, wanted: Sequence[tuple[int, int, str]
             other: as_numbers(digests[other][at]) for other in having if held[other].spans[layer] > span
         }
         rows_of = source.subject.spans[span]
-        text = f"tokens {rows_of.start}–{rows_of.stop - 1}; {_agreement(rank, by_rank)}"
+        text = f"{_agreement(rank, by_rank)}; tokens {rows_of.start}–{rows_of.stop - 1}"
         found.append(DapVariable(name, text, partial(_block, source, rank, layer, span, by_rank)))
     return found
 
