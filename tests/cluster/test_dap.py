@@ -98,7 +98,7 @@ def test_an_editor_attaches_steps_and_is_told_of_a_hang_and_a_killed_rank(
     hidden = editor.variables(scopes["Hidden state of c3 l3"])
     assert "float32 [4, 64], mean " in hidden["after layer 3"]["value"]
     assert (
-        "equal on ranks 0, 1 and 2" in editor.variables(scopes["KV of layer 3, by chunk"])["chunk 2"]["value"]
+        "equal on ranks 0, 1 and 2" in editor.variables(scopes["KV of layer 3, by chunk"])["chunk 0"]["value"]
     )
     assert editor.go("reverseContinue")["hitBreakpointIds"] == [1]
     assert "bit for bit" in editor.say("kv().diff()")
