@@ -421,6 +421,7 @@ class Session(Tidy, Announced, Closing):
         )
         run.show, run.recover = self._show, self.recover
         run.calls.opening = lambda: opening(job.config, self.connected_by, plan, keep=run.keeps)
+        run.runs = self.runs
         self.runs.add(run)
         if self._write:
             run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
