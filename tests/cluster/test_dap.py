@@ -65,6 +65,7 @@ def stuck_in(session: Session, path: Path) -> None:
     session.ranks.cluster.call(1, "builtins:exec", run, {}, timeout=60)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_an_editor_attaches_steps_and_is_told_of_a_hang_and_a_killed_rank(
     editor: Editor, model: Path, tmp_path: Path
 ) -> None:
