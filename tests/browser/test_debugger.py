@@ -68,7 +68,8 @@ class Debugger(PanelPage):
 
 
 ALWAYS = {
-    "map", "KV", "communication", "runs", "time", "copy", "more", "+", "−", "all", "copy as a cell", "save as a notebook",
+    "map", "KV", "communication", "runs", "time", "copy", "more", "+", "−", "all", "copy as a cell",
+    "save as a notebook",
 }  # fmt: skip
 """buttons that need neither ranks nor kernel"""
 FIGURE_NAMES = {"latency", "distribution", "rank × rank", "lanes", "exposed"}
