@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dinfer.codec.choice import Codec
 from dinfer.display import listed
 from dinfer.errors import excerpt
 from dinfer.kv.diff import check_alike
@@ -84,6 +85,11 @@ def bisect_run(
         )
     theirs, other = (None, None) if isinstance(against, str) else against.collected().ranks[0]
     mine, record = ranks[0]
+    if Codec.of(record.config.codec).is_lossy:
+        raise PlanError(
+            f"codec {record.config.codec} changes the KV between prefill and decode, so blocks do not follow from one "
+            'another: bisect a run with codec="none". run.compare("reference") says what a codec has changed.'
+        )
     model = decoder_of(record, model_path, device, decoder)
     with _threads(record.config.threads):
         if theirs is None:
