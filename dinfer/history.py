@@ -35,6 +35,12 @@ class History:
                 self._before = f"only the last {MOST} actions are kept"
             self._calls.append(UndoableCall(call, undo))
 
+    @property
+    def last(self) -> str:
+        """The call that `undo` would undo; "" where there is none."""
+        with self._lock:
+            return self._calls[-1].call if self._calls else ""
+
     def forget(self, why: str) -> None:
         """No action until now can be undone any more."""
         with self._lock:
@@ -55,15 +61,14 @@ class History:
 
 
 def call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], of: str = "run") -> str:
-    """The call as its user wrote it, for example `run.step("layer", n=2)`; without functions, which have no text."""
+    """The call as its user wrote it, for example `run.step("layer", n=2)`; without functions, which have no text.
+    An object whose repr is no call says in `call_name` how to come by it."""
 
     def written(value: object) -> str:
         if isinstance(value, str):
             return json.dumps(value, ensure_ascii=False)
-        text = repr(value)
-        return (
-            text if "\n" not in text else type(value).__name__.lower()
-        )  # a run, whose repr says where it stands
+        written_as: str = getattr(value, "call_name", "") or repr(value)
+        return written_as
 
     named = {key: value for key, value in kwargs.items() if not callable(value)}
     parts = [written(one) for one in args if not callable(one)]

@@ -102,14 +102,18 @@ class SessionRuns(Tidy, Tabular, Composed, called="session.runs"):
         """Two of these runs side by side: see `run.compare(other_run)`. Raises NoSuch."""
         return compare_runs(self[one], self[other])
 
+    def table(self) -> Table:
+        """A row for each run, oldest first."""
+        return Table(tuple(ABOUT), self.lines(), about=ABOUT)
+
     def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
-        return Table(tuple(ABOUT), self.lines())._tabulated()
+        return self.table()._tabulated()
 
     def _parts(self) -> Iterable[str | Displayable]:
         if not len(self):
             yield "no runs yet: session.prefill(…) makes one"
             return
-        yield Table(tuple(ABOUT), self.lines(), about=ABOUT)
+        yield self.table()
         dropped = self._count - len(self)
         yield f"{dropped} older run{'s were' if dropped > 1 else ' was'} dropped" if dropped else ""
 
@@ -173,7 +177,9 @@ def _verdict(run: Run) -> str:
     last = run.last_standing()
     found = [last.message.partition("\n")[0]] * (last.state.severity > Severity.NOTE)
     found += [f"not finite: {last.nonfinite}"] * bool(last.nonfinite)
-    found += [f"{len(run.corrupt)} blocks with changed bytes"] * bool(run.corrupt)
+    found += [f"{len(run.corrupt)} block{'s' * (len(run.corrupt) > 1)} with changed bytes"] * bool(
+        run.corrupt
+    )
     differs = len({(mark.chunk, mark.layer) for mark in last.marks if mark.kind == "differs"})
     found += [f"{differs} block{'s differ' if differs > 1 else ' differs'} between ranks"] * bool(differs)
     found += [f"{len(last.faults)} fault{'s' * (len(last.faults) > 1)} armed"] * bool(last.faults)

@@ -13,6 +13,7 @@ from dinfer.display import badge
 from dinfer.plan.ops import PlanError
 from dinfer.run.state import MOVING, RECOVER, Standing, State
 from dinfer.severity import Severity
+from dinfer.views.actions import board_of, is_edit, log_of, verb_of
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
@@ -21,6 +22,7 @@ from dinfer.views.inspector import Inspector, stamp_of
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.read_only import read_only
 from dinfer.views.recorded import RecordedRun
+from dinfer.views.runs import RunsPage
 from dinfer.views.scrubber import Scrubber
 from dinfer.views.slotted import SlottedWidget, texts_of
 from dinfer.views.status import breakpoints, layout, moment
@@ -67,11 +69,11 @@ def edit_of(run: InspectableRun, message: Json) -> Action | None:
         case {"do": "break_at"}:
             return _break_at(run, message)
         case {"do": "remove_breakpoint", "number": int(number)}:
-            return _noted(run, f"run.breakpoints.remove({number})", lambda: run.breakpoints.remove(number))
+            return Action(f"run.breakpoints.remove({number})", lambda: run.breakpoints.remove(number))
         case {"do": "clear_breakpoints"}:
-            return _noted(run, "run.breakpoints.clear()", lambda: run.breakpoints.clear())
+            return Action("run.breakpoints.clear()", lambda: run.breakpoints.clear())
         case {"do": "clear_faults"}:
-            return _noted(run, "run.faults.clear()", lambda: run.faults.clear())
+            return Action("run.faults.clear()", lambda: run.faults.clear())
     return None
 
 
@@ -104,7 +106,7 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
 
 SCRIPTS = (
     "map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "banner.js", "why.js", "scrubber.js",
-    "find.js", "slots.js", "panel.js",
+    "find.js", "actions.js", "log.js", "runs.js", "slots.js", "panel.js",
 )  # fmt: skip
 """concatenated, they are one module"""
 
@@ -125,6 +127,8 @@ class Panel(SlottedWidget):
     """the state of each (layer, chunk, rank), see `cells`, as `bins.packed` has packed them"""
     marks = Dict().tag(sync=True)
     """notes on single blocks: see `status.moment`"""
+    log = Dict().tag(sync=True)
+    """the last calls, and what undo would undo: see `actions.log_of`"""
 
     def __init__(self, run: InspectableRun) -> None:
         self._run, self._cells = run, CellMap(run.plan)
@@ -138,12 +142,15 @@ class Panel(SlottedWidget):
         self._inspector, self._communication = Inspector(run, self.send), Communication(run, self.send)
         recorded = RecordedRun(run)
         self._scrubber, self._finder = Scrubber(run, recorded, self.send), Finder(run, recorded, self.send)
+        self._runs = RunsPage(run, self.send)
         self._why = Why(run, self.send)
         self._painted: object = None
         self._answered = 0, ""
         """the number of actions done when the last one ended, and the stamp of the run then"""
         board = layout(run.plan, run.chunk_labels())
-        super().__init__(board={**board, "figures": list(FIGURES), "read_only": read_only(run)})
+        super().__init__(
+            board={**board, "figures": list(FIGURES), "read_only": read_only(run), **board_of(run)}
+        )
         self._paint()
         self.on_msg(self._on_message)
         self._unsubscribe: Callable[[], None] | None = run.on_change(self._painter.touch)
@@ -176,7 +183,8 @@ class Panel(SlottedWidget):
         try:
             standing, stops = self._run.standing(), breakpoints(self._run.breakpoints)
             actions |= self._said(standing)
-            seen = (standing, stops, actions)
+            log = log_of(self._run)
+            seen = (standing, stops, actions, log["count"], log["undo"])
             if seen == self._painted:
                 return
             self._painted = seen
@@ -186,10 +194,10 @@ class Panel(SlottedWidget):
         except Exception as error:  # nothing else would report it
             trouble = f"where the run stands cannot be shown: {error}"
             said = {"error": trouble, "error_severity": Severity.ERROR.word}
-            shown, drawn, marks = {**self.shown, **actions, **said}, self.cells, self.marks
+            shown, drawn, marks, log = {**self.shown, **actions, **said}, self.cells, self.marks, self.log
             self._painted = None
         with self.hold_sync():
-            self.shown, self.cells, self.marks = shown, drawn, marks
+            self.shown, self.cells, self.marks, self.log = shown, drawn, marks, log
 
     def _said(self, standing: Standing) -> Json:
         """What actions have said. Once the run has begun again, that is about a run which there is no more; and of a
@@ -227,6 +235,7 @@ class Panel(SlottedWidget):
             "value": self._inspector.value,
             "figure": self._communication.ask,
             "plotly": self._communication.script,
+            **dict.fromkeys(("runs", "compare_runs", "cell"), self._runs.ask),
             "time": self._scrubber.ask,
             "find": self._finder.ask,
             "explain": self._why.ask,
@@ -239,6 +248,8 @@ class Panel(SlottedWidget):
                 worker.forget()
         if do == "pause":
             self._pauser.ask(Action("run.pause()", self._run.pause))
+        elif verb := verb_of(self._run, message):
+            (self._editor if is_edit(message) else self._worker).ask(verb)
         elif edit := edit_of(self._run, message):
             self._editor.ask(edit)
         elif do != "dismiss":

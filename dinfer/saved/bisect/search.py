@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from dinfer.codec.choice import Codec
 from dinfer.display import listed
+from dinfer.errors import excerpt
 from dinfer.kv.diff import check_alike
 from dinfer.kv.source import Source
 from dinfer.model.decoder import Decoder
@@ -44,6 +46,7 @@ MEASURES = ("tokens", "logits", "hidden")
 BAR_S = 1.0
 
 
+@runtime_checkable
 class Bisectable(Protocol):
     """A run, live or saved, whose parts can be had."""
 
@@ -64,8 +67,10 @@ def bisect_run(
     decoder: Decoder | None,
 ) -> Bisection:
     """See `Run.bisect`."""
-    if isinstance(against, str) and against != REFERENCE:
-        raise PlanError(f'against is {against!r}; it must be "reference", or another run, live or saved.')
+    if against != REFERENCE and not isinstance(against, Bisectable):
+        raise PlanError(
+            f'against is {excerpt(against)}; it must be "reference", or another run, live or saved.'
+        )
     if what not in (None, *MEASURES):
         raise PlanError(
             f"what is {what!r}; it must be one of {', '.join(MEASURES)}, or None for the first that differs."
@@ -78,8 +83,13 @@ def bisect_run(
             f"what had entered the ranks of {run.source().subject.name} was not kept, so it can be compared with, but "
             "not bisected: bisect a run before the next prefill, or save it with hidden=True."
         )
-    theirs = None if isinstance(against, str) else against.collected().ranks[0][0]
+    theirs, other = (None, None) if isinstance(against, str) else against.collected().ranks[0]
     mine, record = ranks[0]
+    if Codec.of(record.config.codec).is_lossy:
+        raise PlanError(
+            f"codec {record.config.codec} changes the KV between prefill and decode, so blocks do not follow from one "
+            'another: bisect a run with codec="none". run.compare("reference") says what a codec has changed.'
+        )
     model = decoder_of(record, model_path, device, decoder)
     with _threads(record.config.threads):
         if theirs is None:
@@ -88,8 +98,8 @@ def bisect_run(
                 theirs = reference_parts(model, record.ids, mine, lambda _: bar.update())
         is_like = theirs.plan.shape.chunks == mine.plan.shape.chunks
         theirs = replace(theirs, copies={}, hidden=theirs.hidden if is_like else {})
-        like_here = record.device.partition(":")[0] == model.device.type
-        exact = is_like and like_here and not record.config.wants_graphs
+        exact = is_like and _repeats(record, model) and (other is None or _repeats(other, model))
+        exact = exact and (other is None or other.config.threads == record.config.threads)
         found = [Search(parts, theirs, one, model, exact=exact).run(what) for parts, one in ranks]
     wrong = [one for one in found if one.parts]
     first = min(wrong, key=lambda one: one.parts[0][:2], default=found[0])
@@ -101,6 +111,11 @@ def bisect_run(
     return replace(
         first, remarks=(*first.remarks, f"Ranks do not give one wrong answer: see {listed(others)}.")
     )
+
+
+def _repeats(record: RankRecord, decoder: Decoder) -> bool:
+    """Whether what this decoder computes here equals bit for bit what that rank computed."""
+    return record.device.partition(":")[0] == decoder.device.type and not record.config.wants_graphs
 
 
 def reference_block(record: RankRecord, source: str, layer: int, rows: range) -> Tensor:
@@ -219,6 +234,7 @@ class Search:
                     wrong, found = middle, state
                 middle = (right + wrong) // 2
                 bar.update()
+            bar.total = bar.n  # the first that differs was the one
         return self._differing[wrong], found
 
     def _probe(self, kept: str, count: int, replaced: Sequence[RunPart] = ()) -> tuple[bool, RerunState]:
