@@ -200,7 +200,7 @@ class View {
 
   theme() {
     this.map.draw();
-    this.inspector.map.draw();
+    this.inspector.theme();
     this.communication.theme();
     this.time.draw();
   }
