@@ -27,6 +27,7 @@ the contract for import-linter; imports in functions and for types count too):
   judged from what `watch` has recorded.
 - `session`, `launch`, `views`: notebooks; ranks of the command line; panels, figures and reports.
 - `lab`: the fault lab, and hosts on one machine; `doctor`, `bench`: checks of an installation, measurements.
+- `dap`: the Debug Adapter Protocol, for editors.
 - `magics`, `cli`: `%dinfer` and the command `dinfer`.
 
 To read the code, start with `plan.ops` and `plan.plan`, then `engine.engine` and `engine.lanes`, then `run.run`. Each

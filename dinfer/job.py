@@ -198,7 +198,7 @@ def _check_world_size(config: Config, spec: Spec) -> None:
         )
 
 
-def _check_codec(config: Config, spec: Spec) -> None:
+def check_codec(config: Config, spec: Spec) -> None:
     """Raises ConfigError for a codec that is not for this KV, or not for how ranks are connected."""
     codec = Codec.of(config.codec)
     if not codec.is_none and config.uses_streams:
@@ -213,7 +213,7 @@ def _check_codec(config: Config, spec: Spec) -> None:
 
 
 def _job(config: Config, spec: Spec, ids: tuple[int, ...], own: Plan | str | CustomSchedule | None) -> Job:
-    _check_codec(config, spec)
+    check_codec(config, spec)
     shape = partition(
         layers=spec.layers,
         tokens=len(ids),

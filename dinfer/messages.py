@@ -173,12 +173,14 @@ class KvHash(Answer, frozen=True):
 
 class RankMeasured(Answer, frozen=True):
     """What layers take on this rank, fields of `planner.costs.LayerTime`; and each link, fields of
-    `planner.machine.LinkSpeed`, the same on every rank. Bytes are of one token."""
+    `planner.machine.LinkSpeed`, the same on every rank. Bytes are of one token. `codecs`: fields of
+    `planner.machine.CodecCost`."""
 
     layers: tuple[tuple[int, int, float], ...]
     links: tuple[tuple[int, int, float, float, float, float], ...]
     hidden_bytes: int
     block_bytes: int
+    codecs: tuple[tuple[str, float, float, float], ...] = ()
 
 
 class LeftGroup(Answer, frozen=True):

@@ -13,19 +13,20 @@ import torch
 from dinfer.bench.rank import START_S, result_key
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
-from dinfer.engine.measure import time_layers, time_links, token_bytes
+from dinfer.engine.measure import time_codecs, time_layers, time_links, token_bytes
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import parse_plan
 from dinfer.planner.costs import LayerTime
-from dinfer.planner.machine import LinkSpeed
+from dinfer.planner.machine import CodecCost, LinkSpeed
 from dinfer.trace.events import Event
 from dinfer.transport.gloo import Comm, GlooComm, join_store
 
 
 class LinksJob(NamedTuple):
     """What a rank is started with beside its number. `plans`: texts of plans of that prompt; `lengths`: of chunks whose
-    layer times are measured, empty to measure nothing; `slow`: by rank, how often each layer is run, empty for once."""
+    layer times are measured, empty to measure nothing; `slow`: by rank, how often each layer is run, empty for once;
+    `codecs`: that of each plan, empty for none."""
 
     config: dict[str, Any]
     ids: Sequence[int]
@@ -33,6 +34,7 @@ class LinksJob(NamedTuple):
     repeats: int
     lengths: Sequence[int]
     slow: Sequence[int] = ()
+    codecs: Sequence[str] = ()
 
 
 class TimedPlan(NamedTuple):
@@ -61,6 +63,7 @@ class RankLinks(NamedTuple):
     hidden_bytes: int
     block_bytes: int
     plans: list[TimedPlan]
+    codecs: list[CodecCost]
 
 
 def main() -> None:
@@ -83,17 +86,19 @@ def measure(decoder: Decoder, comm: Comm, config: Config, job: LinksJob) -> Rank
     """Everything of one rank."""
     hidden, block = token_bytes(decoder)
     comm.all_gather(b"m")
-    layers, links = list[LayerTime](), list[LinkSpeed]()
+    layers, links, costs = list[LayerTime](), list[LinkSpeed](), list[CodecCost]()
     if job.lengths:
         layers = time_layers(decoder, len(job.ids), job.lengths)
         links = time_links(comm, block * config.chunk_size)
+        costs = time_codecs(decoder, config.chunk_size)
     rounds: list[list[Round]] = [[] for _ in job.plans]
     for repeat in range(job.repeats + 1):
-        for text, kept in zip(job.plans, rounds, strict=True):
-            took = _prefill(decoder, comm, config, job.ids, text)
+        codecs = job.codecs or ["none"] * len(job.plans)
+        for text, codec, kept in zip(job.plans, codecs, rounds, strict=True):
+            took = _prefill(decoder, comm, config.with_(codec=codec), job.ids, text)
             if repeat:  # the first round warms up
                 kept.append(took)
-    return RankLinks(layers, links, hidden, block, [_timed(took) for took in rounds])
+    return RankLinks(layers, links, hidden, block, [_timed(took) for took in rounds], costs)
 
 
 def make_slow(decoder: Decoder, times: int) -> None:

@@ -50,6 +50,12 @@ def rate_of(text: str) -> int:
     return int(bits)
 
 
+def codecs_of(text: str) -> list[str]:
+    """The codecs of a list such as `none,int8,k=int8+v=fp8`, in which + stands for a codec's own comma. Raises
+    ConfigError."""
+    return [Config.of({"codec": one.replace("+", ",")}).codec for one in text.split(",")]
+
+
 def check_asked(config: Config, rates: Sequence[str]) -> None:
     """Raises ConfigError for rates that there are not, and, in one sentence, where no hosts can be made."""
     if not rates:
@@ -77,18 +83,21 @@ def bench_links(
     tokens: int,
     rates: Sequence[str],
     repeats: int,
+    codecs: Sequence[str],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Time every strategy and schedule at every rate, on new hosts. Raises RuntimeError (HostsError too)."""
+    """Time every strategy and schedule by every codec at every rate, on new hosts. Raises RuntimeError (HostsError
+    too)."""
     limits = {rate: rate_of(rate) for rate in rates}
     shape = partition(
         layers=layers, tokens=tokens, world_size=config.world_size, chunk_size=config.chunk_size
     )
-    plans = [build(shape, schedule, strategy) for strategy, schedule in CASES]
+    cases = [(build(shape, schedule, strategy), codec) for strategy, schedule in CASES for codec in codecs]
     result: dict[str, Any] = {
         "tokens": tokens,
         "chunk_size": config.chunk_size,
         "layers": layers,
+        "dtype": config.dtype,
         "threads": config.threads,
         "repeats": repeats,
         "cells": [],
@@ -103,29 +112,34 @@ def bench_links(
             ranks = _run(
                 config.with_(master_addr=network.address),
                 prompt_of(tokens, vocab_size),
-                plans,
+                cases,
                 repeats,
                 [host.inside() for host in network.hosts],
             )
             machine = machine_of(ranks)
             result["machines"][rate] = machine.as_dict()
             result["cells"] += [
-                {"rate": rate, "hosts": config.world_size, **cell(plan, ranks, n, machine)}
-                for n, plan in enumerate(plans)
+                {"rate": rate, "hosts": config.world_size, **cell(plan, codec, ranks, n, machine)}
+                for n, (plan, codec) in enumerate(cases)
             ]
     return result
 
 
 def _run(
-    config: Config, ids: Sequence[int], plans: Sequence[Plan], repeats: int, behind: Sequence[Sequence[str]]
+    config: Config,
+    ids: Sequence[int],
+    cases: Sequence[tuple[Plan, str]],
+    repeats: int,
+    behind: Sequence[Sequence[str]],
 ) -> "list[RankLinks]":
     from dinfer.bench.link_rank import LinksJob, RankLinks
 
-    texts, lengths = [plan.text() for plan in plans], lengths_of(config.chunk_size)
+    texts, codecs = [plan.text() for plan, _ in cases], [codec for _, codec in cases]
+    lengths = lengths_of(config.chunk_size)
     return run_ranks(
         "dinfer.bench.link_rank",
         config,
-        lambda met: LinksJob(asdict(met), ids, texts, repeats, lengths),
+        lambda met: LinksJob(asdict(met), ids, texts, repeats, lengths, codecs=codecs),
         RankLinks,
         behind,
     )
@@ -140,11 +154,16 @@ def machine_of(ranks: "Sequence[RankLinks]") -> MeasuredMachine:
     """The machine that these ranks have measured."""
     first = ranks[0]
     costs = tuple(fit(rank.layers) for rank in ranks)
-    return MeasuredMachine(costs, Links(tuple(first.links)), first.hidden_bytes, first.block_bytes)
+    links = Links(tuple(first.links))
+    return MeasuredMachine(costs, links, first.hidden_bytes, first.block_bytes, codecs=tuple(first.codecs))
 
 
-def cell(plan: Plan, ranks: "Sequence[RankLinks]", number: int, machine: MeasuredMachine) -> dict[str, Any]:
-    """The figures of one plan: measured, predicted, and simulated with the layer times of the run itself."""
+def cell(
+    plan: Plan, codec: str, ranks: "Sequence[RankLinks]", number: int, machine: MeasuredMachine
+) -> dict[str, Any]:
+    """The figures of one plan: measured, predicted, and simulated with the layer times of the run itself. Bytes are
+    those of all payloads: as planned, and as sent."""
+    machine = replace(machine, codec=codec)
     took = [rank.plans[number] for rank in ranks]
     rounds = [max(of_round) for of_round in zip(*(one.seconds for one in took), strict=True)]
     known = {(n, parse_op(op)): seconds for n, one in enumerate(took) for op, seconds in one.computed}
@@ -155,7 +174,9 @@ def cell(plan: Plan, ranks: "Sequence[RankLinks]", number: int, machine: Measure
     return {
         "strategy": plan.sync_strategy,
         "schedule": plan.schedule,
-        "codec": "none",
+        "codec": codec,
+        "planned_bytes": sum(machine.message(op) for op in graph.ops if op.kind == "send"),
+        "sent_bytes": sum(one.bytes for one in transfers(trace)),
         "measured_s": measured_s,
         "rounds_s": rounds,
         "predicted_s": timed(graph, machine).makespan,
@@ -192,6 +213,8 @@ def table(result: dict[str, Any]) -> str:
             one["rate"],
             one["strategy"],
             one["schedule"],
+            one["codec"],
+            f"{one['sent_bytes'] / 1e6:.1f}",
             *(f"{one[name]:.3f}" for name in ("measured_s", "makespan_s")),
             f"{one['over_makespan']:+.1%}",
             f"{one['predicted_s']:.3f}",
@@ -199,7 +222,18 @@ def table(result: dict[str, Any]) -> str:
         ]
         for one in result["cells"]
     ]
-    columns = ("rate", "strategy", "schedule", "measured s", "simulated s", "over", "predicted s", "hidden")
+    columns = (
+        "rate",
+        "strategy",
+        "schedule",
+        "codec",
+        "MB",
+        "measured s",
+        "simulated s",
+        "over",
+        "predicted s",
+        "hidden",
+    )
     return (
         f"prefill of {result['tokens']:,} tokens in chunks of {result['chunk_size']}, {result['layers']} layers, one "
         f"rank on each of {result['cells'][0]['hosts']} hosts, threads each: {result['threads']}; medians of "

@@ -9,12 +9,12 @@ import os
 import sys
 from typing import NoReturn, TextIO
 
-from dinfer.cli import bench, desk, plans, profile, run, tools, watch
+from dinfer.cli import bench, dap, desk, plans, profile, run, tools, watch
 from dinfer.cli.root import BAD_INPUT, FAILED, OUTPUT_CLOSED, app
 from dinfer.errors import NotPossible
 from dinfer.files import check_working_folder
 
-__all__ = ["app", "bench", "desk", "main", "plans", "profile", "run", "tools", "watch"]
+__all__ = ["app", "bench", "dap", "desk", "main", "plans", "profile", "run", "tools", "watch"]
 
 
 def main() -> None:

@@ -35,6 +35,9 @@ def bench(
     rate: Annotated[
         str, Option(help="links: speed of every host's interface, one or several; needs root")
     ] = "10gbit,1gbit,100mbit",
+    codec: Annotated[
+        str, Option(help="links: codecs of KV, one or several: none,int8,k=int8+v=fp8; lossless: in bfloat16")
+    ] = "none",
     hosts: Annotated[int, Option(help="links: number of hosts, one rank on each")] = 3,
     overwrite: Annotated[
         bool, Option("--overwrite", help="replace the files of --json and --plot if they exist")
@@ -65,7 +68,12 @@ def bench(
                 result, text = _bench_prefill(model, tokens, chunk_size, sizes, repeats, compare)
             case "links":
                 result, text = _bench_links(
-                    model, tokens, {**sizes, "world_size": hosts, "chunk_size": chunk_size}, repeats, rate
+                    model,
+                    tokens,
+                    {**sizes, "world_size": hosts, "chunk_size": chunk_size},
+                    repeats,
+                    rate,
+                    codec,
                 )
             case "planner":
                 result, text = _bench_planner(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
@@ -145,21 +153,27 @@ def _bench_digests(
 
 
 def _bench_links(
-    model: str, tokens: str, values: dict[str, Any], repeats: int, rates: str
+    model: str, tokens: str, values: dict[str, Any], repeats: int, rates: str, codecs: str
 ) -> tuple[dict[str, Any], str]:
     """The result of `dinfer bench links`, and its text."""
     from dinfer.bench import links
     from dinfer.bench.prefill import BenchModel, random_checkpoint
+    from dinfer.job import check_codec
     from dinfer.model.checkpoint import check
 
     length = _one_length("links", tokens)
     config = Config.of({**values, "model_path": "demo"})
     named = [rate for rate in rates.split(",") if rate.strip()]
+    ways = links.codecs_of(codecs)
+    if any("lossless" in way for way in ways):
+        config = config.with_(dtype="bfloat16")
     links.check_asked(config, named)
     with nullcontext(model) if model else random_checkpoint(BenchModel()) as folder:
         spec = check(str(folder))
         config = config.with_(model_path=str(folder))
-        result = links.bench_links(config, spec.vocab_size, spec.layers, length, named, repeats, log)
+        for way in ways:
+            check_codec(config.with_(codec=way), spec)
+        result = links.bench_links(config, spec.vocab_size, spec.layers, length, named, repeats, ways, log)
     return result, links.table(result)
 
 

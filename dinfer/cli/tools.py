@@ -51,17 +51,34 @@ def vscode(
     config: Annotated[
         str, Option(help="a TOML file with the parameters of the debugged runs; default: the demo model")
     ] = "",
+    extension: Annotated[
+        str,
+        Option(
+            help='also write dinfer\'s extension, which brings the debug type "dinfer", to this file (.vsix)'
+        ),
+    ] = "",
+    install: Annotated[bool, Option("--install", help="also install that extension in VS Code")] = False,
 ) -> None:
     """Write VS Code's launch entries into the folder's .vscode/launch.json; entries of other names there stay."""
-    from dinfer.cli.vscode import ALL_RANKS, LaunchFileError, write_entries
+    from dinfer.cli.vscode import ALL_RANKS, DEBUG_RUN, LaunchFileError, write_entries
+    from dinfer.cli.vscode_extension import NotInstalled, install_extension, write_extension
 
     try:
         path = write_entries(folder, config)
         print(f"{path}: F5 on {ALL_RANKS!r} starts the ranks, each under a debugger.")
-    except LaunchFileError as error:
-        stop(error, BAD_INPUT)
+        if extension:
+            print(f"{write_extension(extension)}: in VS Code, Extensions → … → Install from VSIX.")
+        if install:
+            print(install_extension())
+        if not (extension or install):
+            print(
+                f"{DEBUG_RUN!r} has ranks as threads, and steps by op, layer and chunk; it needs dinfer's extension: "
+                "`dinfer vscode --install`."
+            )
+    except (LaunchFileError, NotInstalled) as error:
+        stop(error, BAD_INPUT if isinstance(error, LaunchFileError) else FAILED)
     except OSError as error:
-        stop(f"the entries could not be written to {error.filename}: {error.strerror}.", FAILED)
+        stop(f"{error.filename} could not be written: {error.strerror}.", FAILED)
 
 
 @app.command()

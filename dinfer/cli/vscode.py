@@ -22,6 +22,14 @@ PROMPT = "The code of Lima is 471. What is the code of Lima? The code of Lima is
 ALL_RANKS, ATTACH_TO_ALL = "Debug Distributed Inference (3 Ranks)", "Attach to all ranks"
 
 
+DEBUG_TYPE, DEBUG_RUN, ATTACH_TO_RUN = (
+    "dinfer",
+    "dinfer: debug a run",
+    "dinfer: attach to the run of a cluster",
+)
+"""the debug type of dinfer's extension for VS Code, and its entries"""
+
+
 class LaunchFileError(DinferError, ValueError):
     """A launch.json to which entries cannot be added; the message says why, and what to do."""
 
@@ -44,7 +52,11 @@ def launch_file(config: str = "") -> Entry:
         {**all_ranks, "presentation": {"group": "1 all", "order": 0}},
         {**attach_to_all, "presentation": {"group": "4 attach", "order": RANKS}},
     ]
-    return {"version": "0.2.0", "configurations": [*ranks, *runs, *attached], "compounds": compounds}
+    return {
+        "version": "0.2.0",
+        "configurations": [*ranks, *runs, *attached, *dinfer_entries(config)],
+        "compounds": compounds,
+    }
 
 
 def write_entries(folder: str | Path = ".", config: str = "") -> Path:
@@ -117,6 +129,37 @@ def _rank(rank: int, arguments: list[str]) -> Entry:
     }
     shown = {"presentation": {"group": "2 ranks", "order": rank}}
     return _launch(f"Rank {rank}", arguments) | {"env": environment} | shown
+
+
+def dinfer_entries(config: str = "") -> list[Entry]:
+    """The entries of `dinfer dap`, whose debug type dinfer's extension brings: launch and attach."""
+    return [_dinfer_launch(config), _dinfer_attach()]
+
+
+def _dinfer_launch(config: str) -> Entry:
+    given = {"config": config} if config else {"model": "demo", "prompt": PROMPT, "chunk_size": 8}
+    return {
+        "name": DEBUG_RUN,
+        "type": DEBUG_TYPE,
+        "request": "launch",
+        "cwd": "${workspaceFolder}",
+        **given,
+        "ranks": RANKS,
+        "where": "ipyparallel",
+        "stopOnEntry": True,
+        "presentation": {"group": "0 dinfer", "order": 0},
+    }
+
+
+def _dinfer_attach() -> Entry:
+    return {
+        "name": ATTACH_TO_RUN,
+        "type": DEBUG_TYPE,
+        "request": "attach",
+        "profile": "default",
+        "take": True,
+        "presentation": {"group": "0 dinfer", "order": 1},
+    }
 
 
 def _attach(rank: int) -> Entry:

@@ -10,12 +10,13 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from time import monotonic_ns
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from dinfer.engine.ahead import Ahead
 from dinfer.engine.corruption import Corrupted, Corruption
+from dinfer.engine.decode_start import DecodeStart
 from dinfer.engine.prefill import Prefill
 from dinfer.errors import DinferError, ModelError
 from dinfer.model.cache import KVCache
@@ -113,17 +114,21 @@ class Decoding:
         recorder: Recorder | None,
         state: Prefill | None,
         ahead: Ahead | None = None,
+        arrivals: DecodeStart | None = None,
     ) -> None:
         """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]. `state` is that of the
         prompt whose cache this is, for faults and for the words of errors; None for other KV. `ahead` makes tokens by
-        graphs; None: transformers' own kernels do."""
+        graphs; None: transformers' own kernels do. `arrivals`: blocks are still coming; the first step that needs them
+        waits for those of each layer."""
         self.tokens: list[int] = []
         self.cache = cache
         self._rows = [prompt_tokens]  # before the first step and after each
         self._state, self._shape = state, state.plan.shape if state else None
         self._decoder, self._final, self._sampler = decoder, final, sampler
-        self._comm, self._recorder, self._ahead = comm, recorder, ahead
+        self._comm, self._recorder, self._ahead, self._arrivals = comm, recorder, ahead, arrivals
         self._wanted = 0
+        self._layers_ended = 0
+        """when the layers of the step that waited for blocks had run: they have events of their own"""
 
     @property
     def stopped(self) -> Literal["", "end of text", "positions"]:
@@ -158,7 +163,7 @@ class Decoding:
         end = monotonic_ns()
         if self._recorder:
             about = {"what": "token", "tokens": 1, "index": len(self.tokens)}
-            record(self._recorder, "decode", start, computed, **about)
+            record(self._recorder, "decode", max(start, self._layers_ended), computed, **about)
             if self._comm.world_size > 1:
                 record(self._recorder, "all_gather", computed, end, **about)
         self.tokens.append(token)
@@ -169,13 +174,35 @@ class Decoding:
         """The next token by the decoder's own forward, its logits, and the row after it."""
         hidden, state = self._final, self._state
         if self.tokens:
-            hidden = self._decoder.forward(self.tokens[-1:], self.cache, row, state.extra if state else None)
+            if self._arrivals:
+                hidden = self._forward_behind(self._arrivals, row)
+                self._arrivals = None
+            else:
+                hidden = self._decoder.forward(
+                    self.tokens[-1:], self.cache, row, state.extra if state else None
+                )
             row += state.faults.new_row(row) if state else 1
             hidden = self._decoder.norm(hidden)
         logits = self._decoder.logits(hidden)
         # The maximum of values with a NaN is NaN; that is cheaper than a look at each. -Inf alone is no fault.
         token = NO_TOKEN if not logits.max().isfinite() else self._sampler(logits, len(self.tokens))
         return token, logits, row
+
+    def _forward_behind(self, arrivals: DecodeStart, row: int) -> Tensor:
+        """All layers on the last token, each as soon as its blocks are here; an event each, in which `met` is when they
+        were. Then the check of all rows."""
+        hidden = self._decoder.embed(self.tokens[-1:])
+        for layer in range(self._decoder.num_layers):
+            start = monotonic_ns()
+            arrivals.layer(layer)
+            met = monotonic_ns()
+            hidden = self._decoder.layer(layer, hidden, self.cache, row)
+            if self._recorder:
+                about = {"what": "token", "tokens": 1, "index": len(self.tokens), "layer": layer, "met": met}
+                record(self._recorder, "decode", start, monotonic_ns(), **about)
+        arrivals.end()
+        self._layers_ended = monotonic_ns()
+        return hidden
 
     @property
     def _has_odd_rows(self) -> bool:
@@ -220,10 +247,11 @@ def _gather(comm: Comm, data: bytes) -> list[bytes]:
     return comm.all_gather(data) if comm.world_size > 1 else [data]
 
 
-def record(recorder: Recorder, kind: str, start: int, end: int, **fields: object) -> None:
-    """Record an event on the recorder's lane for decode, the last one."""
+def record(recorder: Recorder, kind: str, start: int, end: int, **fields: Any) -> None:
+    """Record an event on the recorder's lane for decode, the last one. Its `met` is its start, if not given."""
     lane = len(recorder.lanes) - 1
-    event = Event(recorder.rank, recorder.lanes[lane], kind, start, start, start, end, **fields)  # type: ignore[arg-type]
+    times = {"ready": start, "start": start, "met": start, "end": end}
+    event = Event(recorder.rank, recorder.lanes[lane], kind, **{**times, **fields})
     recorder.record(lane, event)
 
 

@@ -17,6 +17,7 @@ from dinfer.engine.ahead import Ahead
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.corruption import Alarm, Corruption
+from dinfer.engine.decode_start import DecodeStart
 from dinfer.engine.decoding import Decoding, cache_of, recheck, record
 from dinfer.engine.finite import FiniteCheck, NonFinite, OnNonFinite
 from dinfer.engine.kernels import Graphs
@@ -131,7 +132,9 @@ class Engine:
         lanes = [*(lane.name for lane in plan.lanes[self.rank]), "decode"]
         if self._memory is None:
             longest = max(len(lane.ops) for lane in plan.lanes[self.rank])
-            self.recorder = Recorder(self.rank, lanes, 2 * max(longest, self.config.max_new_tokens) + 64)
+            self.recorder = Recorder(
+                self.rank, lanes, 2 * max(longest, self.config.max_new_tokens) + self.decoder.num_layers + 64
+            )
         else:
             self.recorder = Recorder.over(self.rank, lanes, self._memory)
             self.recorder.clear()
@@ -195,6 +198,64 @@ class Engine:
             )
         return PrefillResult(executor.state.final, self.kv_caches(len(self.ids)))
 
+    def generate_phase(
+        self, prompt: str | Sequence[int] | None = None, on_token: Callable[[int], None] | None = None
+    ) -> list[int]:
+        """`prefill_phase` and `decode_phase` in one; returns the new token ids. All ranks must call it.
+
+        Decode does not wait for the end of prefill: the first token is chosen as soon as the final hidden state is
+        here, and in the step after it a layer computes as soon as its blocks are. What is computed is the same, bit for
+        bit. (One after the other they run with graphs, on streams, with a lossy codec and with faults armed.) Raises
+        what these two raise; the rows of KV are checked before the second token counts.
+        """
+        if prompt is not None:
+            self.prepare(self.encode(prompt))
+        if not self._may_decode_early:
+            self.prefill_phase()
+            return self.decode_phase(on_token=on_token)
+
+        def check() -> None:
+            self.board.set_phase("decode", len(decoding.tokens))
+            self.recheck()
+
+        executor, arrivals = self.executor, DecodeStart(self.executor, self._deadline.seconds, check)
+        self.prompt.detect_edits()
+        self.board.set_phase("prefill")
+        executor.set_limits([len(lane.ops) for lane in executor.plan.lanes[self.rank]])
+        if not arrivals.final():
+            self.prefill_phase()  # says that there is nothing to decode from
+        decoding = self._decoding(executor.state.final, executor.state, arrivals)
+        for token in decoding.run(self.config.max_new_tokens):
+            if executor.is_done():
+                self.board.set_phase("decode", len(decoding.tokens))
+            if on_token:
+                on_token(token)
+        arrivals.end()
+        self.prompt.edits.accept_all()
+        return decoding.tokens
+
+    @property
+    def _may_decode_early(self) -> bool:
+        """Whether decode may begin while blocks arrive: transformers' own layers, on a cache that nothing changes once
+        they have come."""
+        state = self.executor.state
+        is_plain = state.kernels == "exact" and not self.config.uses_streams and not state.faults.are_armed
+        return is_plain and not Codec.of(self.config.codec).is_lossy
+
+    def _decoding(self, final: Tensor | None, state: Prefill, arrivals: DecodeStart) -> Decoding:
+        """A decode of the current prompt whose blocks are still arriving."""
+        assert final is not None
+        assert self.cache is not None
+        state.finite.settle()  # nothing computes any more: the recorder's lane for decode is its own from here on
+        return Decoding(
+            self.decoder, self.cache, len(self.ids), final[:, -1:], self._sampler(), self.comm, self.recorder, state,
+            arrivals=arrivals,
+        )  # fmt: skip
+
+    def _sampler(self) -> Sampler:
+        config = self.config
+        return Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
+
     def decoding(
         self,
         hidden_states: Tensor | None = None,
@@ -206,7 +267,7 @@ class Engine:
         unfinished = self._prompt is not None and not self._prompt.executor.is_done()
         if final is None or (kv_caches is None and (self.cache is None or unfinished)):
             raise NotPossible("there is no finished prefill: call prefill_phase(prompt) on all ranks first.")
-        state, config = None, self.config
+        state = None
         if self._prompt is not None:
             self._prompt.state.coded.seal_all()
             self._prompt.state.finite.settle()  # the recorder's lane for decode is its own from here on
@@ -217,11 +278,18 @@ class Engine:
         else:
             tokens = kv_caches[0][0].shape[2] if kv_caches else 0
             cache = cache_of(self.decoder, kv_caches, self._capacity(tokens, max_new_tokens))
-        sampler = Sampler(Sampling(config.temperature, config.top_k, config.top_p, config.seed))
         has_exact_rows = state is not None and state.kernels == "exact"
         ahead = Ahead(*self.graphs) if self.graphs and not has_exact_rows else None
         return Decoding(
-            self.decoder, cache, tokens, final[:, -1:], sampler, self.comm, self.recorder, state, ahead
+            self.decoder,
+            cache,
+            tokens,
+            final[:, -1:],
+            self._sampler(),
+            self.comm,
+            self.recorder,
+            state,
+            ahead,
         )
 
     def recheck(self) -> None:

@@ -17,7 +17,7 @@ from dinfer.engine.board import MAX_LANES, Board, Stand
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.prefill import Prefill
 from dinfer.plan.graph import Channel
-from dinfer.plan.ops import Op, PlanError, Value
+from dinfer.plan.ops import Op, PlanError, Value, new_needs
 from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import Gate
@@ -38,6 +38,7 @@ class LaneState:
 
     `position`: ops that have ended; `limit`: ops that may run; `started`: whether the op at `position` has begun.
     `allowed_at` and `started_at` are monotonic ns. `release`: channels on which the lane is to send a void header.
+    `needs`: by op, the values to wait for; those for which an earlier op of the lane has waited are there.
     """
 
     number: int
@@ -49,6 +50,12 @@ class LaneState:
     allowed_at: int = 0
     started_at: int = 0
     release: list[Channel] = field(default_factory=list)
+    needs: Sequence[Sequence[Value]] = ()
+
+    @property
+    def may_run(self) -> bool:
+        """Whether its limit allows an op that has not ended."""
+        return self.position < self.limit and self.position < len(self.ops)
 
 
 class Execution(NamedTuple):
@@ -77,7 +84,10 @@ class LaneExecutor(ABC):
         self.failure: OpFailed | None = None
         self._closing = self._runs = False
         self._made: set[Value] = set()
-        self._lanes = [LaneState(n, lane.name, lane.ops) for n, lane in enumerate(self.plan.lanes[self.rank])]
+        self._lanes = [
+            LaneState(n, lane.name, lane.ops, needs=new_needs(lane.ops))
+            for n, lane in enumerate(self.plan.lanes[self.rank])
+        ]
         if len(self._lanes) > MAX_LANES:
             raise PlanError(
                 f"rank {self.rank} has {len(self._lanes)} lanes; a plan may have at most {MAX_LANES} a rank."
@@ -149,7 +159,11 @@ class LaneExecutor(ABC):
 
     def holds_block(self, chunk: int, layer: int) -> bool:
         """Whether this rank has computed or received the block."""
-        return Value("kv", chunk, layer) in self._made
+        return self.holds(Value("kv", chunk, layer))
+
+    def holds(self, value: Value) -> bool:
+        """Whether this rank has computed or received the value."""
+        return value in self._made
 
     def wait_until_closed(self) -> None:
         """Wait until `close` is called. Raises OpFailed as soon as an op has failed."""
@@ -179,7 +193,8 @@ class LaneExecutor(ABC):
             # A new thread adopts torch's thread count only when torch first asks for it. A matrix product before that
             # would run on all cores, and its last bits would differ.
             torch.get_num_threads()
-            run()
+            with torch.no_grad():
+                run()
 
         thread = threading.Thread(target=target, name=f"rank {self.rank} {name}", daemon=True)
         self._threads.append(thread)
@@ -209,12 +224,13 @@ class LaneExecutor(ABC):
 
     def _check_new(self, op: Op) -> None:
         """Raises PlanError if the op makes a value that is here already."""
-        if twice := self._made.intersection(op.makes()):
-            raise PlanError(f"{twice.pop()} is already on this rank; no op may make it a second time.")
+        for value in op.makes():
+            if value in self._made:
+                raise PlanError(f"{value} is already on this rank; no op may make it a second time.")
 
     def _publish(self, lane: LaneState) -> None:
         self.board.set_lane(lane.number, lane.position, lane.limit, started=lane.started)
-        runs = not self._is_over and any(one.position < min(one.limit, len(one.ops)) for one in self._lanes)
+        runs = not self._is_over and (lane.may_run or any(one.may_run for one in self._lanes))
         if runs is not self._runs:
             self._runs = runs
             (full_collections.hold if runs else full_collections.release)(id(self))

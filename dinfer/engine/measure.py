@@ -12,6 +12,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from dinfer.codec.choice import ABOUT, DTYPES, Codec
+from dinfer.codec.coding import decode, encode
 from dinfer.engine.corruption import Alarm
 from dinfer.engine.finite import FiniteCheck
 from dinfer.engine.prefill import Prefill
@@ -21,12 +23,15 @@ from dinfer.plan.ops import Op, Value
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.planner.costs import LayerTime
-from dinfer.planner.machine import LinkSpeed
+from dinfer.planner.machine import CodecCost, LinkSpeed
 from dinfer.transport.gloo import Comm
 from dinfer.transport.header import Header
 
 ROUNDS = 3
 """timed runs of a layer for each shape, after one that warms up"""
+
+CODEC_LAYERS = 6
+"""from how many layers codecs get blocks"""
 
 PINGS, MESSAGES = 10, 3
 
@@ -87,6 +92,41 @@ def token_bytes(decoder: Decoder) -> tuple[int, int]:
     """Bytes of one token's hidden state, and of its K and V in one layer."""
     size = decoder.dtype.itemsize
     return decoder.hidden_size * size, 2 * decoder.kv_heads * decoder.head_dim * size
+
+
+def time_codecs(decoder: Decoder, tokens: int) -> list[CodecCost]:
+    """What each codec for KV of this dtype takes, by blocks of so many random tokens in the first layers."""
+    blocks, dtype = (
+        _blocks(decoder, min(tokens, decoder.max_positions)),
+        str(decoder.dtype).removeprefix("torch."),
+    )
+    found = [CodecCost("none", 1.0, 0.0, 0.0)]
+    for name in ABOUT:
+        codec = Codec(name, name)
+        if codec.is_none or DTYPES.get(name, dtype) != dtype:
+            continue
+        encoded, times = 0, list[tuple[float, float]]()
+        for block in [blocks[0], *blocks]:  # the first warms up
+            out, began = torch.empty_like(block), perf_counter()
+            data = encode(codec, block)
+            half = perf_counter()
+            decode(codec, data, out)
+            times.append((half - began, perf_counter() - half))
+            encoded += data.nbytes
+        per_token = [median(some) / len(blocks[0]) for some in zip(*times[1:], strict=True)]
+        found.append(CodecCost(name, encoded / (len(times) * blocks[0].nbytes), *per_token))
+    return found
+
+
+def _blocks(decoder: Decoder, tokens: int) -> list[Tensor]:
+    """K and V of random tokens in some layers, each [tokens, 2, kv_heads, head_dim]."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(decoder.spec.vocab_size, (tokens,), generator=generator).tolist()
+    cache, hidden = decoder.new_cache(tokens), decoder.embed(ids)
+    layers = range(min(CODEC_LAYERS, decoder.num_layers))
+    for layer in layers:
+        hidden = decoder.layer(layer, hidden, cache, 0)
+    return [cache.block(layer, 0, tokens) for layer in layers]
 
 
 def time_links(comm: Comm, nbytes: int) -> list[LinkSpeed]:

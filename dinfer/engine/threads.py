@@ -67,13 +67,14 @@ class ThreadExecutor(LaneExecutor):
             return False
         if lane.release:
             return lane.release.pop(0)
-        if lane.position >= min(lane.limit, len(lane.ops)):
+        if not lane.may_run:
             lane.allowed_at = 0
             return None
         lane.allowed_at = lane.allowed_at or monotonic_ns()
-        op = lane.ops[lane.position]
-        if not self._made.issuperset(op.needs()):
-            return None
+        op, made = lane.ops[lane.position], self._made
+        for need in lane.needs[lane.position]:
+            if need not in made:
+                return None
         lane.started, lane.started_at = True, monotonic_ns()
         self._publish(lane)
         return op

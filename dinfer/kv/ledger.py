@@ -87,11 +87,18 @@ class Ledger:
             return None
         entry = _entry(block)
         found = entry.digests.to(announced.device)
-        # for the next hop, it names the first rank at which other bytes have arrived
-        differs = (announced[:2] != found).any() & (announced[:2] != 0).any() & (announced[2] == 0)
-        passed_on = torch.cat([announced[:2], torch.where(differs, self.rank + 1, announced[2:])])
-        self._enter(key, entry._replace(signature=passed_on))
+        self._enter(key, entry._replace(signature=self._passed_on(announced, found)))
         return found
+
+    def _passed_on(self, announced: Tensor, found: Tensor) -> Tensor:
+        """The signature for the next hop: it names the first rank at which other bytes have arrived."""
+        if announced.device.type != "cpu":
+            differs = (announced[:2] != found).any() & (announced[:2] != 0).any() & (announced[2] == 0)
+            return torch.cat([announced[:2], torch.where(differs, self.rank + 1, announced[2:])])
+        k, v, changed = announced.tolist()
+        if changed or not (k or v) or [k, v] == found.tolist():
+            return announced
+        return torch.tensor([k, v, self.rank + 1])
 
     def edited(self, key: BlockKey, block: Tensor) -> bool:
         """The user may have changed the block. If so, its bytes are from now on what they should be. Returns whether

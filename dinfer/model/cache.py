@@ -38,6 +38,7 @@ class KVCache:
         self.dtype, self.device = dtype, torch.device(device)
         shape = (capacity, 2, kv_heads, head_dim)
         self._tensors = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(layers)]
+        self._sides: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def tensor(self, layer: int) -> Tensor:
         """The tensor of one layer, [capacity, 2, kv_heads, head_dim]; `[:, 0]` is K, `[:, 1]` is V."""
@@ -47,6 +48,14 @@ class KVCache:
             )
         return self._tensors[layer]
 
+    def sides(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All of K and of V of a layer as attention takes them: views [1, kv_heads, capacity, head_dim], made once."""
+        tensor, kept = self.tensor(layer), self._sides.get(layer)
+        if kept is None or kept[0] is not tensor:  # a subclass may have another one by now
+            both = tensor.permute(1, 2, 0, 3).unsqueeze(1)
+            kept = self._sides[layer] = tensor, both[0], both[1]
+        return kept[1:]
+
     def block(self, layer: int, start: int, stop: int) -> Tensor:
         """Tokens [start, stop) of a layer, a contiguous view [stop - start, 2, kv_heads, head_dim]."""
         self._check_rows(start, stop)
@@ -54,17 +63,19 @@ class KVCache:
 
     def k(self, layer: int, stop: int, start: int = 0) -> Tensor:
         """K of tokens [start, stop) as attention takes it: a view [1, kv_heads, tokens, head_dim]."""
-        return self.block(layer, start, stop)[:, 0].transpose(0, 1).unsqueeze(0)
+        self._check_rows(start, stop)
+        return self.sides(layer)[0].narrow(2, start, stop - start)
 
     def v(self, layer: int, stop: int, start: int = 0) -> Tensor:
         """V of tokens [start, stop) as attention takes it: a view [1, kv_heads, tokens, head_dim]."""
-        return self.block(layer, start, stop)[:, 1].transpose(0, 1).unsqueeze(0)
+        self._check_rows(start, stop)
+        return self.sides(layer)[1].narrow(2, start, stop - start)
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
         """Copy K and V, each [1, kv_heads, tokens, head_dim], into the rows from `start` on."""
-        rows = self.block(layer, start, start + k.shape[2])
-        rows[:, 0].copy_(k[0].transpose(0, 1))
-        rows[:, 1].copy_(v[0].transpose(0, 1))
+        self._check_rows(start, start + k.shape[2])
+        for side, new in zip(self.sides(layer), (k, v), strict=True):
+            side.narrow(2, start, new.shape[2]).copy_(new)
 
     def moved(self, capacity: int, tokens: int) -> "KVCache":
         """A cache of another capacity that holds the first `tokens` rows of this one."""

@@ -9,8 +9,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self
 
 import torch
 from safetensors import SafetensorError
@@ -31,11 +32,26 @@ from dinfer.model.families import family_of
 from dinfer.model.mapped import MappedFiles
 from dinfer.model.positions import Positions, layer_kinds
 
+P = ParamSpec("P")
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _PAGE = 4096
 _CACHE_LINE = 64
 _LOADING = threading.Lock()
+
+
+def _without_grad(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """`torch.no_grad` for a method, at no cost where the caller is under it already."""
+
+    @wraps(method)
+    def called(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if not torch.is_grad_enabled():
+            return method(*args, **kwargs)
+        with torch.no_grad():
+            return method(*args, **kwargs)
+
+    return called
 
 
 class Decoder:
@@ -117,7 +133,7 @@ class Decoder:
         """An empty KV cache for `capacity` tokens, in the dtype and on the device of the model."""
         return KVCache(self.num_layers, capacity, self.kv_heads, self.head_dim, self.dtype, self.device)
 
-    @torch.no_grad()
+    @_without_grad
     def embed(self, ids: Tensor | Sequence[int]) -> Tensor:
         """The embeddings [1, T, hidden_size] of token `ids` [T]: the input of layer 0."""
         return self.embed_known(self.checked_ids(ids))
@@ -132,7 +148,7 @@ class Decoder:
             raise ModelError(f"token ids must be 0 to {self.vocab_size - 1}; got ids from {low} to {high}")
         return tensor.to(self.device)
 
-    @torch.no_grad()
+    @_without_grad
     def embed_known(self, ids: Tensor) -> Tensor:
         """`embed` for ids from `checked_ids`; does not wait for the device."""
         self.check_files()
@@ -140,7 +156,7 @@ class Decoder:
         scale = self.family.embedding_scale
         return hidden if scale is None else hidden * getattr(self.model.config, scale)
 
-    @torch.no_grad()
+    @_without_grad
     def layer(self, index: int, hidden: Tensor, cache: KVCache, position: int, shift: int = 0) -> Tensor:
         """Run decoder layer `index` on `hidden` [1, T, hidden_size], the tokens [position, position + T).
 
@@ -171,14 +187,14 @@ class Decoder:
         self.check_files()  # it may have been written to meanwhile
         return output
 
-    @torch.no_grad()
+    @_without_grad
     def norm(self, hidden: Tensor) -> Tensor:
         """Apply the final norm to the last layer's output [1, T, hidden_size]; same shape."""
         self.check_files()
         output: Tensor = self.base.norm(hidden)
         return output
 
-    @torch.no_grad()
+    @_without_grad
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [vocab_size] from one token's normed hidden state [1, 1, hidden_size]."""
         if hidden.shape != (1, 1, self.hidden_size):
@@ -195,7 +211,7 @@ class Decoder:
             logits = torch.tanh(logits / cap) * cap
         return logits[0, 0].float()
 
-    @torch.no_grad()
+    @_without_grad
     def forward(
         self,
         ids: Tensor | Sequence[int],

@@ -5,15 +5,19 @@ here and evaluated on the rank, on what the op has made.
 """
 
 import re
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from dinfer.display import Tidy
-from dinfer.plan.cut import Cut, Cuts, join
+from dinfer.plan.cut import Cut, Cuts, is_inside, join
 from dinfer.plan.ops import Op, OpKind, PlanError
 from dinfer.plan.partition import within
 
 Condition = Literal["", "nan", "inf", "absmax", "digest", "slower"]
+OpOfRank = tuple[int, Op]
+"""an op, after its rank"""
+
 CONDITION_FORMS = "'nan', 'inf', 'absmax > 100', 'digest differs', 'slower than 5 ms'"
 _ABSMAX = re.compile(r"absmax\s*(?:>|above)\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
 _SLOWER = re.compile(r"slower\s+than\s+(\d+\.?\d*|\.\d+)\s*ms", re.IGNORECASE)
@@ -124,3 +128,35 @@ def next_stop(cuts: Cuts, cut: Cut, breakpoints: list[Breakpoint]) -> tuple[Cut,
     if op.kind == "layer":
         stop = join(cut, cuts.after_block(op.chunk, op.layer))
     return stop, [one for one in places if one.matches(rank, op)]
+
+
+def previous_stop(
+    cuts: Cuts, cut: Cut, breakpoints: list[Breakpoint], met: Mapping[int, Set[OpOfRank]]
+) -> tuple[Cut, list[Breakpoint]]:
+    """The last cut before `cut` at which a breakpoint stops a run, and the breakpoints there; at the start, none.
+
+    `met`: for breakpoints with a condition, by number, the ops at which it is known to have been met.
+    """
+
+    def stops(one: Breakpoint, rank: int, op: Op) -> bool:
+        return one.matches(rank, op) and (not one.condition or (rank, op) in met.get(one.number, ()))
+
+    for rank, op in cuts.ops_back(cut):
+        there = [one for one in breakpoints if stops(one, rank, op)]
+        if not there:
+            continue
+        after = cuts.after_block(op.chunk, op.layer) if op.kind == "layer" else None
+        if after is None or not is_inside(
+            after, cut
+        ):  # a condition may stop a run before all ranks have the block
+            after = _just_after(cuts, rank, op)
+        if after != cut:
+            return after, there
+    return cuts.start, []
+
+
+def _just_after(cuts: Cuts, rank: int, op: Op) -> Cut:
+    """The smallest consistent cut with this op."""
+    found = cuts.after_next(cuts.start, lambda its_rank, its_op: (its_rank, its_op) == (rank, op))
+    assert found is not None
+    return found[0]

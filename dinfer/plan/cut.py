@@ -11,7 +11,7 @@ else: what stays needs none of it, because the chain's cuts are consistent.
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import cached_property
 from itertools import groupby
 from numbers import Integral
@@ -95,6 +95,11 @@ class Cuts:
                 self._add((number,), inside)
                 return self._positions(inside), rank, op
         return None
+
+    def ops_back(self, cut: Cut) -> Iterator[tuple[int, Op]]:
+        """The ops of a cut, each with its rank, as steps back by op undo them."""
+        inside, graph = self._numbers(cut), self._graph
+        return ((graph.ranks[n], graph.ops[n]) for n in reversed(self._op_order) if n in inside)
 
     def next(self, cut: Cut, unit: Unit) -> Cut:
         """The cut one step after `cut`; the same cut at the end."""

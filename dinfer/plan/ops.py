@@ -4,6 +4,8 @@ A value is a hidden state, a block or the final state. Dependencies between ops 
 """
 
 import re
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from dinfer.errors import DinferError, excerpt
@@ -83,13 +85,7 @@ class Op(NamedTuple):
 
     def makes(self) -> tuple[Value, ...]:
         """The values that the op adds to this rank."""
-        if self.kind == "layer":
-            return (Value("kv", self.chunk, self.layer), Value("hidden", self.chunk, self.layer + 1))
-        if self.kind == "embed":
-            return (Value("hidden", self.chunk, 0),)
-        if self.kind == "norm":
-            return (FINAL,)
-        return (self.value,) if self.kind == "recv" else ()
+        return _made_by(self)
 
     def __str__(self) -> str:
         """The op's line in a plan, for example `send kv c0 l5 -> 2, 128 tokens`."""
@@ -102,6 +98,40 @@ class Op(NamedTuple):
         return (
             f"{self.kind} {carried} {arrow} {self.peer}, {self.tokens} token{'' if self.tokens == 1 else 's'}"
         )
+
+
+@lru_cache(maxsize=1024)  # a lane asks for those of its op several times
+def _made_by(op: Op) -> tuple[Value, ...]:
+    if op.kind == "layer":
+        return (Value("kv", op.chunk, op.layer), Value("hidden", op.chunk, op.layer + 1))
+    if op.kind == "embed":
+        return (Value("hidden", op.chunk, 0),)
+    if op.kind == "norm":
+        return (FINAL,)
+    return (op.value,) if op.kind == "recv" else ()
+
+
+def new_needs(ops: Iterable[Op]) -> list[tuple[Value, ...]]:
+    """What each op of a lane needs that no op before it on the lane has needed or made.
+
+    A layer needs the blocks of all chunks before its own: looking for each of them, for each layer of each chunk, would
+    take a time that grows with the square of the chunks.
+    """
+    found: list[tuple[Value, ...]] = []
+    there: set[Value] = set()
+    awaited: dict[int, int] = {}
+    """by layer, of how many chunks from the first on the blocks are known to be there"""
+    for op in ops:
+        needs = [op.value] if op.kind == "send" else []
+        if op.kind in ("layer", "norm"):
+            needs = [Value("hidden", op.chunk, op.layer)]
+        if op.kind == "layer":
+            first = awaited.get(op.layer, 0)
+            needs += [Value("kv", chunk, op.layer) for chunk in range(first, op.chunk)]
+            awaited[op.layer] = max(first, op.chunk)
+        found.append(tuple(need for need in needs if need not in there))
+        there.update(found[-1], op.makes())
+    return found
 
 
 def send(value: Value, peer: int, tokens: int) -> Op:

@@ -23,6 +23,10 @@ class Timings(Protocol):
     def message(self, op: Op) -> int:
         """Bytes of a transfer's payload."""
 
+    def coding(self, op: Op) -> tuple[float, float]:
+        """Seconds in which a transfer's payload is encoded where it was computed, and decoded where it arrives, both
+        beside compute."""
+
     def latency(self, channel: Channel) -> float:
         """Seconds from when both ranks have begun to the payload's first byte."""
 
@@ -130,7 +134,16 @@ class _Simulated:
             sent = number if op.kind == "send" else peer
             self.met[number] = self.met[peer] = self.now
             latency = self.machine.latency(channel_of(rank, op))
-            heappush(self._due, (self.now + latency, sent, self._leave))
+            heappush(self._due, (self.now + self._encoding(sent) + latency, sent, self._leave))
+
+    def _encoding(self, sent: int) -> float:
+        """Seconds until what a send sends is encoded. That begins once it is computed; a rank that passes a block on
+        has it encoded."""
+        makers = [n for n in self.graph.deps[sent] if self.graph.ops[n].kind == "layer"]
+        if not makers:
+            return 0.0
+        encode_s, _ = self.machine.coding(self.graph.ops[sent])
+        return max(0.0, self.ended[makers[0]] + encode_s - self.now)
 
     def _leave(self, sent: int) -> None:
         self.moving[sent] = float(self.machine.message(self.graph.ops[sent]))
@@ -147,7 +160,12 @@ class _Simulated:
                 return
         del self.moving[sent], self._channels[sent]
         self._share()
-        self._end(self.graph.partner[sent])
+        received = self.graph.partner[sent]
+        _, decode_s = self.machine.coding(self.graph.ops[received])
+        if decode_s:
+            heappush(self._due, (self.now + decode_s, received, self._end))
+        else:
+            self._end(received)
 
     def _share(self) -> None:
         """Give each message its part of the links."""

@@ -76,13 +76,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen, seconds by simulation, and a sentence for each choice. `default`: what would run without."""
+    """What was chosen, seconds by simulation, and a sentence for each choice. `default`: what would run without;
+    `codec`: "" where none was to be chosen."""
 
     candidate: Candidate
     predicted_s: float
     default: Candidate
     default_s: float
     because: tuple[str, ...]
+    codec: str = ""
 
     def __str__(self) -> str:
         return "\n".join(self.because)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
+from dinfer.codec.choice import BlockSize, Codec
 from dinfer.config import Config
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op
@@ -32,6 +33,16 @@ def unmeasured(config: Config) -> Unmeasured | None:
     if config.wants_graphs:
         return Unmeasured("kernels", "exact", "graphs are not measured")
     return None
+
+
+class CodecCost(NamedTuple):
+    """What one codec takes for KV of the model that was measured. `ratio`: encoded bytes for each byte; `encode_s`,
+    `decode_s`: seconds for one token's K and V in one layer."""
+
+    name: str
+    ratio: float
+    encode_s: float
+    decode_s: float
 
 
 class LinkSpeed(NamedTuple):
@@ -109,13 +120,30 @@ def _most(speeds: Iterable[LinkSpeed]) -> float:
 @dataclass(frozen=True)
 class MeasuredMachine:
     """All that a simulation needs (`plan.timing.Timings`). `layers`: by rank; `hidden_bytes`, `block_bytes`: of one
-    token's hidden state, and of its K and V in one layer; `measured`: by rank and op, seconds that count instead."""
+    token's hidden state, and of its K and V in one layer; `measured`: by rank and op, seconds that count instead;
+    `codecs`: those that were measured; `codec`: what blocks are sent by, as in a config."""
 
     layers: tuple[LayerCost, ...]
     links: Links
     hidden_bytes: int
     block_bytes: int
     measured: Mapping[tuple[int, Op], float] = field(default_factory=dict)
+    codecs: tuple[CodecCost, ...] = ()
+    codec: str = "none"
+
+    @cached_property
+    def _coding(self) -> CodecCost:
+        """Of K and V together. A codec that was not measured takes no time, and as many bytes as are typical."""
+        known = {one.name: one for one in self.codecs}
+        halves = [
+            known.get(name) or _unmeasured_cost(name, self.block_bytes) for name in Codec.of(self.codec)
+        ]
+        return CodecCost(self.codec, *(sum(parts) / 2 for parts in list(zip(*halves, strict=True))[1:]))
+
+    def coding(self, op: Op) -> tuple[float, float]:
+        if op.what != "kv":
+            return 0.0, 0.0
+        return op.tokens * self._coding.encode_s, op.tokens * self._coding.decode_s
 
     def compute(self, rank: int, op: Op, shape: Shape) -> float:
         known = self.measured.get((rank, op))
@@ -127,7 +155,9 @@ class MeasuredMachine:
         return self.layers[rank].seconds(rows.start, len(rows))
 
     def message(self, op: Op) -> int:
-        return op.tokens * (self.block_bytes if op.what == "kv" else self.hidden_bytes)
+        if op.what != "kv":
+            return op.tokens * self.hidden_bytes
+        return round(op.tokens * self.block_bytes * self._coding.ratio)
 
     def latency(self, channel: Channel) -> float:
         return self.links.by_link[channel.source, channel.target].latency_s
@@ -145,6 +175,8 @@ class MeasuredMachine:
             "links": [one._asdict() for one in self.links.speeds],
             "hidden_bytes": self.hidden_bytes,
             "block_bytes": self.block_bytes,
+            "codecs": [one._asdict() for one in self.codecs],
+            "codec": self.codec,
         }
 
     @classmethod
@@ -152,4 +184,13 @@ class MeasuredMachine:
         """The inverse of `as_dict`."""
         layers = tuple(LayerCost(**cost) for cost in values["layers"])
         links = Links(tuple(LinkSpeed(**one) for one in values["links"]))
-        return cls(layers, links, values["hidden_bytes"], values["block_bytes"])
+        codecs = tuple(CodecCost(**one) for one in values.get("codecs", ()))
+        return cls(
+            layers, links, values["hidden_bytes"], values["block_bytes"],
+            codecs=codecs, codec=values.get("codec", "none"),
+        )  # fmt: skip
+
+
+def _unmeasured_cost(name: str, block_bytes: int) -> CodecCost:
+    size = BlockSize(1, 1, max(1, block_bytes // 4), "bfloat16")
+    return CodecCost(name, 1.0 if name == "none" else Codec(name, name).typical(size) / size.nbytes, 0.0, 0.0)

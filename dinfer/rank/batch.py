@@ -20,6 +20,7 @@ from dinfer.rank.agreement import agree, facts_of
 from dinfer.rank.control import Control
 from dinfer.rank.failure import explained
 from dinfer.rank.logs import OpLog, log_trouble
+from dinfer.trace.trace import Trace
 from dinfer.transport.gloo import Comm
 
 log = logging.getLogger("dinfer")
@@ -54,13 +55,9 @@ def run_rank(
         control.attach(rank, recorder.lanes)
         comm.all_gather(b"r")  # prefill starts together, so that its time is not that of the slowest to load
 
-        started = perf_counter()
-        engine.prefill_phase()
-        took = perf_counter() - started
-        log.info("prefill done in %.3f s: %d blocks on this rank", took, plan.shape.blocks)
+        tokens, decode_s = _generate(engine, control)
         assert engine.cache is not None
         kv_sha256 = engine.cache.sha256(len(ids))
-        tokens, decode_s = _decode(engine, control)
         comm.all_gather(b"d")  # nobody leaves while another still needs it
         kernels = engine.kernels
         engine.release()
@@ -110,8 +107,9 @@ def _stopped(tokens: Sequence[int], engine: Engine) -> Literal["end of text", "p
     return "positions" if len(tokens) < engine.config.max_new_tokens else "max_new_tokens"
 
 
-def _decode(engine: Engine, control: Control) -> tuple[list[int], float]:
-    """New tokens and the seconds they took; rank 0 streams their text, in whole characters."""
+def _generate(engine: Engine, control: Control) -> tuple[list[int], float]:
+    """Prefill and decode: new tokens, and the seconds of computing and comparing them, without what their first step
+    waited for blocks; rank 0 streams their text, in whole characters."""
     tokenizer = load_tokenizer(engine.config.model_path)
     stream = TextStream(tokenizer) if tokenizer else None
 
@@ -120,9 +118,14 @@ def _decode(engine: Engine, control: Control) -> tuple[list[int], float]:
         if engine.rank == 0:
             control.report(TextPiece(stream.push(token) if stream else f"{token} "))
 
-    started = perf_counter()
-    tokens = engine.decode_phase(on_token=show)
-    took = perf_counter() - started - engine.check_s
+    tokens = engine.generate_phase(on_token=show)
+    assert engine.recorder is not None
+    events = engine.recorder.events()
+    took = sum(event.busy for event in events if event.what == "token") / 1e9
+    figures = Trace.merge([events]).rank_figures(engine.rank)
+    log.info(
+        "prefill done in %.3f s: %d blocks on this rank", figures.prefill_s, engine.prompt.plan.shape.blocks
+    )
     if engine.rank == 0 and stream:
         control.report(TextPiece(stream.flush()))
     log.info("decode done in %.3f s: %d tokens", took, len(tokens))

@@ -23,7 +23,7 @@ from dinfer.engine.decoding import NotANumber, TokensDiffer
 from dinfer.engine.engine import Engine
 from dinfer.engine.kernels import Kernels, kernels_of
 from dinfer.engine.lanes import LaneExecutor, OpFailed
-from dinfer.engine.measure import time_layers, time_links, token_bytes
+from dinfer.engine.measure import time_codecs, time_layers, time_links, token_bytes
 from dinfer.errors import NotPossible
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -273,9 +273,10 @@ class RankService:
             layers = time_layers(decoder, command.tokens, command.lengths, digests=command.digests)
             hidden, block = token_bytes(decoder)
             links = time_links(comm, block * command.link_tokens)
+            codecs = time_codecs(decoder, command.link_tokens)
         finally:
             self._preparing = False
-        return messages.RankMeasured(tuple(layers), tuple(links), hidden, block)
+        return messages.RankMeasured(tuple(layers), tuple(links), hidden, block, tuple(codecs))
 
     # -- the prompt
 

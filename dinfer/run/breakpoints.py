@@ -1,6 +1,7 @@
 """The breakpoints of one run: setting them, arming their conditions on the ranks, noticing that one is met."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,9 @@ from dinfer.config import Config
 from dinfer.display import listed
 from dinfer.history import History
 from dinfer.messages import BreakpointHit, SetBreakpoints
-from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when
+from dinfer.plan.breakpoints import Breakpoint, OpOfRank, check, next_stop, parse_when, previous_stop
 from dinfer.plan.cut import Cut, Cuts
-from dinfer.plan.ops import OpKind, PlanError
+from dinfer.plan.ops import OpKind, PlanError, parse_op
 from dinfer.results import Breakpoints
 
 
@@ -29,7 +30,18 @@ class BreakpointTable:
         self._found: dict[int, Breakpoint] = {}
         self._count = 0
         self._ahead: list[Breakpoint] = []
+        self._conditions_met: dict[int, set[OpOfRank]] = {}
+        """where the ranks have met the condition of each breakpoint so far, by its number"""
+        self._here: tuple[int, OpOfRank] | None = None
+        """of these, the one that has stopped the run where it stands"""
+        self.met: tuple[int, ...] = ()
+        """numbers of the breakpoints that have stopped the run where it stands"""
         self.view = Breakpoints(self._found, self._changed_there)
+
+    @property
+    def met_on(self) -> int | None:
+        """The rank that has met the condition of the breakpoint that has stopped the run, if it has one."""
+        return self._here[1][0] if self._here else None
 
     def add(self, cuts: Cuts, op: OpKind | None, when: str | None, **where: int | None) -> Breakpoint:
         """Set a breakpoint; `where`: rank, chunk and layer. Raises PlanError where no op of the plan could meet it."""
@@ -49,13 +61,24 @@ class BreakpointTable:
         """How far a run that stands at `cut` may go on, and the breakpoints that it meets there."""
         return next_stop(cuts, cut, list(self._found.values()))
 
+    def behind(self, cuts: Cuts, cut: Cut) -> tuple[Cut, list[Breakpoint]]:
+        """The last cut before this one at which a breakpoint has stopped the run, or would have; of conditions, where
+        the ranks have met them so far. The start, and none, if there is no such cut."""
+        met = {number: set(found) for number, found in self._conditions_met.items()}
+        if self._here:
+            number, op = self._here
+            met[number].discard(op)
+        return previous_stop(cuts, cut, list(self._found.values()), met)
+
     def expect(self, breakpoints: list[Breakpoint]) -> None:
         """The run is on its way to these; none: it is sent elsewhere than to the next breakpoint."""
-        self._ahead = breakpoints
+        self._ahead, self._here, self.met = breakpoints, None, ()
 
     def arrived(self) -> str:
         """The message for a run that has reached its limit; empty if no breakpoint is there."""
         met, self._ahead = self._ahead, []
+        if met:
+            self.met = tuple(one.number for one in met)
         return f"stopped at {'; '.join(map(str, met))}" if met else ""
 
     def hit(self, rank: int, note: BreakpointHit) -> str:
@@ -63,7 +86,10 @@ class BreakpointTable:
         one = Breakpoint(**note.breakpoint)
         if one.number not in self._found:
             return ""
-        self._ahead = []
+        self._ahead, self.met = [], (one.number,)
+        with suppress(PlanError):  # it may be no op of the plan, such as a token
+            self._here = one.number, (rank, parse_op(note.op))
+            self._conditions_met.setdefault(one.number, set()).add(self._here[1])
         return f"stopped at {one}: rank {rank}, `{note.op}`: {note.found}"
 
     def arm(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from dinfer.plan.cut import Cut, Unit
 from dinfer.plan.ops import PlanError
@@ -104,14 +105,41 @@ class Moves:
 
     def play_on(self, unit: Unit) -> bool:
         """Step by one unit, but not past the next breakpoint; whether there is more to play."""
+        move, has_met = self._step_to_stop(unit)
+        self.went(move)
+        return not (move.stopped or has_met or move.after == self.stepper.cuts.end)
+
+    def step_to_stop(self, unit: Unit) -> Moved:
+        """Step by one unit, but not past the next breakpoint."""
+        move, _ = self._step_to_stop(unit)
+        return self.moved(move)
+
+    def _step_to_stop(self, unit: Unit) -> tuple[Move, bool]:
+        """The move, and whether a breakpoint has ended it."""
         stepper = self.leaving()
         limit, met = self._breakpoints.ahead(stepper.cuts, stepper.pause())
         move = stepper.step_towards(limit, unit)
         has_met = bool(met) and move.after == limit
         if has_met:
             self._breakpoints.expect(met)  # so that `arrived` names them
-        self.went(move)
-        return not (move.stopped or has_met or move.after == stepper.cuts.end)
+        return move, has_met
+
+    def back_to_stop(self) -> Moved:
+        """Go back to the last place at which a breakpoint has stopped the run, or would have, or to the start."""
+        stepper = self.stepper
+        before = stepper.pause()
+        target, met = self._breakpoints.behind(stepper.cuts, before)
+        moved = self.moved(self.leaving().go_to(target))
+        if moved.stopped or not moved.moved:
+            return moved
+        if met:
+            self._breakpoints.expect(met)
+            remark = self._breakpoints.arrived()
+            self._state.say(remark)
+        else:
+            remark = "back at the start: no breakpoint stops the run before where it stood"
+            self._state.replace_message(remark)
+        return replace(moved, remark=remark)
 
     def resume(self) -> None:
         """Let the ranks go on to the next breakpoint, or the end of prefill; returns at once."""

@@ -31,7 +31,16 @@ from dinfer.run.hang import Health
 from dinfer.run.inspect import RunInspector
 from dinfer.run.kept import KeptKv, kept_digests, kept_values
 from dinfer.run.report import Done, Reporter, findings_of_job, kv_finding, parameters
-from dinfer.run.state import IN_OPS, STANDING, RunState, Standing, State, last_op_text, nonfinite_marks
+from dinfer.run.state import (
+    CANNOT_GO_ON,
+    IN_OPS,
+    STANDING,
+    RunState,
+    Standing,
+    State,
+    last_op_text,
+    nonfinite_marks,
+)
 from dinfer.run.stepper import NoProgress
 from dinfer.saved.bisect.collect import Collected, collect
 from dinfer.saved.format import SavedError
@@ -39,6 +48,7 @@ from dinfer.saved.replay.record import Own, RankRecord, check_rank, received_by,
 from dinfer.saved.write import Content, check_free, chosen_layers, write
 from dinfer.severity import Severity
 from dinfer.trace.findings import Findings, KvFinding, RankFinding, with_findings
+from dinfer.verdict.kept import kept_waits
 
 WAIT_S = 0.2
 
@@ -153,6 +163,7 @@ class RunRecorder:
             text=state.text if prompt else None,
             chunk_texts=tuple(self.inspector.chunk_labels()) if prompt else (),
             environment=dict(sorted(os.environ.items())) if environment else None,
+            waits=kept_waits(self.health.verdict()) if standing.state in CANNOT_GO_ON else None,
         )
 
     def _kv_finding(self, *, labels: bool) -> KvFinding | None:

@@ -48,6 +48,7 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         "tokens": list(reports[0].tokens),
         "text": text,
         "stopped": reports[0].stopped,
+        "ttft_s": trace.ttft_s,
         "plan": {"id": f"{job.plan.id:016x}", "proved": job.verdict.proved, "proof": str(job.verdict)},
         "backend": job.config.backend,
         "schedule": job.plan.schedule,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from dinfer.arguments import CHECKED, argument_check
+from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RankLease
 from dinfer.cluster.ranks import RankRefused, Ranks
 from dinfer.display import Displayable, DisplayableText, Table, Tidy
@@ -143,8 +144,9 @@ class Run(Tidy, Displayable):
 
     INTERNAL = frozenset({
         "INTERNAL", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings", "hold",
-        "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "look", "mend", "on_change", "recover",
-        "recovering", "reporter", "said", "say", "show", "silence", "story", "stuck_ranks", "told",
+        "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "look", "mend", "met", "met_on",
+        "on_change", "recover", "recovering", "reporter", "said", "say", "show", "silence", "step_to_stop", "story",
+        "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
@@ -227,6 +229,12 @@ class Run(Tidy, Displayable):
         """Stop just after that block is on every rank, with all blocks before it; forward or back. Raises PlanError for
         an unknown block."""
         return self._moves.moved(self._moves.leaving().run_to(chunk, layer))
+
+    @action(moves=True)
+    def resume_back(self) -> Moved:
+        """Go back to the last place before this one at which a breakpoint has stopped the run, or would have; without
+        one, to the start. A condition counts where the ranks have met it on their way here."""
+        return self._moves.back_to_stop()
 
     @action(moves=True)
     def go_to(self, positions: Sequence[Sequence[int]]) -> Moved:
@@ -609,7 +617,26 @@ class Run(Tidy, Displayable):
         record = self._recorder.record_of(rank)
         return Replay(record, model_path=str(model_path), device=device, decoder=decoder)
 
-    # -- for the session
+    # -- for the session and the debug adapter
+
+    @action(moves=True)
+    def step_to_stop(self, unit: Unit | str) -> Moved:
+        """As `step`, but not past the next breakpoint."""
+        return self._moves.step_to_stop(unit_of(unit))
+
+    def live(self) -> Live:
+        """What the ranks hold now, also of a run that hangs or has failed, as far as its ranks answer."""
+        return self._inspector.live()
+
+    @property
+    def met(self) -> tuple[int, ...]:
+        """Numbers of the breakpoints that have stopped the run where it stands."""
+        return self._breakpoints.met
+
+    @property
+    def met_on(self) -> int | None:
+        """The rank that has met their condition, if they have one."""
+        return self._breakpoints.met_on
 
     def collected(self, rank: int | None = None) -> Collected:
         """What a bisect compares."""

@@ -59,7 +59,7 @@ class State(StrEnum):
     @property
     def severity(self) -> Severity:
         """How grave it is that a run is in this state."""
-        if self in (State.HUNG, State.FAILED, State.LOST):
+        if self in CANNOT_GO_ON:
             return Severity.ERROR
         return Severity.WARNING if self == State.TAKEN_OVER else Severity.NOTE
 
@@ -68,6 +68,8 @@ MOVING = (State.PREPARING, State.RUNNING, State.DECODING)
 """what lanes that move are doing"""
 
 STANDING = (State.PAUSED, State.DONE)
+
+CANNOT_GO_ON = (State.HUNG, State.FAILED, State.LOST)
 
 IN_OPS = (State.RUNNING, State.DECODING)
 

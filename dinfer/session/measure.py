@@ -8,13 +8,19 @@ from dinfer.config import Config, ConfigError
 from dinfer.display import Displayable, Table, Tidy
 from dinfer.job import Job
 from dinfer.messages import Holdings, RankMeasured
-from dinfer.planner.choose import CHOICES, Candidate, Chosen, Planner, sized_lengths
+from dinfer.planner.choose import CHOICES, SLACK, Candidate, Chosen, Planner, sized_lengths
 from dinfer.planner.costs import LayerTime, fit
-from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine, unmeasured
+from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine, unmeasured
 from dinfer.planner.ranks import ranks_told
 from dinfer.tabular import TableRow, Tabular
 
 AUTO = "auto"
+
+AUTOS = (*CHOICES, "codec")
+"""the parameters that may be AUTO"""
+
+LOSSLESS: tuple[str, ...] = ("none", "lossless")
+"""codecs that may be chosen: never one that loses anything, unless it was asked for"""
 
 TOKENS, LENGTHS, LINK_TOKENS = 2048, (32, 64, 128, 256, 512), 128
 """what is measured: layers at positions up to so many tokens, for chunks of these lengths; links by blocks of so many
@@ -71,7 +77,15 @@ class Measurement(Tidy, Tabular, Displayable):
                 for one in machine.links.speeds
             ],
         )
-        return f"{layers}\n{links}" if machine.links.speeds else str(layers)
+        codecs = Table(
+            ("codec", "bytes of KV", f"encode, {LINK_TOKENS} tokens", "decode"),
+            [
+                [one.name, f"1/{1 / one.ratio:.2f}", *(f"{s * LINK_TOKENS * 1e3:.2f} ms" for s in one[2:])]
+                for one in machine.codecs
+                if one.name != "none"
+            ],
+        )
+        return "\n".join(map(str, [layers, links, codecs] if machine.links.speeds else [layers]))
 
 
 def measured(answers: Mapping[int, RankMeasured], tokens: int) -> Measurement:
@@ -79,7 +93,9 @@ def measured(answers: Mapping[int, RankMeasured], tokens: int) -> Measurement:
     costs = tuple(fit([LayerTime(*time) for time in answers[rank].layers]) for rank in sorted(answers))
     first = answers[0]
     links = Links(tuple(LinkSpeed(*link) for link in first.links))
-    return Measurement(MeasuredMachine(costs, links, first.hidden_bytes, first.block_bytes), tokens)
+    codecs = tuple(CodecCost(*one) for one in first.codecs)
+    machine = MeasuredMachine(costs, links, first.hidden_bytes, first.block_bytes, codecs=codecs)
+    return Measurement(machine, tokens)
 
 
 def measured_before(held: Sequence[Holdings]) -> dict[bool, Measurement]:
@@ -94,7 +110,7 @@ def measured_before(held: Sequence[Holdings]) -> dict[bool, Measurement]:
 
 def without_auto(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A run's parameters without those that are to be chosen, and the names of these."""
-    auto = [name for name in CHOICES if isinstance(parameters.get(name), str) and parameters[name] == AUTO]
+    auto = [name for name in AUTOS if isinstance(parameters.get(name), str) and parameters[name] == AUTO]
     return {name: value for name, value in parameters.items() if name not in auto}, auto
 
 
@@ -108,15 +124,37 @@ def check_auto(config: Config, auto: Sequence[str]) -> None:
 
 def choose(measurement: Measurement, job: Job, auto: Sequence[str]) -> Chosen:
     """The fastest plan for this job's prompt that differs from its own only in what is `auto`; see `check_auto`. Its
-    sentences end with one on the number of ranks."""
+    sentences end with one on the number of ranks. `codec` is set only where it is chosen, among LOSSLESS."""
     config, shape = job.config, job.plan.shape
     default = Candidate(
         shape.starts, sized_lengths(shape.tokens, config.chunk_size), config.schedule, config.sync_strategy
     )
-    planner = Planner(measurement.machine, shape.layers)
-    chosen = planner.choose(default, auto)
-    told = ranks_told(planner, chosen, auto)
-    return replace(chosen, because=(*chosen.because, told)) if told else chosen
+    machine, free = measurement.machine, [name for name in auto if name in CHOICES]
+    known = {one.name for one in machine.codecs}
+    codecs = [one for one in LOSSLESS if one == "none" or one in known] if "codec" in auto else [config.codec]
+    found = []
+    for codec in codecs:
+        planner = Planner(replace(machine, codec=codec), shape.layers)
+        found.append((planner, planner.choose(default, free)))
+    planner, chosen = min(found, key=lambda one: one[1].predicted_s * (1 + SLACK * (one is not found[0])))
+    because = [*chosen.because]
+    if "codec" in auto:
+        chosen = replace(chosen, codec=planner.machine.codec)
+        because.append(_codec_told({one.machine.codec: its.predicted_s for one, its in found}, chosen))
+    if free:
+        because += [told for told in [ranks_told(planner, chosen, free)] if told]
+    return replace(chosen, because=tuple(because))
+
+
+def _codec_told(seconds: Mapping[str, float], chosen: Chosen) -> str:
+    """Why this codec was chosen, of those in `seconds`."""
+    lossy = "lossy ones are never chosen unasked"
+    others = [f"{name} {took:.4g} s" for name, took in seconds.items() if name != chosen.codec]
+    if len(chosen.candidate.starts) == 1:
+        return "codec none: with one rank nothing is sent."
+    if not others:
+        return f"codec none: the lossless one is for bfloat16, and {lossy}."
+    return f"codec {chosen.codec}: it takes {seconds[chosen.codec]:.4g} s, {', '.join(others)}; {lossy}."
 
 
 def with_choice(config: Config, chosen: Chosen, layers: int) -> tuple[Config, str]:
@@ -128,5 +166,6 @@ def with_choice(config: Config, chosen: Chosen, layers: int) -> tuple[Config, st
         sync_strategy=found.sync_strategy,
         layer_split=found.starts[1:],
         chunk_size=shape.chunk_size,
+        codec=chosen.codec or config.codec,
     )
     return config, found.plan(layers).text() if shape.lengths else ""

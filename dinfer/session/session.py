@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,6 @@ from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
-from dinfer.planner.choose import CHOICES
 from dinfer.planner.machine import unmeasured
 from dinfer.progress import rank_bars
 from dinfer.rank.debugger import FIRST_PORT
@@ -33,6 +33,7 @@ from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
 from dinfer.session.measure import (
     AUTO,
+    AUTOS,
     LENGTHS,
     LINK_TOKENS,
     TOKENS,
@@ -92,7 +93,7 @@ class Session(Tidy, Announced, Closing):
     returns, `write` the reports of runs."""
 
     INTERNAL = frozenset(
-        {"INTERNAL", "announce", "connected_by", "give_way", "ranks", "reattached", "severity"}
+        {"INTERNAL", "announce", "connected_by", "give_way", "leave", "ranks", "reattached", "severity"}
     )
 
     def __init__(self, ranks: Ranks, show: Show | None = None, write: WriteReport | None = None) -> None:
@@ -180,8 +181,8 @@ class Session(Tidy, Announced, Closing):
 
         `parameters` are those of `dinfer run`: chunk_size, sync_strategy, schedule, layer_split, max_new_tokens, …;
         those that `load` fixes for all runs, such as dtype, are refused if they differ.
-        Of schedule, chunk_size, layer_split and sync_strategy any may be "auto": the planner takes the fastest by what
-        `measure` has found, and prints a sentence on each.
+        Of schedule, chunk_size, layer_split, sync_strategy and codec any may be "auto": the planner takes the fastest
+        by what `measure` has found (of codecs only none or lossless), and prints a sentence on each.
         `plan`: a plan of your own, its text, or a function of config and shape that makes it or its lanes (see
         `dinfer.plan.custom`); one that can hang is refused unless `unsafe=True`. Raises ConfigError, PlanError,
         NotPossible where no checkpoint is loaded, and ModelError where its folder has changed since.
@@ -196,7 +197,7 @@ class Session(Tidy, Announced, Closing):
         parameters, auto = without_auto(parameters)
         if auto and plan is not None:
             raise ConfigError(
-                f"{auto[0]} is auto, but a plan is given, which says it: leave one of them out."
+                f"{auto[0]} is auto, but a plan is given, beside which nothing is chosen: leave one of them out."
             )
         own = without_fixed(parameters, self._config, self.spec)
         if prompt is None and "prompt_ids" in own:  # the name that it has in `dinfer run`
@@ -217,7 +218,7 @@ class Session(Tidy, Announced, Closing):
             config, plan = with_choice(config, chosen, self.spec.layers)
             job = replace(prepare_loaded(config, self.spec, plan or None), predicted_s=chosen.predicted_s)
         if (found := self._measured.get(config.digests)) and not unmeasured(config):
-            job = replace(job, machine=found.machine)
+            job = replace(job, machine=replace(found.machine, codec=config.codec))
         text = "" if not plan else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)
@@ -249,7 +250,7 @@ class Session(Tidy, Announced, Closing):
         check_known(parameters, OF_PREFILL)
         for name, values in parameters.items():
             for value in values if isinstance(values, list) else [values]:
-                if name not in OF_PREFILL and not (name in CHOICES and value == AUTO):
+                if name not in OF_PREFILL and not (name in AUTOS and value == AUTO):
                     self._config.with_(**{name: value})
                 elif name == "paused" and not isinstance(value, bool):
                     raise ConfigError(f"paused is {excerpt(value)}; it must be True or False.")
@@ -344,6 +345,16 @@ class Session(Tidy, Announced, Closing):
             if self._watch:
                 self._watch.close()
             self.ranks.close()
+
+    def leave(self) -> None:
+        """End this session and leave its ranks as they are, with checkpoint and run, for the next session of them."""
+        if not self._closing.is_set():
+            if self._run:
+                with suppress(DinferError):  # it hangs, or has failed: the next session finds out
+                    self._run.pause()
+            self._closing.set()
+            self._thread.join(2)
+            self.ranks.leave()
 
     def __str__(self) -> str:
         config, devices = self._config, devices_text(self._devices)

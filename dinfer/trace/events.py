@@ -68,9 +68,14 @@ _CELL = re.compile(r"/ipykernel_\d+/\d+\.py$")
 """the file that ipykernel makes up for a notebook's cell"""
 
 
+def is_cell(file: str) -> bool:
+    """Whether it is a notebook's cell, of which there is no file to open."""
+    return bool(_CELL.search(file))
+
+
 def place_of(file: str, line: int) -> str:
     """For example `infer.py:31`; `cell:31` in a notebook's cell."""
-    return f"{'cell' if _CELL.search(file) else file.rpartition('/')[2]}:{line}"
+    return f"{'cell' if is_cell(file) else file.rpartition('/')[2]}:{line}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,18 @@ class KvFinding:
 
 
 @dataclass(frozen=True)
+class WaitsFinding:
+    """Who waited for whom in a run that hung. `ranks`: those that are drawn, each with its number, name, what it does,
+    whether it is to blame, and more about that; `waits`: who waits for whom, and for what; `lines`: of all ranks;
+    `stacks`: by rank, as text."""
+
+    ranks: tuple[tuple[int, str, str, bool, str], ...] = ()
+    waits: tuple[tuple[int, int, str], ...] = ()
+    lines: tuple[str, ...] = ()
+    stacks: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Findings:
     """All findings. `made`: when the run was made, as text; `state`: a word, as `run.standing().state` (older reports
     say "running" of a run that hung); `failure`: why it failed, or does not move; `remedy`: the call that helped then;
@@ -60,7 +72,7 @@ class Findings:
     layer, kind ("armed", "differs", "corrupt", "nonfinite": in K or V, "nonfinite hidden": in
     the hidden state after the block) and text. `commands`: how to repeat this run, by where to type it. `warnings`:
     what went wrong in a watched program though nothing stopped it. `predicted`: seconds by the planner, by figure, as
-    `run.prediction` names them."""
+    `run.prediction` names them. `waits`: who waited for whom, of a run that hung."""
 
     made: str = ""
     state: str = ""
@@ -90,6 +102,7 @@ class Findings:
     text: str | None = None
     chunk_texts: tuple[str, ...] = ()
     environment: dict[str, str] | None = None
+    waits: WaitsFinding | None = None
     warnings: tuple[str, ...] = ()
     predicted: dict[str, float] = field(default_factory=dict)
 

@@ -35,6 +35,9 @@ class Machine:
     def message(self, op: Op) -> int:
         return op.tokens * self.bytes_per_token
 
+    def coding(self, _: Op) -> tuple[float, float]:
+        return 0.0, 0.0
+
     def latency(self, channel: Channel) -> float:
         return self.latency_ns * self._slower(channel) / 1e9
 

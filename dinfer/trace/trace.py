@@ -22,8 +22,11 @@ T = TypeVar("T")
 LOOKED = "looked_ns"
 """the key of `about` for when a watched program was last looked at, in nanoseconds of the events' clock"""
 
+TTFT = "ttft s"
+
 ABOUT_RANKS = {
     "prefill s": "seconds from the first op of the run, on any rank, to this rank's last of prefill",
+    TTFT: "time to first token: seconds from that first op until this rank had the first new token",
     "compute s": "seconds in which this rank computed, in prefill",
     "exposed sync s": "seconds in which this rank moved KV and computed nothing",
     "decode s": "seconds of computing new tokens, after prefill",
@@ -58,7 +61,10 @@ class RankFigures(NamedTuple):
     `prefill_s`: from the first op of the run, on any rank, to this rank's last; `compute_s`: in which it computed;
     `exposed_sync_s`: in which it moved KV and computed nothing; `waiting_s`: in which at least one lane waited for a
     peer, while others may have computed; `wire_s`: in which at least one message was on the wire; `decode_s`: computing
-    new tokens; `check_s`: the check of all blocks before decode. The last two are not part of prefill.
+    new tokens; `check_s`: the check of all blocks before decode. The last two are not part of prefill. `ttft_s`, the
+    time to first token: from the first op of the run, on any rank, until this rank has chosen the first new token and
+    knows that the others have chosen the same; None without new tokens. It may be shorter than `prefill_s`: the first
+    token needs no block.
     """
 
     rank: int
@@ -71,6 +77,7 @@ class RankFigures(NamedTuple):
     sent_bytes: int
     received_bytes: int
     check_s: float = 0.0
+    ttft_s: float | None = None
 
 
 class LinkFigures(NamedTuple):
@@ -198,7 +205,21 @@ class Trace(Tidy, Tabular, Composed):
             sent_bytes=sum(e.bytes for e in transfers if e.kind == "send"),
             received_bytes=sum(e.bytes for e in transfers if e.kind == "recv"),
             check_s=sum(e.busy for e in mine if e.kind == "check") / 1e9,
+            ttft_s=self._first_token_s(mine),
         )
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token, in seconds, of the slowest rank: see `RankFigures`; None without new tokens."""
+        found = [one for rank in self.ranks if (one := self._first_token_s(self._of(rank))) is not None]
+        return max(found, default=None)
+
+    def _first_token_s(self, mine: Sequence[Event]) -> float | None:
+        chosen: dict[str, int] = {}
+        for event in mine:
+            if event.what == "token" and event.index == 0:
+                chosen.setdefault(event.kind, event.end)  # a token that was taken back is made again
+        return (max(chosen.values()) - self.began) / 1e9 if chosen else None
 
     def computing(self, rank: int) -> list[Interval]:
         """When a rank computed, in prefill. What a watched program computes is in no event: there it is all time in
@@ -272,7 +293,7 @@ class Trace(Tidy, Tabular, Composed):
     # -- figures: a cell shows them, `.figure` is plotly's, `.save("figure.html")` writes one to a file
 
     def plot(self) -> Plot:
-        """The figure to look at first: `exposure()`. The others: `gantt()`, `latency()`, `distribution()`, `matrix()`,
+        """The figure to look at first: `exposure()`. The others: `lanes()`, `latency()`, `distribution()`, `links()`,
         `by_layer()`. All raise NotPossible where plotly is missing."""
         return self.exposure()
 
@@ -280,7 +301,7 @@ class Trace(Tidy, Tabular, Composed):
         """A bar for each rank: computing, exposed communication (on the wire, or waiting for the peer), bubble."""
         return plotted("exposure", self)
 
-    def gantt(self) -> Plot:
+    def lanes(self) -> Plot:
         """What each lane did over time."""
         return plotted("gantt", self)
 
@@ -292,7 +313,7 @@ class Trace(Tidy, Tabular, Composed):
         """For each link, the share of transfers that took no longer than a time."""
         return plotted("distribution", self)
 
-    def matrix(self) -> Plot:
+    def links(self) -> Plot:
         """From each rank to each other: bytes, bandwidth, and the median and 99th percentile of latency."""
         return plotted("matrix", self)
 
@@ -305,6 +326,11 @@ def rank_table(ranks: Iterable[Mapping[str, Any]], about: Mapping[str, str] = AB
     """The figures of ranks, each as `RankFigures._asdict()` has them; `device` may be added. `about`: the columns."""
     found = list(ranks)
     devices = ["device"] * any("device" in rank for rank in found)
+    about = {
+        name: text
+        for name, text in about.items()
+        if name != TTFT or any(rank.get("ttft_s") for rank in found)
+    }
     columns = ["rank", *devices, *about]
     rows = [
         [rank["rank"], *(rank[name] for name in devices), *(_cell(rank, column) for column in about)]
@@ -317,4 +343,6 @@ def _cell(rank: Mapping[str, Any], column: str) -> str:
     """`exposed sync s` is the value of `exposed_sync_s`, `sent MB` that of `sent_bytes`."""
     name, _, unit = NAMES_WATCHED.get(column, column).rpartition(" ")
     name = name.replace(" ", "_")
+    if rank.get(f"{name}_s", 0) is None:
+        return "-"
     return f"{rank[f'{name}_bytes'] / 1e6:.3f}" if unit == "MB" else f"{rank[f'{name}_s']:.3f}"

@@ -53,6 +53,8 @@ class Gate:
     def wait(self, claim: Callable[[], T | None], timeout: float | None = None) -> T | None:
         """Return the result of `claim` once that is not None, or None after `timeout` seconds."""
         with self._lock:
+            if (found := claim()) is not None:
+                return found
             mine = _Waiting(claim, self._lock)
             self._waiting.append(mine)
             try:

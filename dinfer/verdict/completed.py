@@ -4,6 +4,7 @@ A hang has a verdict; these are for what no rank notices: a message that another
 that changed places, a wait that nobody made, a send that nobody received, a rank that all others wait for every time.
 """
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +25,11 @@ SLOW_OPS, SLOW_SHARE, SLOW_LAG_S, SLOW_PART = 8, 0.8, 0.05, 0.2
 """A rank is slow if, in at least so many collectives and that share of them, it comes last, by so many seconds in the
 median; and these add up to that part of the time."""
 
-SLOW_LAST_NS = 60 * 1_000_000_000
-"""The last ones are judged by themselves, too: a session may have gone well for hours before."""
+Arrivals = Sequence[tuple[int, int]]
+"""when each rank came to a collective, in nanoseconds, and which; the first first"""
+
+SLOW_SPAN_NS = 60 * 1_000_000_000
+"""Spans of so long are judged by themselves, too: a session may go well for hours before and after."""
 
 
 @dataclass(frozen=True)
@@ -242,20 +246,44 @@ def _uneven_groups(ops: MatchedOps) -> Iterator[OpFinding]:
 
 
 def _slow_ranks(ops: MatchedOps) -> Iterator[OpFinding]:
-    """The rank that comes last to almost all collectives, of all or of the last minute, and the others wait."""
-    came = [
-        sorted((op.event.ready, rank) for rank, op in parts.items())
-        for parts in ops.collectives()
-        if len(parts) > 1 and next(iter(parts.values())).event.kind in COLLECTIVES
-    ]
-    since = max((one[-1][0] for one in came), default=0) - SLOW_LAST_NS
-    found = _slow_of(came, "collectives")
-    yield from found or _slow_of(
-        [one for one in came if one[-1][0] >= since], "collectives of the last minute"
+    """The rank that comes last to almost all collectives, of all or of any minute, and the others wait."""
+    came = sorted(
+        (
+            sorted((op.event.ready, rank) for rank, op in parts.items())
+            for parts in ops.collectives()
+            if len(parts) > 1 and next(iter(parts.values())).event.kind in COLLECTIVES
+        ),
+        key=_complete,
     )
+    found = _slow_of(came, "collectives")
+    if not found:
+        found = next((those for some, what in _minutes(came) if (those := _slow_of(some, what))), [])
+    yield from found
 
 
-def _slow_of(came: Sequence[Sequence[tuple[int, int]]], what: str) -> list[OpFinding]:
+def _complete(came: Arrivals) -> int:
+    """When the last rank came."""
+    return came[-1][0]
+
+
+def _minutes(came: Sequence[Arrivals]) -> Iterator[tuple[Sequence[Arrivals], str]]:
+    """The collectives of each minute and what to call them, the last minute first; each ends at least half a minute
+    before the one judged before it. `came`: in the order in which they were complete."""
+    if not came:
+        return
+    until = last = _complete(came[-1])
+    while True:
+        first = bisect_left(came, until - SLOW_SPAN_NS, key=_complete)
+        before = f"a minute that ended {seconds_text((last - until) / 1e9)} before the last one"
+        some = came[first : bisect_right(came, until, key=_complete)]
+        yield some, f"collectives of {before if until < last else 'the last minute'}"
+        older = bisect_right(came, until - SLOW_SPAN_NS // 2, key=_complete)
+        if not first or not older:
+            return
+        until = _complete(came[older - 1])
+
+
+def _slow_of(came: Sequence[Arrivals], what: str) -> list[OpFinding]:
     """Of these collectives: for each, when its ranks came, in their order."""
     if not came:
         return []

@@ -49,11 +49,14 @@ def drawing(title: str, boxes: Sequence[Box], arrows: Sequence[Arrow]) -> str:
     for number, box in enumerate(boxes):
         angle = 2 * pi * number / count + first
         at[box.key] = middle[0] + across * cos(angle), middle[1] + down * sin(angle)
+    wide = 2 * middle[0]
+    lowest = max((y for _, y in at.values()), default=middle[1]) + HEIGHT / 2 + MARGIN
     pairs = {(arrow.source, arrow.target) for arrow in arrows}
     drawn = [_arrow(arrow, at, (arrow.target, arrow.source) in pairs) for arrow in arrows]
     drawn += [_box(box, *at[box.key]) for box in boxes]
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * middle[0]:.0f}" height="{2 * middle[1]:.0f}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide:.0f}" height="{lowest:.0f}" '
+        f'viewBox="0 0 {wide:.0f} {lowest:.0f}" role="img" '
         f'style="background:#fff" font-family="sans-serif" font-size="11"><title>{escape(title)}</title>'
         '<defs><marker id="dinfer-wait" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
         f'orient="auto"><path d="M0 0L8 4L0 8z" fill="#b3125b"/></marker></defs>{"".join(drawn)}</svg>'

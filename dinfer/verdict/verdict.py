@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from dinfer.display import Displayable, Tidy, html_text
 from dinfer.severity import Severity
 from dinfer.verdict.drawing import Arrow, Box, drawing
+from dinfer.verdict.folds import folds_html
 from dinfer.verdict.waits import HUNG, SLOW, HangKind, Wait, Waits
 
 SHOWN = 20
@@ -60,8 +61,8 @@ class Verdict(Tidy, Displayable):
                 )
         return "\n".join(lines)
 
-    def svg(self) -> str:
-        """A small picture of the waiting ranks, the culprits, and what each waits for."""
+    def picture(self) -> tuple[list[Box], list[Arrow]]:
+        """The waiting ranks and the culprits, and what each waits for."""
         shown = {
             node: wait
             for node, wait in self.waits.items()
@@ -79,7 +80,15 @@ class Verdict(Tidy, Displayable):
             to = {other.rank for other in wait.on} | ({wait.root.rank} if wait.root else set())
             for rank in to & {*ranks} - {node.rank}:  # also to whom it has met, and who does something else
                 arrows[node.rank, rank] = Arrow(node.rank, rank, wait.what or wait.text)
-        return drawing(self.sentence, boxes, list(arrows.values()))
+        return boxes, list(arrows.values())
+
+    def svg(self) -> str:
+        """The same as a small picture."""
+        return drawing(self.sentence, *self.picture())
 
     def _repr_html_(self) -> str:
-        return f"<div>{html_text(str(self), self.severity)}{self.svg() if self.is_hung else ''}</div>"
+        """The sentence, the picture, and a fold for each rank."""
+        if not self.is_hung:
+            return f"<div>{html_text(str(self), self.severity)}</div>"
+        sentence = html_text(self.sentence, self.severity)
+        return f"<div>{sentence}{self.svg()}{folds_html(self.lines, self.stacks, self.ranks)}</div>"

@@ -94,7 +94,9 @@ class KvTools:
         """The next value that differs between ranks, or the one before, beginning anew at the ends."""
         diff = self._run.kv().diff(values=None)
         shape = self._run.plan.shape
-        places = sorted({(_place_of(one), n) for n, one in enumerate(diff.differences) if one.token is not None})
+        places = sorted(
+            {(_place_of(one), n) for n, one in enumerate(diff.differences) if one.token is not None}
+        )
         if not places:
             return {"none": diff.verdict, "severity": diff.severity.word}, ()
         now = pins_of(self._run, [message.get("at")])
@@ -119,13 +121,20 @@ class KvTools:
         source = self._run.kv().source()
         held, layers = source.held([rank])[0], range(self._run.plan.shape.layers)
         by_layer: list[Any] = [
-            source.summary(rank, layer, range(held.rows[layer])) if held.rows[layer] else None for layer in layers
+            source.summary(rank, layer, range(held.rows[layer])) if held.rows[layer] else None
+            for layer in layers
         ]
         values = {
             field: [one and [_finite(n) for n in one[field][tensor]] for one in by_layer] for field in SHOWN
         }
         call = f"run.kv(layer=0, rank={rank}).summary()"
-        return {"fields": list(SHOWN), "values": values, "rank": rank, "letter": "KV"[tensor], "call": call}, ()
+        return {
+            "fields": list(SHOWN),
+            "values": values,
+            "rank": rank,
+            "letter": "KV"[tensor],
+            "call": call,
+        }, ()
 
     def _drift(self, _: Json) -> tuple[Json, Sequence[bytes]]:
         """How far each block is from the reference's, as a share of its largest value."""
@@ -133,7 +142,12 @@ class KvTools:
         if not isinstance(found, Comparison):
             raise NotPossible(f"there is no drift to show: {found}")
         shares = [
-            [row["layer"], row["chunk"], *(_finite(row[f"{name}_share"]) for name in ("K", "V")), row["tolerance"]]
+            [
+                row["layer"],
+                row["chunk"],
+                *(_finite(row[f"{name}_share"]) for name in ("K", "V")),
+                row["tolerance"],
+            ]
             for row in found.rows
             if row["layer"] < self._run.plan.shape.layers and row["K_share"] is not None
         ]

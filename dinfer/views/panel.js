@@ -42,6 +42,7 @@ class View {
     bar.querySelector("[data-do=pause]").before(this.pace);
     bar.querySelector("[data-do=undo]").setAttribute("aria-label", "undo");
     this.banner = new Banner(this.root, this.board.severities, (message) => this.send(message), () => this.update());
+    this.why = new WhySection(this.root, this.name, (message) => this.send(message));
     this.nonfinite = make("div", "nonfinite", this.root);
     this.nonfinite.dataset.severity = "warning";
     this.faults = make("div", "faults", this.root);
@@ -240,6 +241,7 @@ class View {
     this.communication.hear(message, buffers);
     this.time.hear(message, buffers);
     this.finder.hear(message);
+    this.why.hear(message);
   }
 
   heard(id) {
@@ -336,6 +338,7 @@ class View {
     this.state.dataset.severity = isGrave ? shown.state_severity : "";
     Object.assign(this.root.dataset, { state: shown.state, done: shown.done });
     this.banner.show(shown, this.ended || this.board.read_only, this.lost, [this.hint.startsWith(SILENT) ? "warning" : "note", this.hint]);
+    this.why.show(shown);
     this.nonfinite.textContent = `${this.board.severities.warning} ${shown.nonfinite}`;
     this.nonfinite.hidden = !shown.nonfinite;
     this.faultLines.textContent = shown.faults.join("\n");

@@ -27,6 +27,7 @@ from dinfer.views.slotted import SlottedWidget, texts_of
 from dinfer.views.status import breakpoints, layout, moment
 from dinfer.views.still import still_html
 from dinfer.views.still_kv import still_kv
+from dinfer.views.why import Why
 
 
 def action_of(run: InspectableRun, message: Json) -> Action:
@@ -103,8 +104,8 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
 
 
 SCRIPTS = (
-    "map.js", "heatmap.js", "inspector.js", "kv_tools.js", "communication.js", "controls.js", "banner.js", "scrubber.js",
-    "find.js", "slots.js", "panel.js",
+    "map.js", "heatmap.js", "inspector.js", "kv_tools.js", "communication.js", "controls.js", "banner.js", "why.js",
+    "scrubber.js", "find.js", "slots.js", "panel.js",
 )  # fmt: skip
 """concatenated, they are one module"""
 
@@ -139,6 +140,7 @@ class Panel(SlottedWidget):
         self._kv_tools = KvTools(run, self.send)
         recorded = RecordedRun(run)
         self._scrubber, self._finder = Scrubber(run, recorded, self.send), Finder(run, recorded, self.send)
+        self._why = Why(run, self.send)
         self._painted: object = None
         self._answered = 0, ""
         """the number of actions done when the last one ended, and the stamp of the run then"""
@@ -161,6 +163,7 @@ class Panel(SlottedWidget):
             self._kv_tools.close()
             self._scrubber.close()
             self._finder.close()
+            self._why.close()
             self._painter.close()
         super().close()
 
@@ -231,6 +234,7 @@ class Panel(SlottedWidget):
             "kv_tool": self._kv_tools.ask,
             "time": self._scrubber.ask,
             "find": self._finder.ask,
+            "explain": self._why.ask,
         }
         if do in looks:
             looks[do](message)

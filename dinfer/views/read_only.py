@@ -130,8 +130,8 @@ class ReadOnlyRun:
         if not self._saved.about:
             raise NotPossible(f"a trace has no KV to compare with {what!r}.")
         raise NotPossible(
-            f"a saved run cannot be compared with {what!r} here, which needs its checkpoint and a session: begin a run of "
-            "the same prompt. In a notebook, run.diff(another run) compares it with that, and run.bisect() with the "
+            f"a saved run cannot be compared with {what!r} here, which takes its checkpoint and a session: begin a run "
+            "of the same prompt. In a notebook, run.diff(another run) compares it with that, and run.bisect() with the "
             "reference."
         )
 

@@ -54,6 +54,11 @@ BEHIND = (
     "rows come faster than they are read here, and are compared later: <code>.kv().diff()</code> reads all"
 )
 
+MOST_ROWS = 5000
+"""of KV, by which the cell that shows a panel waits for their comparison; more are compared once it is there"""
+
+TO_COME = "the ranks' rows are being compared"
+
 SCRIPTS = ("controls.js", "slots.js", "watched.js")
 """concatenated, they are one module"""
 
@@ -68,7 +73,7 @@ class WatchPanel(SlottedWidget):
     def __init__(self, watch: Watch) -> None:
         self._watch, self._closed = watch, Flag()
         self._text, self._is_behind = "", False
-        super().__init__(parts=self._made())
+        super().__init__(parts=self._made(MOST_ROWS))
         self._thread = Thread(target=self._follow, name="dinfer watch panel", daemon=True)
         self._thread.start()
 
@@ -85,7 +90,7 @@ class WatchPanel(SlottedWidget):
         return self._text
 
     def _follow(self) -> None:
-        pause = REFRESH_S
+        pause = 0.0 if self._is_behind else REFRESH_S
         while not self._closed.wait(pause):
             began = time.monotonic()
             is_over = self._watch.is_over
@@ -96,11 +101,14 @@ class WatchPanel(SlottedWidget):
                 self._watch.ask_stacks()
             pause = max(REFRESH_S, (time.monotonic() - began) / SHARE)
 
-    def _made(self) -> dict[str, str]:
+    def _made(self, most_rows: int | None = None) -> dict[str, str]:
+        """`most_rows`: of KV, if more are not to be compared now."""
         try:
             moment = self._watch.moment()
-            parts = parts_of(moment)
-            self._is_behind = moment.evidence.kv.is_behind
+            kv = moment.evidence.kv
+            compares = most_rows is None or _rows_in(kv) <= most_rows
+            parts = parts_of(moment, compares=compares)
+            self._is_behind = kv.is_behind or not compares
             self._text = "\n".join([moment.title, *([moment.verdict.sentence] if moment.verdict else [])])
             return parts
         except Exception as error:  # nothing else would report it
@@ -109,13 +117,14 @@ class WatchPanel(SlottedWidget):
             return {**self.parts, "banner": _line(Severity.ERROR, text)}
 
 
-def parts_of(moment: WatchMoment) -> dict[str, str]:
-    """The panel's parts as HTML, in their order; "" for those that there is nothing to show in."""
+def parts_of(moment: WatchMoment, *, compares: bool = True) -> dict[str, str]:
+    """The panel's parts as HTML, in their order; "" for those that there is nothing to show in. `compares`: whether the
+    KV of ranks, which takes seconds for long ones."""
     found = moment.evidence
     return {
         "banner": _banner(moment),
         "table": _ranks(found, moment.verdict),
-        "kv": _kv(found.kv),
+        "kv": _kv(found.kv, compares=compares),
         "blocks": _blocks(found),
         "timeline": _timeline(found),
         "links": _links(found),
@@ -188,13 +197,20 @@ def _blocks(found: Evidence) -> str:
     return f"{_head('layers and chunks')}{picture}<div><small>{about}</small></div>{_of_last(found)}"
 
 
-def _kv(kv: WatchedKv) -> str:
+def _rows_in(kv: WatchedKv) -> int:
+    return sum(len(held.rows) for layers in kv.layers.values() for held in layers.values())
+
+
+def _kv(kv: WatchedKv, *, compares: bool) -> str:
     """What is wrong with the KV, and how many tokens of each layer the ranks hold."""
     table = kv.table()
     if not len(table):
         return ""
     # Of ranks that have been read to different places each would lack what another has.
-    wrong = f"<div>{BEHIND}</div>" if kv.is_behind else _warnings(kv.diff(), "watch.kv().diff()")
+    if kv.is_behind:
+        wrong = f"<div>{BEHIND}</div>"
+    else:
+        wrong = _warnings(kv.diff(), "watch.kv().diff()") if compares else f"<div>{TO_COME}</div>"
     held = (
         f'<details data-rank="kv"><summary>tokens by layer and rank</summary>{table._repr_html_()}</details>'
     )

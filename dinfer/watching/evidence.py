@@ -13,6 +13,7 @@ from dinfer.trace.findings import Findings, RankFinding, with_findings
 from dinfer.trace.flight import groups_of
 from dinfer.trace.trace import LOOKED, Trace
 from dinfer.verdict.completed import OpFinding, findings_of_events
+from dinfer.verdict.kept import kept_waits
 from dinfer.verdict.op_text import full_text
 from dinfer.verdict.recorded import explain_events
 from dinfer.verdict.recorded_waits import UNREAD
@@ -149,6 +150,7 @@ class Evidence:
                 for rank in self.ranks
             ),
             warnings=tuple(one.text for one in self.findings),
+            waits=kept_waits(verdict) if verdict else None,
         )
         return with_findings(replace(self.trace, about=about), made)
 

@@ -46,7 +46,7 @@ os.mkdir = mkdir
 CHUNK, NEW_TOKENS = 4, 8
 LAYERS, HIDDEN, KV_ROW = 7, 64, 2 * 2 * 16  # of the tiny checkpoints; a token's K and V in one layer
 FLOAT_BYTES = 4
-RUN_KEYS = {"prompt_tokens", "tokens", "text", "plan", "ranks"}
+RUN_KEYS = {"prompt_tokens", "tokens", "text", "ttft_s", "plan", "ranks"}
 RANK_KEYS = {
     "rank",
     "host",
@@ -152,6 +152,7 @@ def test_json_holds_what_is_promised(sample: Sample) -> None:
         assert (rank["rank"], rank["device"], rank["threads"]) == (number, "cpu", 1)
         assert rank["prefill_s"] > 0
         assert rank["decode_s"] > 0
+        assert 0 < rank["ttft_s"] <= result["ttft_s"]
         assert 0 <= rank["exposed_sync_s"] <= rank["prefill_s"]
 
 

@@ -34,6 +34,7 @@ SHOWN: dict[str, list[str]] = {
     "differ": ["rank 2 differs at layer 1, K, head 0, token 8 ", "changed afterwards in its memory"],
     "again": ["all 3 ranks hold the same 6 × ", "bit for bit"],
     "sweep": ["sync_strategy", "exposed_wire", "= 100 %", "pairwise ", "ring "],
+    "slow": ["armed: #1 slow link 0→2, 20 ms more for each message"],
     "links": ["0→1: ", "0→2: ", " bytes, a transfer "],
     "refused": ["refuted: deadlock with rendezvous sends", "┌▶ rank 0 sends block c0 l0"],
     "hang": [f"deadlock: {CIRCLE}"],
@@ -46,6 +47,8 @@ OF_LATENCY: dict[str, list[str]] = {
     "run": [" events, 212 transfers"],
     "percentiles": ["0→1: 45 transfers, wire p50 ", "2→1: 31 transfers"],
     "told": ["exposed communication: ", "most of it on link "],
+    "slow": ["armed: #1 slow link 0→2, 20 ms more for each message"],
+    "slow-layer": ["armed: #2 slow rank 1, 20 ms more for each layer"],
     "slow-link": ["0→2: 30 transfers", "most of it on link "],
     "slow-rank": ["1→2: 45 transfers"],
     "live": ["events after each tenth of a second: "],
@@ -56,7 +59,7 @@ PLOTS = {
     *("exposure", "latency", "gantt", "distribution", "matrix", "slow-latency", "layers", "slow-rank"),
     *("live-latency", "ring", "swept"),
 }
-SILENT = {"panel", "slow", "fast", "slow-layer", "healed", "close"}
+SILENT = {"panel", "fast", "healed", "close"}
 """cells that show no words"""
 
 

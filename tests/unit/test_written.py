@@ -27,7 +27,7 @@ WRITES: dict[str, Callable[[Run, Path], object]] = {
     "a report": lambda run, path: run.report(path),
     "a saved run": lambda run, path: run.save(path),
     "a trace": lambda run, path: run.trace.export("jsonl", path),
-    "a figure": lambda run, path: run.trace.gantt().save(path),
+    "a figure": lambda run, path: run.trace.lanes().save(path),
 }
 
 

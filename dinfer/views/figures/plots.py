@@ -1,4 +1,4 @@
-"""Plots: the figures of results by name, as `run.trace.gantt()` and `session.sweep(…).plot()` ask for them."""
+"""Plots: the figures of results by name, as `run.trace.lanes()` and `session.sweep(…).plot()` ask for them."""
 
 from collections.abc import Callable
 from typing import Any

@@ -27,6 +27,7 @@ from dinfer.trace.read import ELEMENT, as_columns, script_json
 from dinfer.trace.shares import pauses, shares
 from dinfer.trace.summary import chunks_text, summary, verdict
 from dinfer.trace.trace import Trace
+from dinfer.verdict.kept import waits_html
 from dinfer.version import __version__
 from dinfer.views.cells import marked
 from dinfer.views.figures.equal import make_equal
@@ -197,6 +198,7 @@ def _run(trace: Trace, name: str, number: int, drawn: dict[str, go.Figure]) -> d
         "paused_s": seconds(pauses(trace)),
         "figures": figures,
         "map": blocks,
+        "waits": findings.waits and Markup(waits_html(findings.waits, findings.failure.partition("\n")[0])),
         "plan": facts.plan_text(plan) if plan else "",
         "proof": findings.proof or (str(verify(plan)) if plan and len(trace.events) <= MOST_PLANNED else ""),
         "tables": tables,
@@ -232,6 +234,7 @@ def _about(trace: Trace, made: str) -> list[tuple[str, str]]:
         "sync strategy": str(about.get("sync_strategy") or ""),
         "codec": str(about.get("codec") or ""),
         "predicted": _predicted(trace),
+        "first token": f"{trace.ttft_s:.3g} s after the first op" if trace.ttft_s else "",
         "made": made,
         "clocks": trace.clocks,
         "dinfer": str(about.get("dinfer", "")),

@@ -28,10 +28,10 @@ from .captures import captures
 
 log = logging.getLogger(__name__)
 
-_STEP = -7046029254386353131  # 2^64 / golden ratio, as a signed number: multiples of it do not repeat
+STEP = -7046029254386353131  # 2^64 / golden ratio, as a signed number: multiples of it do not repeat
 
 # 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB, signed
-_MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
+MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 
 _KERNEL = """
 template <typename T> T dinfer_mix(T word, T place) {
@@ -106,7 +106,7 @@ def _constant(make: Callable[[int, torch.device], Tensor], size: int, device: to
 
 def _make_places(count: int, device: torch.device) -> Tensor:
     """The numbers that are added, by place."""
-    return torch.arange(1, count + 1, device=device, dtype=torch.int64) * _STEP
+    return torch.arange(1, count + 1, device=device, dtype=torch.int64) * STEP
 
 
 @cache
@@ -129,7 +129,7 @@ def _mix(words: Tensor, places: Tensor) -> Tensor:
     mixed = words + places
     # one for all rounds: new memory for each would cost a fifth of the time
     shifted = torch.empty_like(mixed)
-    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+    for shift, multiplier in zip((30, 27), MULTIPLIERS, strict=True):
         mixed ^= _shift(mixed, shift, shifted)
         mixed *= multiplier
     mixed ^= _shift(mixed, 31, shifted)

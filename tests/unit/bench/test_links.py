@@ -8,13 +8,13 @@ from itertools import permutations
 import pytest
 
 from dinfer.bench.link_rank import RankLinks, TimedPlan
-from dinfer.bench.links import cell, check_asked, hidden_figures, machine_of, rate_of, table
+from dinfer.bench.links import cell, check_asked, codecs_of, hidden_figures, machine_of, rate_of, table
 from dinfer.config import Config, ConfigError
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.planner.costs import LayerTime
-from dinfer.planner.machine import Links, LinkSpeed
+from dinfer.planner.machine import CodecCost, Links, LinkSpeed
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.transfers import Transfer, transfers
 
@@ -41,7 +41,7 @@ def ranks(plan: Plan, seconds: float, layer_s: float = 0.01) -> list[RankLinks]:
 
 
 def one(times: list[LayerTime], *plans: TimedPlan) -> RankLinks:
-    return RankLinks(times, list(LINKS.speeds), 64, 128, list(plans))
+    return RankLinks(times, list(LINKS.speeds), 64, 128, list(plans), [CodecCost("int8", 0.25, 1e-4, 1e-4)])
 
 
 def test_a_rate_is_in_bits_per_second() -> None:
@@ -71,7 +71,10 @@ def test_without_root_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_cell_has_what_was_measured_and_both_simulations() -> None:
     measured = ranks(PLAN, 0.5)
-    found = cell(PLAN, measured, 0, machine_of(measured))
+    found = cell(PLAN, "none", measured, 0, machine_of(measured))
+    coded = cell(PLAN, "int8", measured, 0, machine_of(measured))
+    assert coded["codec"] == "int8"
+    assert coded["planned_bytes"] < found["planned_bytes"]
     assert (found["strategy"], found["schedule"], found["codec"]) == ("pairwise", "pipelined", "none")
     assert found["rounds_s"] == [0.5, 2.5], "the slowest rank of each round"
     assert found["measured_s"] == 1.5
@@ -98,3 +101,9 @@ def test_a_hidden_state_beside_blocks_is_seen() -> None:
     other = Transfer(2, 0, "kv", 0, 0, 1000, 0, 0, 9 * ms, None)  # the other way
     figures = hidden_figures([hidden, block, other], LINKS)
     assert figures == pytest.approx({"wire_s": 0.003, "alone_s": 0.0011, "beside_kv_s": 0.002})
+
+
+def test_codecs_are_named_with_a_plus_for_their_own_comma() -> None:
+    assert codecs_of("none,int8,k=int8+v=fp8") == ["none", "int8", "k=int8,v=fp8"]
+    with pytest.raises(ConfigError, match="codec is 'int7'; it must be one of none, lossless"):
+        codecs_of("none,int7")

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dinfer.kv.digests import as_numbers, block_digests, row_digests, statistics
+from dinfer.watch.probe.digests import mixed_sum
+from dinfer.watch.probe.digests import row_digests as row_digests_by_torch
 
 BLOCK = torch.randn(16, 2, 4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -28,6 +30,17 @@ def test_equal_bytes_have_equal_digests_whatever_the_strides(dtype: torch.dtype)
     assert digests(block) == digests(block.clone())
     assert digests(block[:, :, :2]) == digests(block[:, :, :2].contiguous())
     assert all(0 < number < 1 << 64 for number in digests(block))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 1, 8), (5, 2, 3, 6), (3, 2, 1, 7), (130, 2, 8, 128)]
+)  # the last: two tiles
+def test_a_cpu_takes_the_digests_that_every_device_takes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    block = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    rows = row_digests(block)
+    assert torch.equal(rows, row_digests_by_torch(block))
+    assert torch.equal(block_digests(rows), mixed_sum(rows, first=0))
 
 
 def test_every_single_flipped_bit_is_seen_in_its_row_alone() -> None:

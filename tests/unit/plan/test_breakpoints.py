@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when
+from dinfer.plan.breakpoints import Breakpoint, check, next_stop, parse_when, previous_stop
 from dinfer.plan.cut import Cuts, is_inside
 from dinfer.plan.ops import Op, PlanError, Value, recv
 from dinfer.plan.partition import partition
@@ -111,3 +111,50 @@ def test_going_on_meets_every_matching_op_and_ends(
             assert target == found.end
         cut, stops = target, stops + 1
     assert stops <= 60
+
+
+# -- going back
+
+
+@given(cuts, st.sets(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=4))
+def test_going_back_passes_the_places_of_going_on_in_reverse(
+    found: Cuts, blocks: set[tuple[int, int]]
+) -> None:
+    breakpoints = [Breakpoint(n, chunk=chunk, layer=layer) for n, (layer, chunk) in enumerate(blocks, 1)]
+    cut, forward = found.start, []
+    while True:
+        cut, met = next_stop(found, cut, breakpoints)
+        if not met:
+            break
+        if cut != found.end:  # there is nothing to go back by from there
+            forward.append((cut, met))
+    assert cut == found.end
+    backward = []
+    while True:
+        cut, met = previous_stop(found, cut, breakpoints, {})
+        if not met:
+            break
+        backward.append((cut, met))
+    assert cut == found.start
+    assert backward == forward[::-1]
+
+
+def test_a_condition_counts_where_it_has_been_met() -> None:
+    one = Breakpoint(1, layer=2, condition="nan")
+    cut = PIPELINED.after_block(2, 3)
+    assert previous_stop(PIPELINED, cut, [one], {}) == (PIPELINED.start, [])
+    met = {1: {(1, Op("layer", 1, 2))}}
+    assert previous_stop(PIPELINED, cut, [one], met) == (PIPELINED.after_block(1, 2), [one])
+    early = PIPELINED.after_next(PIPELINED.start, lambda _, op: str(op) == "layer c1 l2")
+    assert early is not None
+    step = PIPELINED.next(early[0], "op")  # not all ranks have the block yet
+    assert previous_stop(PIPELINED, step, [one], met) == (early[0], [one])
+
+
+def test_going_back_to_a_transfer_ends_just_after_it() -> None:
+    one = Breakpoint(1, op="recv", rank=2, chunk=0, layer=1)
+    cut, met = previous_stop(PIPELINED, PIPELINED.end, [one], {})
+    assert met == [one]
+    assert PIPELINED.is_consistent(cut)
+    assert next_stop(PIPELINED, PIPELINED.start, [one]) == (cut, [one])
+    assert previous_stop(PIPELINED, cut, [one], {}) == (PIPELINED.start, [])

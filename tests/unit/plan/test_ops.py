@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.plan.ops import FINAL, Op, PlanError, Value, parse_op, recv, send
+from dinfer.config import Schedule, SyncStrategy
+from dinfer.plan.ops import FINAL, Op, PlanError, Value, new_needs, parse_op, recv, send
+from dinfer.plan.partition import partition
+from dinfer.plan.schedule import build
 from tests.support.facts import has_facts
 
 NUMBERS = st.integers(0, 10**6)
@@ -100,3 +103,27 @@ def test_blocks_have_a_communicator_of_their_own() -> None:
 def test_values_are_named_in_the_words_of_the_design() -> None:
     names = [str(v) for v in (Value("kv", 2, 5), Value("hidden", 2, 5), FINAL)]
     assert names == ["block c2 l5", "hidden c2 l5", "final"]
+
+
+@pytest.mark.parametrize("schedule", ["pipelined", "lockstep"])
+@pytest.mark.parametrize("strategy", ["pairwise", "ring"])
+def test_a_lane_waits_for_all_that_its_ops_need_and_for_no_block_twice(
+    schedule: Schedule, strategy: SyncStrategy
+) -> None:
+    plan = build(partition(layers=5, tokens=45, world_size=3, chunk_size=4), schedule, strategy)
+    for lane in (lane for lanes in plan.lanes for lane in lanes):
+        there, waits = set[Value](), new_needs(lane.ops)
+        for op, needs in zip(lane.ops, waits, strict=True):
+            there.update(needs)
+            assert there.issuperset(op.needs())
+            there.update(op.makes())
+        assert len(set(sum(waits, ()))) == sum(map(len, waits)), "a value is waited for once"
+        if lane.name == "compute":
+            assert max(map(len, waits)) <= 1, "what a lane has made itself is there"
+
+
+def test_a_layer_on_a_lane_of_its_own_waits_for_the_blocks_before() -> None:
+    lane = [Op("layer", 2, 1), Op("layer", 4, 1), Op("layer", 3, 1)]
+    blocks = [Value("kv", chunk, 1) for chunk in range(4)]
+    hidden = [Value("hidden", op.chunk, 1) for op in lane]
+    assert new_needs(lane) == [(hidden[0], *blocks[:2]), (hidden[1], blocks[3]), (hidden[2],)]

@@ -23,12 +23,17 @@ class Even:
     speed: float = 1.0
     delay: float = 0.0
     buffer: float = 0.0
+    encode: float = 0.0
+    decode: float = 0.0
 
     def compute(self, _: int, op: Op, __: Shape) -> float:
         return 1.0 if op.kind == "layer" else 0.0
 
     def message(self, op: Op) -> int:
         return op.tokens
+
+    def coding(self, op: Op) -> tuple[float, float]:
+        return (self.encode, self.decode) if op.what == "kv" else (0.0, 0.0)
 
     def latency(self, _: Channel) -> float:
         return self.delay
@@ -54,6 +59,27 @@ def test_a_hidden_state_and_a_block_share_the_wire() -> None:
     # The last block's four bytes beside the final state's one: two seconds for two bytes, three for the rest.
     assert ends["recv final <- 1, 1 token"] == 12
     assert made.makespan == ends["recv kv c0 l1 <- 1, 4 tokens"] == 15
+
+
+def test_a_codec_takes_its_time_before_and_after_the_wire_and_none_of_the_layers() -> None:
+    made = timed(graph(), Even(1e9, encode=3.0, decode=0.5))
+    ends = {str(op): round(made.times[n].end, 6) for n, op in enumerate(graph().ops)}
+    assert ends["layer c0 l1"] == 2
+    assert ends["send kv c0 l0 -> 1, 4 tokens"] == 1 + 3
+    assert ends["recv kv c0 l0 <- 0, 4 tokens"] == 1 + 3.5
+
+
+def test_what_waits_for_the_wire_is_encoded_meanwhile() -> None:
+    slow = graph(chunks=2)
+    without = timed(slow, Even(0.1)).makespan
+    assert timed(slow, Even(0.1, encode=3.0)).makespan < without + 2 * 3.0
+
+
+def test_what_is_passed_on_is_not_encoded_again() -> None:
+    made = timed(graph(strategy="ring", ranks=3), Even(1e9, encode=3.0))
+    ops = graph(strategy="ring", ranks=3)
+    ends = {f"{ops.ranks[n]} {op}": round(made.times[n].end, 6) for n, op in enumerate(ops.ops)}
+    assert ends["1 send kv c0 l0 -> 2, 4 tokens"] == 1 + 3
 
 
 def test_latency_comes_before_bytes_and_takes_nothing_of_the_wire() -> None:

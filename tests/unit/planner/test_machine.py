@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -13,7 +14,7 @@ from dinfer.plan.graph import Channel
 from dinfer.plan.ops import parse_op
 from dinfer.plan.partition import partition
 from dinfer.planner.costs import LayerCost
-from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
+from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine
 
 PAIRS = list(permutations(range(3), 2))
 
@@ -70,6 +71,20 @@ def test_no_bound_is_passed_and_nobody_waits(
     for pair in set(used):
         both = sum(rate for one, rate in zip(used, rates, strict=True) if one == pair)
         assert both <= made.by_link[pair].alone * (1 + 1e-9)
+
+
+def test_a_codec_sends_fewer_bytes_and_takes_time_for_each_token() -> None:
+    codecs = CodecCost("int8", 0.25, 1e-6, 2e-6), CodecCost("fp8", 0.35, 3e-6, 4e-6)
+    machine = MeasuredMachine((LayerCost(1.0),) * 3, links(), 4, 800, codecs=codecs)
+    block, hidden = parse_op("send kv c0 l0 -> 1, 4 tokens"), parse_op("send hidden c0 l1 -> 1, 4 tokens")
+    assert (machine.message(block), machine.coding(block)) == (3200, (0.0, 0.0))
+    machine = replace(machine, codec="int8")
+    assert (machine.message(block), machine.message(hidden)) == (800, 16)
+    assert machine.coding(block) == pytest.approx((4e-6, 8e-6))
+    assert machine.coding(hidden) == (0.0, 0.0)
+    assert replace(machine, codec="k=int8,v=fp8").message(block) == pytest.approx(3200 * 0.3)
+    assert 1600 < replace(machine, codec="k=int4,v=none").message(block) < 3200 * 0.7  # int4 was not measured
+    assert MeasuredMachine.of(json.loads(json.dumps(machine.as_dict()))) == machine
 
 
 def test_a_measured_op_counts_in_place_of_the_cost_and_json_keeps_the_machine() -> None:

@@ -115,6 +115,7 @@ def test_ranks_in_a_row_are_told_in_short(ranks: list[int], text: str) -> None:
         ("step_back", ("layer", 3), "did "),
         ("run_to", (2, 4), "took back "),
         ("run_to", (0, 1), "did "),
+        ("resume_back", (), "did "),
         ("decode", (3,), "took back … took back 3 new tokens"),
     ],
 )

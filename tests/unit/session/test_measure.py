@@ -21,9 +21,10 @@ from dinfer.messages import GetHeld
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.planner.costs import LayerCost
-from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
+from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine
 from dinfer.session.measure import Measurement, check_auto, measured_before
 from dinfer.session.session import Session
+from tests.support.facts import has_facts
 
 IDS = list(range(5, 101))
 
@@ -54,6 +55,7 @@ def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
         assert (found.machine.hidden_bytes, found.machine.block_bytes) == (512, 512)
         assert [line.split()[0] for line in str(found).splitlines()] == [
             "rank", "0", "1", "2", "link", "0→1", "0→2", "1→0", "1→2", "2→0", "2→1",
+            "codec", "bf16", "fp8", "int8", "int4",
         ]  # fmt: skip
 
         session._measured[True] = Measurement(uneven(), 64)
@@ -94,6 +96,43 @@ def test_ranks_measure_and_the_chosen_plan_gives_the_same_tokens(
         predicted = run.findings().predicted
         assert list(predicted) == names
         assert "Predicted and measured" in page.read_text("utf-8")
+
+
+def slow_links(*codecs: CodecCost) -> Measurement:
+    """Links so slow that they alone count."""
+    cost = LayerCost(1e-6)
+    links = (LinkSpeed(*pair, 1e-5, 1e4, 1e4) for pair in permutations(range(3), 2))
+    return Measurement(MeasuredMachine((cost,) * 3, Links(tuple(links)), 512, 256, codecs=codecs), 64)
+
+
+def test_auto_takes_the_lossless_codec_where_links_are_slow_and_never_a_lossy_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cheap = CodecCost("lossless", 0.7, 1e-6, 1e-6), CodecCost("int4", 0.3, 0.0, 0.0)
+    with dinfer.connect("threads", n=3) as session:
+        session.load("demo", threads=1, dtype="bfloat16")
+        session._measured[True] = slow_links(*cheap)
+        plain = session.prefill(IDS, codec="none", chunk_size=32)
+        before = plain.prediction().rows
+        capsys.readouterr()
+        run = session.prefill(IDS, codec="auto", chunk_size=32)
+        told = capsys.readouterr().out.strip()
+        assert run.config.codec == "lossless"
+        assert has_facts(told, "codec lossless: it takes … s, none … s; lossy ones are never chosen unasked.")
+        run.wait(60)
+        assert run.kv().diff().equal
+        after, plain_s = float(run.prediction().rows[0][1]), float(before[0][1])
+        assert 0.7 * plain_s < after < 0.9 * plain_s  # hidden states travel as before
+        session._measured[True] = slow_links(cheap[0]._replace(encode_s=1.0), cheap[1])
+        assert session.prefill(IDS, codec="auto", chunk_size=32).config.codec == "none"
+
+
+def test_auto_of_float32_says_why_it_takes_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with dinfer.connect("threads", n=3) as session:
+        session.load("demo", threads=1)
+        session._measured[True] = slow_links(CodecCost("int8", 0.25, 0.0, 0.0))
+        assert session.prefill(IDS, codec="auto").config.codec == "none"
+        assert "codec none: the lossless one is for bfloat16" in capsys.readouterr().out
 
 
 def test_what_was_measured_stays_on_the_ranks_for_the_next_session(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,30 @@ def test_a_rank_that_only_decodes_spent_no_time_on_prefill() -> None:
     assert figures == RankFigures(0, 0.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0, 0)
 
 
+def token(rank: int, kind: str, index: int, start: float, end: float) -> Event:
+    at, until = int(start * S), int(end * S)
+    return Event(rank, "decode", kind, at, at, at, until, what="token", tokens=1, index=index)
+
+
+def test_time_to_first_token_is_apart_from_prefill() -> None:
+    first = Event(0, "compute", "layer", 2 * S, 2 * S, 2 * S, 3 * S, chunk=0, layer=0)
+    late = Event(1, "kv-in:0", "recv", 3 * S, 3 * S, 8 * S, 9 * S, "kv", 0, 0, 0, 1, 4)
+    zero = [first, token(0, "decode", 0, 3, 4), token(0, "all_gather", 0, 4, 5), token(0, "decode", 1, 5, 6)]
+    one = [late, token(1, "decode", 0, 4, 4.5), token(1, "all_gather", 0, 4.5, 5.5)]
+    again = [token(1, "decode", 0, 20, 21), token(1, "all_gather", 0, 21, 22)]  # taken back, and made again
+    trace = Trace.merge([zero, one + again])
+    assert [trace.rank_figures(rank).ttft_s for rank in (0, 1)] == [3.0, 3.5]
+    assert trace.ttft_s == 3.5
+    assert trace.rank_figures(1).prefill_s == 7.0, "its last block came after the first token"
+    assert "ttft s" in str(trace)
+
+
+def test_without_new_tokens_there_is_no_time_to_the_first() -> None:
+    bare = Trace.merge([[Event(0, "compute", "layer", 0, 0, 0, S, chunk=0, layer=0)]])
+    assert (bare.ttft_s, bare.rank_figures(0).ttft_s) == (None, None)
+    assert "ttft" not in str(bare)
+
+
 def test_prefill_leaves_out_decode_and_tokens() -> None:
     assert len(TRACE.events) == 10
     assert [e for e in TRACE.events if e not in set(TRACE.prefill())] == [RANK_0[-1], RANK_1[-1]]

@@ -136,4 +136,15 @@ def test_a_rank_that_comes_last_in_the_last_minute_of_a_long_session() -> None:
     )
     for rank in range(2):
         ops.add(rank, "all_reduce", at=2000)
+    (one,) = found(ops)
+    assert one.text.startswith(
+        "rank 1 is slow: it came last to 10 of 10 collectives of a minute that ended 990 s before the last one, in the "
+    )
+
+
+def test_ranks_that_take_turns_to_come_last_are_not_slow_in_any_minute() -> None:
+    ops = MadeOps(2)
+    for step in range(300):
+        for rank in range(2):
+            ops.add(rank, "all_reduce", at=step + 0.5 * (rank == step % 2))
     assert found(ops) == []

@@ -40,6 +40,26 @@ def test_a_converted_notebook_shows_the_figure_as_a_picture() -> None:
     assert b64decode(picture).decode() == svg(figure)
 
 
+IN_PICTURE = {
+    "exposure": ["rank 0", "rank 2", "bubble", "%"],
+    "lanes": ["rank 0 compute", "rank 2 kv-in:0", "wait", "seconds since the run began"],
+    "latency": ["0→1", "1→2", "on the wire", "waiting"],
+    "distribution": ["0→1", "1→2", "%"],
+    "links": ["MB/s on wire", "median, ms", "to rank", "from rank"],
+    "by_layer": ["0→1", "l5", "p99", "transfers"],
+}
+"""what a reader of the still picture finds in it"""
+
+
+@pytest.mark.parametrize("name", list(IN_PICTURE))
+def test_every_plot_of_a_trace_survives_nbconvert(name: str) -> None:
+    page = converted(getattr(on_paper(6, 4), name)()._repr_mimebundle_())
+    [picture] = re.findall(r'src="data:image/svg\+xml;base64,([^"]*)"', page)
+    text = re.sub(r"<[^>]*>", "\n", b64decode(picture).decode())
+    assert [one for one in IN_PICTURE[name] if one not in text] == []
+    assert "NaN" not in text
+
+
 def layout_of(figure: go.Figure) -> dict[str, Any]:
     """What a front end is told of its looks."""
     layout: dict[str, Any] = Shown(figure)._repr_mimebundle_()[MIME]["layout"]
@@ -81,7 +101,7 @@ def test_text_is_read_on_jupyterlab_s_backgrounds(back: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plot", "exposure", "gantt", "latency", "distribution", "matrix", "by_layer"]
+    "name", ["plot", "exposure", "lanes", "latency", "distribution", "links", "by_layer"]
 )
 def test_a_trace_draws_its_figures_in_one_call(name: str) -> None:
     shown = getattr(on_paper(6, 4), name)()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dinfer.errors import NotPossible
+from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.verdict import Verdict
 from dinfer.views import watched
 from dinfer.views.watched import WatchPanel, parts_of
@@ -220,6 +221,30 @@ def test_after_the_end_it_follows_until_all_rows_are_read(made: MadeWatch) -> No
     made.found = replace(made.found, kv=WatchedKv(layers))
     wait_for(lambda: not panel._thread.is_alive(), "its thread has ended")
     assert "compared later" not in panel.parts["kv"]
+    panel.close()
+
+
+def test_many_rows_are_compared_once_the_panel_is_there(
+    made: MadeWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cell that shows it does not wait for that, which takes seconds; nor does a watch that is over miss it."""
+    door, compared = threading.Event(), list[str]()
+
+    def diff(_: WatchedKv) -> list[OpFinding]:
+        compared.append(threading.current_thread().name)
+        assert door.wait(30)
+        return []
+
+    monkeypatch.setattr(WatchedKv, "diff", diff)
+    monkeypatch.setattr("dinfer.views.watched.MOST_ROWS", 2)
+    made.found = replace(made.found, kv=WatchedKv({0: layers_of([rows(0, 1, 2, 3)])}))
+    made.over.set()
+    panel = panel_of(made)
+    assert "being compared" in panel.parts["kv"]
+    door.set()
+    wait_for(lambda: not panel._thread.is_alive(), "its thread has ended")
+    assert "being compared" not in panel.parts["kv"]
+    assert compared == ["dinfer watch panel"]
     panel.close()
 
 
