@@ -32,6 +32,7 @@ class KvTools {
     this.grid.hidden = true;
     this.bars = make("div", "histogram", side);
     this.list = make("div", "pins", side);
+    this.list.setAttribute("role", "group");
     this.list.setAttribute("aria-label", "watched values");
   }
 
