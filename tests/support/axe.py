@@ -3,12 +3,11 @@ test."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from importlib.resources import files
 
-import axe_playwright_python
 from playwright.sync_api import Page
 
-SCRIPT = Path(axe_playwright_python.__file__).parent / "axe.min.js"
+SCRIPT = files("axe_playwright_python") / "axe.min.js"
 
 LEVELS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]
 
