@@ -98,6 +98,8 @@ class View {
     button.dataset.tab = name;
     button.setAttribute("role", "tab");
     button.onclick = () => this.open(name);
+    page.setAttribute("role", "tabpanel");
+    page.setAttribute("aria-label", name);
     return page;
   }
 
