@@ -55,15 +55,14 @@ class History:
 
 
 def call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], of: str = "run") -> str:
-    """The call as its user wrote it, for example `run.step("layer", n=2)`; without functions, which have no text."""
+    """The call as its user wrote it, for example `run.step("layer", n=2)`; without functions, which have no text.
+    An object whose repr is no call says in `call_name` how to come by it."""
 
     def written(value: object) -> str:
         if isinstance(value, str):
             return json.dumps(value, ensure_ascii=False)
-        text = repr(value)
-        return (
-            text if "\n" not in text else type(value).__name__.lower()
-        )  # a run, whose repr says where it stands
+        written_as: str = getattr(value, "call_name", "") or repr(value)
+        return written_as
 
     named = {key: value for key, value in kwargs.items() if not callable(value)}
     parts = [written(one) for one in args if not callable(one)]

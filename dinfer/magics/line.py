@@ -294,6 +294,18 @@ def compare(call: Call) -> Any:
 
 
 @verb(
+    argument("against", nargs="?", default="reference", help="reference, or the folder of a saved run"),
+    OF_RANK,
+    argument("--what", help="tokens, logits or hidden; by default the first that differs"),
+)
+def bisect(call: Call) -> Any:
+    """Find the block with which the answer turns wrong."""
+    words = call.words
+    against = words.against if words.against == "reference" else dinfer.open(words.against)
+    return call.run.bisect(against, rank=words.rank, what=words.what)
+
+
+@verb(
     argument(
         "kind",
         help="bitflip, nan, zero, stale, swap_kv, permute, lost, append_twice, head_shift, cast, 'slow link', …",

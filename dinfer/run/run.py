@@ -7,6 +7,7 @@ are what they say; `inspect` reads what the ranks hold, `recorder` makes reports
 each call of a user goes to the part that does it.
 """
 
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -143,10 +144,10 @@ class Run(Tidy, Displayable):
     """
 
     INTERNAL = frozenset({
-        "INTERNAL", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings", "hold",
-        "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "look", "mend", "met", "met_on",
-        "on_change", "recover", "recovering", "reporter", "said", "say", "show", "silence", "step_to_stop", "story",
-        "stuck_ranks", "told",
+        "INTERNAL", "call_name", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings",
+        "hold", "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "look", "mend", "met",
+        "met_on", "on_change", "recover", "recovering", "reporter", "said", "say", "show", "silence", "step_to_stop",
+        "story", "stuck_ranks", "told",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
@@ -684,6 +685,11 @@ class Run(Tidy, Displayable):
     @name.setter
     def name(self, name: str) -> None:
         self._inspector.name = name
+
+    @property
+    def call_name(self) -> str:
+        """For logs of calls."""
+        return f"session.runs[{json.dumps(self.name)}]"
 
     @property
     def kept(self) -> KeptKv | None:

@@ -1,5 +1,6 @@
 """Saved: what `dinfer.open` returns: a saved run, or the trace of a report, without a cluster or a checkpoint."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ class Saved(Tidy, Displayable):
         self.path, self.trace, self._write, self._show = path, trace, write, show
         self._about, self._source = about, source
         self._written = WrittenFiles()
+
+    @property
+    def call_name(self) -> str:
+        """For logs of calls."""
+        return f"dinfer.open({json.dumps(str(self.path), ensure_ascii=False)})"
 
     @property
     def findings(self) -> Findings:

@@ -116,6 +116,6 @@ def _bubbles(trace: Trace) -> Iterator[Notable]:
             after = bisect_right(mets, end - 1)
             event = layers[min(after, len(layers) - 1)] if layers else None
             until = f", until {event.name}" if event and event.met >= end else ""
-            text = f"bubble: rank {share.rank} had nothing to do for {milliseconds(end - begin)}{until}"
+            text = f"bubble: rank {share.rank} idle for {milliseconds(end - begin)}{until}"
             place = (event.lane, event.layer, event.chunk) if event else ("", None, None)
             yield Notable("bubble", share.rank, *place, None, begin, end, text)

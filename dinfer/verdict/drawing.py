@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dinfer.plan.plan import Plan
 from dinfer.plan.verify import Counterexample
 
-WIDTH, HEIGHT = 150, 40
+WIDTH, HEIGHT = 170, 40
 """of a box"""
 
 MARGIN = 46

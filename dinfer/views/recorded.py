@@ -5,13 +5,15 @@ from typing import NamedTuple
 
 from dinfer.run.state import MOVING, Standing
 from dinfer.trace.events import Event
+from dinfer.trace.intervals import length
+from dinfer.trace.shares import pauses, without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.views.protocol import InspectableRun
 from dinfer.views.timeline import Timeline
 
 
 class Recorded(NamedTuple):
-    """A run's trace and where it stands. `key`: another one after each change."""
+    """A run's trace, without the pauses between steps, and where it stands. `key`: another one after each change."""
 
     timeline: Timeline
     standing: Standing
@@ -42,7 +44,8 @@ class RecordedRun:
                 self._events, self._timeline = [], None
             if found or self._timeline is None:
                 self._events += found
-                self._timeline = Timeline(Trace.merge([self._events]), self._shape)
+                trace = Trace.merge([self._events])
+                self._timeline = Timeline(without_pauses(trace), self._shape, length(pauses(trace)))
             self._read = read
             stands = tuple((tuple(stand.positions), tuple(stand.started)) for stand in standing.stands)
             return Recorded(self._timeline, standing, f"{hash((tuple(read), stands, standing.state)):x}")

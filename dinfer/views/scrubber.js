@@ -35,7 +35,7 @@ class TimeStrip {
     const bar = make("div", "fields", this.box);
     this.picker = make("select", "", bar);
     this.picker.setAttribute("aria-label", "the rank whose lanes are shown");
-    fill(this.picker, [["", "lanes of …"], ...Array.from({ length: this.board.ranks }, (_, rank) => [String(rank), `rank ${rank}`])]);
+    fill(this.picker, [["", "lanes of"], ...Array.from({ length: this.board.ranks }, (_, rank) => [String(rank), `rank ${rank}`])]);
     this.picker.onchange = () => this.openRank(this.picker.value === "" ? null : Number(this.picker.value));
     this.selecting = this.act(bar, "select a stretch", "then drag; or drag with Shift: totals of what is between", () => this.select());
     this.act(bar, "+", "zoom in around the time", () => this.zoom(0.5));
@@ -126,7 +126,7 @@ class TimeStrip {
       [this.at, this.cells, this.cut, this.then] = [null, null, null, null];
     } else {
       if (time.strip !== undefined) this.strip = { ...time, bytes: bytesOf(buffers[time.strip]) };
-      this.span = time.span;
+      [this.span, this.paused] = [time.span, time.paused];
       this.parts = time.parts;
       this.then = time.moment;
       if (time.moment.now && this.at === this.askedAt) this.at = null; // else somebody has gone elsewhere since
@@ -328,7 +328,7 @@ class TimeStrip {
 
   show() {
     const clock = this.trouble || (this.span ? `${this.at === null ? "now" : timeText(this.at)} of ${timeText(this.span)}` : "");
-    this.said.textContent = this.open ? clock : "";
+    this.said.textContent = this.open ? clock + (this.paused && !this.trouble ? `, without ${timeText(this.paused)} of pauses` : "") : "";
     this.nowButton.hidden = this.at === null;
     this.root.dataset.past = this.at === null ? "" : "yes";
     if (!this.open) return;
@@ -358,6 +358,7 @@ class TimeStrip {
 
   showLanes() {
     const lanes = this.then?.lanes ?? [];
+    this.lanes.box.hidden = !lanes.length && this.at === null;
     this.lanes.head.textContent = this.at === null ? `lanes in an op now (${lanes.length})` : `lanes in an op (${lanes.length})`;
     list(this.lanes.list, lanes, (one) => [`rank ${one.rank} ${one.lane}: ${one.op}`, one.since === null ? one.phase : `${one.phase}, ${timeText(one.since)}`],
       (one) => this.lead({ ...one, at: null }), "between two ops");

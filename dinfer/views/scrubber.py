@@ -122,7 +122,12 @@ def answer(question: TimeQuestion, recorded: Recorded, plan: Plan) -> tuple[Json
     if not span:
         return {"span": 0, "events": 0}, []
     found, buffers = _strip(question, recorded)
-    found |= {"span": span, "events": len(timeline.trace.events), "parts": ABOUT_PARTS}
+    found |= {
+        "span": span,
+        "paused": timeline.paused,
+        "events": len(timeline.trace.events),
+        "parts": ABOUT_PARTS,
+    }
     is_now = question.at is None or question.at >= span
     at = span if question.at is None else within(question.at, 0, span)
     then = moment(timeline.trace, timeline.began + at)

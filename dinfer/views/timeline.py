@@ -27,10 +27,10 @@ StripCodes = NDArray[np.uint8]
 
 class Timeline:
     """A trace, and what can be asked of it at any time. `shape`: layers, chunks and ranks of the map. Times are
-    nanoseconds since `trace.began`; `span`: of the last event's end."""
+    nanoseconds since `trace.began`; `span`: of the last event's end; `paused`: how many the trace is without."""
 
-    def __init__(self, trace: Trace, shape: tuple[int, int, int]) -> None:
-        self.trace, self.shape = trace, shape
+    def __init__(self, trace: Trace, shape: tuple[int, int, int], paused: int = 0) -> None:
+        self.trace, self.shape, self.paused = trace, shape, paused
         self.began = trace.began
         self.span = max((event.end for event in trace.events), default=self.began) - self.began
         self.lanes = sorted({(event.rank, event.lane) for event in trace.events})

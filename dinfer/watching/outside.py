@@ -55,6 +55,9 @@ _LINES = (
 )
 """by the user's line, where it has called into C"""
 
+_WAIT_LINE = re.compile(r"\.(get|wait|acquire|join)\(")
+"""of queues, events and locks in C"""
+
 _CHILD_LINE = re.compile(r"\bos\.wait(pid|3|4)?\(")
 
 _SERVERS = re.compile(
@@ -171,9 +174,9 @@ def _receives_bare(thread: ThreadLook) -> bool:
 def _waits_for_thread(thread: ThreadLook) -> bool:
     library = _library(thread)
     in_library = bool(library) and os.path.basename(library[0][0]) in ("threading.py", "queue.py")
-    return in_library or bool(
-        thread.user_frames and re.search(r"\.(get|wait|acquire|join)\(", thread.frames[0][3])
-    )
+    if in_library or thread.for_lock is False:  # the user's line may have called any C code
+        return in_library
+    return bool(thread.user_frames and _WAIT_LINE.search(thread.frames[0][3]))
 
 
 def _serves(thread: ThreadLook) -> bool:

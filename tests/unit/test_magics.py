@@ -189,6 +189,16 @@ def test_decode_step_by_step_and_restart(begun: Any) -> None:
     assert "stands before its first layer" in str(act(begun, "where"))
 
 
+def test_bisect_and_a_slow_link(begun: Any) -> None:
+    act(begun, "inject 'slow link' source=0 target=1 ms=2.5")
+    assert begun.user_ns["session"].run.faults[1].fault.ms == 2.5
+    act(begun, "resume")
+    act(begun, "wait")
+    assert not act(begun, "bisect rank=1 what=logits").found
+    with pytest.raises(UsageError, match=r"there is no .nowhere"):
+        act(begun, "bisect nowhere")
+
+
 def test_compare(begun: Any) -> None:
     act(begun, "step layer -n 2")
     assert act(begun, "compare").equal

@@ -219,6 +219,7 @@ class Search:
                     wrong, found = middle, state
                 middle = (right + wrong) // 2
                 bar.update()
+            bar.total = bar.n  # the first that differs was the one
         return self._differing[wrong], found
 
     def _probe(self, kept: str, count: int, replaced: Sequence[RunPart] = ()) -> tuple[bool, RerunState]:

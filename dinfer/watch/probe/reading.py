@@ -383,6 +383,7 @@ class _ProcessFiles:
                 ),
                 one.number("user_frames"),
                 bool(one.number("for_itself", 0)),
+                None if (locked := one.optional("for_lock")) is None else bool(locked),
             )
             for one in line.parts("threads")
         )  # fmt: skip

@@ -155,6 +155,8 @@ class ThreadLook(NamedTuple):
     """how many of the frames are user code: no installed package, no standard library, no torch, dinfer or probe"""
     for_itself: bool = False
     """it waits in the system for something that only its own process can do: see `waits`"""
+    for_lock: bool | None = None
+    """it waits in the system for a lock or a condition; None: not known"""
 
 
 class StacksTaken(NamedTuple):

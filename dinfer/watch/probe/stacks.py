@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from .callers import DEEPEST, USER, whose
-from .waits import waits_for_itself
+from .waits import waits_for_itself, waits_for_lock
 
 
 def thread_stacks() -> list[dict[str, Any]]:
@@ -101,10 +101,12 @@ def _look(ident: int, thread: threading.Thread | None, frame: FrameType | None) 
         (mine if whose(file) == USER else others).append(found)
         frame = frame.f_back
     number = thread.native_id if thread else None
+    for_lock = None if number is None else waits_for_lock(number)
     return {
         "name": thread.name if thread else f"thread {ident}",
         "ident": ident,
         "frames": mine + others,
         "user_frames": len(mine),
         "for_itself": int(number is not None and waits_for_itself(number)),
+        **({} if for_lock is None else {"for_lock": int(for_lock)}),
     }

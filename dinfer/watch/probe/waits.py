@@ -22,6 +22,9 @@ _ARM = {"read": (63,), "poll": (73,), "select": (72,), "one": (202, 207, 212, 24
 _BY_MACHINE = {"x86_64": _X86, "aarch64": _ARM}
 """the numbers of the system calls that wait, by what their arguments are"""
 
+_LOCKS = {"x86_64": (202, 449, 455), "aarch64": (98, 449, 455)}
+"""the numbers of the system calls in which a thread waits for a lock or a condition"""
+
 MOST = 4096
 """descriptors that are looked at"""
 
@@ -42,10 +45,26 @@ def waits_for_itself(thread: int) -> bool:
         return False
 
 
+def waits_for_lock(thread: int) -> bool | None:
+    """Whether that thread waits for a lock or a condition, which another thread has to free; None where the system does
+    not say. Never raises."""
+    try:
+        words = _call_of(thread)
+        numbers = _LOCKS[platform.machine()]
+        return words[0] != "running" and int(words[0]) in numbers
+    except Exception:  # as above
+        return None
+
+
+def _call_of(thread: int) -> list[str]:
+    """The system call in which the thread is: its number and arguments, or `running`."""
+    with open(f"/proc/self/task/{thread}/syscall", encoding="ascii") as file:
+        return file.read().split()
+
+
 def _waited(thread: int) -> list[int]:
     """The descriptors that the thread waits for; [] if it waits for none, or for something else."""
-    with open(f"/proc/self/task/{thread}/syscall", encoding="ascii") as file:
-        words = file.read().split()
+    words = _call_of(thread)
     if len(words) < 4 or words[0] == "running":
         return []
     number, arguments = int(words[0]), [int(word, 16) for word in words[1:5]]

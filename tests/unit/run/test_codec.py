@@ -14,8 +14,9 @@ from torch import Tensor
 import dinfer
 from dinfer.codec.choice import Codec
 from dinfer.codec.coding import as_received
-from dinfer.config import ConfigError
+from dinfer.config import Config, ConfigError
 from dinfer.engine.engine import Engine
+from dinfer.job import check_codec
 from dinfer.plan.ops import NothingYet
 from dinfer.run.report import Done, commands
 from dinfer.run.run import Run
@@ -228,6 +229,14 @@ def test_bytes_that_are_no_block_are_found_as_changed_on_the_way(
 def test_a_codec_that_does_not_fit_is_refused(session: Session, codec: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         session.prefill(IDS, codec=codec)
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+def test_streams_send_blocks_as_they_are(session: Session, backend: str) -> None:
+    config = Config.of({"gpu_ids": (0, 0, 0), "backend": backend, "codec": "int8"})
+    assert session.spec is not None
+    with pytest.raises(ConfigError, match=f"connected by {backend}, .* give codec none, or backend gloo"):
+        check_codec(config, session.spec)
 
 
 def test_what_is_bfloat16_already_is_not_rounded_to_it(bfloat16: Session) -> None:

@@ -55,12 +55,11 @@ def test_a_graft_is_undone(session: Session, right: Saved) -> None:
     run = prefilled(session, WRONG)
     sha = run.sha256()
     run.graft(layer=3, chunk=1, source=right, rank=2, part="K")
-    assert run.last_call == 'run.graft(layer=3, chunk=1, source=saved, rank=2, part="K")'
+    call = f'run.graft(layer=3, chunk=1, source=dinfer.open("{right.path}"), rank=2, part="K")'
+    assert run.last_call == call
     assert run.sha256() != sha
     said = run.undo()
-    assert said == (
-        'undid run.graft(layer=3, chunk=1, source=saved, rank=2, part="K"): K of block c1 l3 is what it was on rank 2'
-    )
+    assert said == f"undid {call}: K of block c1 l3 is what it was on rank 2"
     assert run.sha256() == sha
     assert not run.edited
     assert "by hand" not in run.undo()
@@ -83,6 +82,15 @@ def test_the_other_part_is_left_as_it_is(session: Session, right: Saved) -> None
     assert run.sha256()[2] not in (sha[0], sha[2])
     run.graft(layer=2, chunk=0, source=right, rank=2, part="K")
     assert run.sha256()[2] == sha[0]
+
+
+def test_a_run_that_is_over_is_named_as_it_is_had(session: Session) -> None:
+    right = prefilled(session, keep=True)
+    run = prefilled(session, WRONG)
+    run.graft(layer=3, chunk=1, source=right)
+    assert run.last_call == f'run.graft(layer=3, chunk=1, source=session.runs["{right.name}"])'
+    assert eval(right.call_name, {"session": session}) is right
+    assert len(set(run.sha256())) == 1
 
 
 def test_the_references_block(session: Session) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,23 @@ def test_new_events_make_another_strip(page: Page, run: PaperRun) -> None:
     recorded = RecordedRun(run).now()
     assert recorded is not None
     assert answer(TimeQuestion.of({"at": 1}), recorded, PLAN)[0]["events"] == len(TRACE.events)
+
+
+def test_pauses_between_steps_are_left_out(run: PaperRun) -> None:
+    half = len(run.events) // 2
+    later = max(event.end for event in run.events[:half]) + 1
+    first = [event for event in run.events if event.end < later]
+    pause = 3_000_000_000
+    after = [moved_by(event, pause) for event in run.events]
+    run.events = [*first, *after]
+    found = RecordedRun(run).now()
+    assert found is not None
+    timeline = found.timeline
+    assert timeline.paused > pause - later
+    assert timeline.span < pause
+    assert timeline.span + timeline.paused == max(event.end for event in after) - min(e.start for e in first)
+
+
+def moved_by(event: Event, time: int) -> Event:
+    times = {name: getattr(event, name) + time for name in ("ready", "start", "met", "end")}
+    return replace(event, **times)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import select
 import socket
 import subprocess
@@ -11,12 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 import zmq
 
 from dinfer.watch.probe.stacks import thread_stacks
-from dinfer.watch.probe.waits import _waited, waits_for_itself
+from dinfer.watch.probe.waits import _waited, waits_for_itself, waits_for_lock
 from tests.support.runs import wait_for
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
@@ -65,6 +67,27 @@ def test_a_pair_of_its_own(way: Callable[[int], None]) -> None:
     mine, other = socket.socketpair()
     with mine, other, waiting(lambda: way(mine.fileno()), lambda: other.send(b"x")) as thread:
         assert waits_for_itself(thread)
+
+
+def test_a_lock_is_told_from_other_calls() -> None:
+    lock, jobs = threading.Lock(), queue.SimpleQueue[int]()
+    lock.acquire()
+    ways: list[tuple[Callable[[], object], Callable[[], object]]] = [
+        (lock.acquire, lock.release),
+        (jobs.get, lambda: jobs.put(1)),
+    ]
+    for wait, free in ways:
+        thread = threading.Thread(target=wait)
+        thread.start()
+        number = thread.native_id
+        assert number
+        wait_for(partial(waits_for_lock, number), "it waits for a lock")
+        free()
+        thread.join(30)
+    mine, other = socket.socketpair()
+    with mine, other, waiting(lambda: mine.recv(1), lambda: other.send(b"x")) as one:
+        assert waits_for_lock(one) is False
+    assert waits_for_lock(2**30) is None, "there is no such thread"
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -49,6 +49,16 @@ def test_a_request_is_waited_for(threads: list[ThreadLook], words: str) -> None:
     assert said(*threads) == words
 
 
+@pytest.mark.parametrize(("for_lock", "words"), [(None, "a connection"), (True, "a connection"), (False, "")])
+def test_a_call_into_c_that_is_in_no_lock_waits_for_no_thread(for_lock: bool | None, words: str) -> None:
+    """Its line may read like a queue's: what it is in, the system says."""
+    serves = thread(SELECT, SERVES, name="http")
+    in_c = thread(mine("done = device.wait()"), user=1)._replace(for_lock=for_lock)
+    assert said(in_c, serves) == words
+    in_queue = thread(mine("job = requests.get()"), QUEUE, user=1)._replace(for_lock=for_lock)
+    assert said(in_queue, serves) == "a connection"
+
+
 def test_a_select_that_only_its_own_process_can_end_is_no_request() -> None:
     alone = thread(mine("ready = select.select([sock], [], [])"), user=1)._replace(for_itself=True)
     assert said(alone) == ""
