@@ -11,8 +11,8 @@ class KvTools {
   // `inspector` has what is shown; the parts are put into `bar`, `side` and `below`.
   constructor(bar, side, below, inspector) {
     Object.assign(this, { inspector, pins: [], history: new Map(), at: null });
-    this.button(bar, "◀ difference", "the value before that differs between ranks", () => this.step(false));
-    this.button(bar, "difference ▶", "the next value that differs between ranks, in any layer", () => this.step(true));
+    this.button(bar, "◀ difference", "the value before that differs between ranks", () => this.step(false)).dataset.tool = "before";
+    this.button(bar, "difference ▶", "the next value that differs between ranks, in any layer", () => this.step(true)).dataset.tool = "next";
     make("span", "gap", bar);
     this.button(bar, "heads × layers", "each head of each layer in one figure, of rank A", () => this.ask("heads", {
       tensor: this.inspector.want.tensor, rank: this.inspector.want.a })).dataset.tool = "heads";
@@ -122,8 +122,9 @@ class KvTools {
 
   show(head, codes) {
     this.frame(`run.kv(layer=${head.layer}, rank=${head.show === "b" ? head.b : head.a}).to_frame()`);
-    const bars = new Array(Math.ceil(251 / HISTOGRAM_STEPS)).fill(0);
-    for (const code of codes) if (code > NAN_CODE && code < PLUS_INF) bars[Math.floor((code - 1) / HISTOGRAM_STEPS)]++;
+    const counts = new Uint32Array(256), bars = new Array(Math.ceil(251 / HISTOGRAM_STEPS)).fill(0);
+    for (let n = 0; n < codes.length; n++) counts[codes[n]]++;
+    for (let code = NAN_CODE + 1; code < PLUS_INF; code++) bars[Math.floor((code - 1) / HISTOGRAM_STEPS)] += counts[code];
     const most = Math.max(1, ...bars), all = bars.reduce((sum, count) => sum + count, 0), top = Number(head.top.toPrecision(3));
     this.bars.replaceChildren();
     const row = make("div", "bars", this.bars);
