@@ -7,7 +7,7 @@ const COLUMNS = ["head", "min", "max", "mean", "NaN, Inf", "zeros"];
 class Inspector {
   // `send(message)` sends to the kernel.
   constructor(parent, root, board, name, send) {
-    Object.assign(this, { board, name, send, have: "", asking: null, question: 0 });
+    Object.assign(this, { root, board, name, send, have: "", asking: null, question: 0 });
     this.want = { layer: 0, chunk: 0, tensor: "K", head: null, a: 0, b: board.ranks - 1, show: "a", scale: "robust" };
     this.build(parent);
     this.map = new Heatmap(this.picture, root, (place) => this.point(place), (place) => this.tools.pin(place));
