@@ -157,6 +157,11 @@ class Config:
         return "" if self.codec == "none" else f", codec {self.codec}"
 
     @property
+    def exact_stages(self) -> int:
+        """With a lossy codec, by how many ranks the KV before it is shared out; 0 without."""
+        return self.world_size if Codec.of(self.codec).is_lossy else 0
+
+    @property
     def uses_streams(self) -> bool:
         """Whether ranks issue a lowered plan to CUDA streams, once the backend is chosen."""
         return self.backend in ("nccl", "ipc")

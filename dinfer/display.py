@@ -160,7 +160,7 @@ class Table(Tabular, Displayable):
         shown: int | None = None,
         about: Mapping[str, str] | None = None,
     ) -> None:
-        self.columns, self._shown, self._about = tuple(columns), shown, about or {}
+        self.columns, self._shown, self.about = tuple(columns), shown, about or {}
         self.rows = [tuple(map(str, row)) for row in rows]
 
     def __len__(self) -> int:
@@ -174,7 +174,7 @@ class Table(Tabular, Displayable):
         return "\n".join([*text, *self._more()])
 
     def _repr_html_(self) -> str:
-        rows = [_html_row(self.columns, "th", self._about)] * any(self.columns)
+        rows = [_html_row(self.columns, "th", self.about)] * any(self.columns)
         rows += [_html_row(row, "td") for row in self.rows[: self._shown]]
         return f"<table>{''.join(rows)}</table>{''.join(f'<div>{escape(one)}</div>' for one in self._more())}"
 

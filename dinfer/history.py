@@ -35,6 +35,12 @@ class History:
                 self._before = f"only the last {MOST} actions are kept"
             self._calls.append(UndoableCall(call, undo))
 
+    @property
+    def last(self) -> str:
+        """The call that `undo` would undo; "" where there is none."""
+        with self._lock:
+            return self._calls[-1].call if self._calls else ""
+
     def forget(self, why: str) -> None:
         """No action until now can be undone any more."""
         with self._lock:

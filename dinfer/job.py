@@ -253,8 +253,9 @@ def _check_memory(config: Config, spec: Spec, tokens: int, ranks: Sequence[int])
     devices = Counter(f"cuda:{config.gpu_ids[r]}" if config.gpu_ids else "cpu" for r in ranks)
     for device, count in devices.items():
         wanted = MemoryDemand(
-            spec, config.dtype, length, count, device, config.chunk_size, config.wants_graphs
-        )
+            spec, config.dtype, length, count, device, config.chunk_size, config.wants_graphs,
+            stages=config.exact_stages,
+        )  # fmt: skip
         check_memory(wanted)
 
 

@@ -1,7 +1,7 @@
 """Results of a run's actions: values with a text for consoles, and HTML that stays in a saved notebook."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from dinfer.display import Displayable, Tidy
 from dinfer.errors import NoSuch
@@ -89,12 +89,17 @@ class Where(Tidy, Displayable):
 class Breakpoints(Tidy, Displayable, called="run.breakpoints"):
     """The breakpoints of a run, by number: `run.breakpoints[1]`. Changes take effect in the run.
 
-    `changed(call, before)` is called after each, with the call that made it and the breakpoints before it."""
+    `changed(call, before)` is called after each, with the call that made it and the breakpoints before it; `hits`: how
+    often each has stopped the run, by number."""
 
     def __init__(
-        self, found: dict[int, Breakpoint], changed: Callable[[str, dict[int, Breakpoint]], None]
+        self,
+        found: dict[int, Breakpoint],
+        changed: Callable[[str, dict[int, Breakpoint]], None],
+        hits: Mapping[int, int] | None = None,
     ) -> None:
         self._found, self._changed = found, changed
+        self._hits = {} if hits is None else hits
 
     def __iter__(self) -> Iterator[Breakpoint]:
         return iter(list(self._found.values()))
@@ -112,6 +117,23 @@ class Breakpoints(Tidy, Displayable, called="run.breakpoints"):
         one, before = self[number], dict(self._found)
         del self._found[one.number]
         self._changed(f"run.breakpoints.remove({number})", before)
+
+    def disable(self, number: int) -> None:
+        """Let a breakpoint stop nothing until it is enabled again. Raises NoSuch."""
+        self._enable(number, enabled=False)
+
+    def enable(self, number: int) -> None:
+        """Let a breakpoint that was disabled stop the run again. Raises NoSuch."""
+        self._enable(number, enabled=True)
+
+    def hits(self, number: int) -> int:
+        """How often a breakpoint has stopped the run. Raises NoSuch."""
+        return self._hits.get(self[number].number, 0)
+
+    def _enable(self, number: int, *, enabled: bool) -> None:
+        one, before = self[number], dict(self._found)
+        self._found[number] = replace(one, enabled=enabled)
+        self._changed(f"run.breakpoints.{'enable' if enabled else 'disable'}({number})", before)
 
     def clear(self) -> None:
         """Remove all breakpoints."""

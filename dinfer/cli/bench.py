@@ -15,8 +15,9 @@ def bench(
     what: Annotated[
         str,
         Argument(
-            help="prefill; links: over slow links; planner: its choice beside a sweep; digests: with and without; gpu: "
-            "kernels beside transformers; session: steps, recording, a death; views: figures, report"
+            help="prefill; links: over slow links; planner: its choice beside a sweep; growth: with prompt, chunks, "
+            "ranks, layers, and what an op costs; digests: with and without; gpu: kernels beside transformers; "
+            "session: steps, recording, a death; views: figures, report"
         ),
     ] = "prefill",
     model: Annotated[
@@ -77,6 +78,16 @@ def bench(
                 )
             case "planner":
                 result, text = _bench_planner(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
+            case "growth":
+                from dinfer.bench import growth as growing
+
+                config = Config.of({**sizes, "chunk_size": chunk_size, "model_path": "demo"})
+                if model:
+                    raise ConfigError(
+                        "bench growth takes no model: it makes those that it needs, with more layers."
+                    )
+                result = growing.bench_growth(config, _one_length("growth", tokens), repeats, log)
+                text = growing.table(result)
             case "digests":
                 result, text = _bench_digests(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
             case "gpu":
@@ -101,7 +112,7 @@ def bench(
                 text = views.table(result)
             case _:
                 raise ConfigError(
-                    f"bench {what!r} is unknown; use prefill, links, planner, digests, gpu, session or views."
+                    f"bench {what!r} is unknown; use prefill, links, planner, growth, digests, gpu, session or views."
                 )
     except (DinferError, RuntimeError) as error:
         stop(error, BAD_INPUT if isinstance(error, ValueError) else FAILED)

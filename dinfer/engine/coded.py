@@ -45,13 +45,13 @@ class CodedState(Protocol):
 
 
 class CodedBlocks:
-    """The blocks of one prompt on one rank; shared by its lanes. With codec `none` there is nothing to do, and the
-    methods are not called. `codec`: of what this rank sends; `arriving`: of what it receives."""
+    """The blocks of one prompt on one rank; shared by its lanes. With codec `none` there is nothing to do.
+    `codec`: of what this rank sends; `arriving`: of what it receives."""
 
     def __init__(self, state: CodedState, codec: Codec) -> None:
         self.codec = self.arriving = codec
         self._state = state
-        own = [op for lane in state.plan.lanes[state.rank] for op in lane.ops]
+        own = [op for lane in state.plan.lanes[state.rank] for op in lane.ops if not codec.is_none]
         self._next = _successors(own)
         self._uses = _sends(own)
         """how often each block is still to be sent"""
@@ -104,6 +104,8 @@ class CodedBlocks:
 
     def sent(self, key: BlockKey) -> None:
         """One of its sends has ended."""
+        if self.codec.is_none:
+            return
         with self._lock:
             self._uses[key] -= 1
             # To encode a received block again would not give the same bytes: for going back these are kept.
@@ -192,6 +194,8 @@ class CodedBlocks:
 
     def rewound(self, made: Collection[Value], todo: Iterable[Op]) -> None:
         """The rank has gone back: only these values are there, and these ops are ahead of it."""
+        if self.codec.is_none:
+            return
         with self._lock:
             here = {(value.chunk, value.layer) for value in made if value.what == "kv"}
             self._uses = _sends(todo)

@@ -119,7 +119,7 @@ class Conditions:
 
     def arm(self, breakpoints: Sequence[Breakpoint]) -> None:
         """Evaluate these breakpoints' conditions from now on, and no others."""
-        self._armed = tuple(one for one in breakpoints if one.condition)
+        self._armed = tuple(one for one in breakpoints if one.condition and one.enabled)
 
     def watch(self, op: Op) -> bool:
         """Whether one of them may hold at the op."""

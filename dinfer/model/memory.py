@@ -28,42 +28,49 @@ GRAPH_BYTES = 18 << 20
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What one rank needs, in bytes: weights, KV, hidden states including the working memory of a layer, and, where
-    layers run as CUDA graphs, these."""
+    """What one rank needs, in bytes: weights, KV, hidden states including the working memory of a layer; where layers
+    run as CUDA graphs, these; and, with a lossy codec, the exact KV of its own layers."""
 
     weights_bytes: int
     kv_bytes: int
     hidden_bytes: int
     graphs_bytes: int = 0
+    exact_bytes: int = 0
 
     @property
     def total(self) -> int:
         """The sum, in bytes."""
-        return self.weights_bytes + self.kv_bytes + self.hidden_bytes + self.graphs_bytes
+        return self.weights_bytes + self.kv_bytes + self.hidden_bytes + self.graphs_bytes + self.exact_bytes
 
     def __str__(self) -> str:
         """Each part, for example `weights 7.5 GiB, KV 144.0 MiB, hidden states 4.9 MiB`."""
         graphs = f", graphs {size_text(self.graphs_bytes)}" if self.graphs_bytes else ""
         kv, hidden = size_text(self.kv_bytes), size_text(self.hidden_bytes)
-        return f"weights {size_text(self.weights_bytes)}, KV {kv}, hidden states {hidden}{graphs}"
+        exact = f", KV before its codec {size_text(self.exact_bytes)}" if self.exact_bytes else ""
+        return f"weights {size_text(self.weights_bytes)}, KV {kv}, hidden states {hidden}{graphs}{exact}"
 
 
-def need(spec: Spec, dtype: str, tokens: int, chunk_size: int = 0, *, graphs: bool = False) -> MemoryNeed:
+def need(
+    spec: Spec, dtype: str, tokens: int, chunk_size: int = 0, *, graphs: bool = False, stages: int = 0
+) -> MemoryNeed:
     """What a rank needs in `dtype` ("auto": the checkpoint's) for `tokens` tokens of prompt and decode.
 
     `hidden_bytes` covers the hidden states that enter the stage, which are kept for going back, and, with a
-    `chunk_size`, the working memory of a layer for the last chunk. `graphs`: layers run as CUDA graphs. Raises
-    `ModelError` for an unknown dtype.
+    `chunk_size`, the working memory of a layer for the last chunk. `graphs`: layers run as CUDA graphs;
+    `stages`: with a lossy codec, their number, by which exact KV is shared out. Raises `ModelError` for an unknown
+    dtype.
     """
     name = _resolved(spec, dtype)
     if name not in BYTES:
         raise ModelError(f"dtype {name!r} is unknown; give one of {', '.join(BYTES)}")
     size = BYTES[name]
+    layer_bytes = tokens * 2 * spec.kv_heads * spec.head_dim * size
     return MemoryNeed(
         weights_bytes=spec.parameters * size,
-        kv_bytes=tokens * spec.layers * 2 * spec.kv_heads * spec.head_dim * size,
+        kv_bytes=spec.layers * layer_bytes,
         hidden_bytes=tokens * spec.hidden_size * size + _working(spec, size, tokens, min(chunk_size, tokens)),
         graphs_bytes=spec.layers * GRAPH_BYTES if graphs else 0,
+        exact_bytes=-(-spec.layers // stages) * layer_bytes if stages else 0,
     )
 
 
@@ -92,7 +99,7 @@ def check_memory(wanted: "MemoryDemand") -> None:
 
 @dataclass(frozen=True)
 class MemoryDemand:
-    """What `ranks` ranks that share one device need together. `graphs`: their layers run as CUDA graphs."""
+    """What `ranks` ranks that share one device need together. `graphs`, `stages`: see `need`."""
 
     spec: Spec
     dtype: str
@@ -101,11 +108,13 @@ class MemoryDemand:
     device: str = "cpu"
     chunk_size: int = 0
     graphs: bool = False
+    stages: int = 0
 
     @property
     def of_a_rank(self) -> MemoryNeed:
         """What each of the ranks needs."""
-        return need(self.spec, self.dtype, self.tokens, self.chunk_size, graphs=self.graphs)
+        size = self.tokens, self.chunk_size
+        return need(self.spec, self.dtype, *size, graphs=self.graphs, stages=self.stages)
 
     def bytes(self, **changes: Any) -> int:
         """The bytes needed, with any of these fields changed."""

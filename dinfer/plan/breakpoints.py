@@ -28,8 +28,8 @@ class Breakpoint(Tidy):
     """Stops after ops of this `rank`, kind (`op`), `chunk` and `layer`; None matches any. `number`: in the list of a
     run.
 
-    `condition`: the kind of what `when` says; `bound`: for absmax the largest absolute value that does not stop the
-    run, for slower the milliseconds.
+    One that is not `enabled` stops nothing. `condition`: the kind of what `when` says; `bound`: for absmax the largest
+    absolute value that does not stop the run, for slower the milliseconds.
     """
 
     number: int
@@ -39,11 +39,13 @@ class Breakpoint(Tidy):
     layer: int | None = None
     condition: Condition = ""
     bound: float = 0.0
+    enabled: bool = True
 
     def matches(self, rank: int, op: Op) -> bool:
         """Whether it stops after this op of this rank, if its condition holds."""
         return (
-            self.op == op.kind
+            self.enabled
+            and self.op == op.kind
             and self.rank in (None, rank)
             and self.chunk in (None, op.chunk)
             and self.layer in (None, op.layer)
@@ -77,7 +79,7 @@ class Breakpoint(Tidy):
         where += [f"chunk {self.chunk}"] * (self.chunk is not None)
         where += [f"on rank {self.rank}"] * (self.rank is not None)
         where += [f"when {self.when}"] * bool(self.condition)
-        return f"#{self.number}: after {', '.join(where)}"
+        return f"#{self.number}: after {', '.join(where)}" + " (disabled)" * (not self.enabled)
 
     __repr__ = __str__
 

@@ -96,5 +96,14 @@ def _advice(error: Exception, config: Config, tokens: int, device: str) -> str:
     except ModelError as unknown:
         return f"Memory ran out on {device}; what would be enough cannot be worked out: {unknown}"
     length = min(tokens + config.max_new_tokens, spec.max_positions)
-    demand = MemoryDemand(spec, config.dtype, length, 1, device, config.chunk_size, config.wants_graphs)
+    demand = MemoryDemand(
+        spec,
+        config.dtype,
+        length,
+        1,
+        device,
+        config.chunk_size,
+        config.wants_graphs,
+        stages=config.exact_stages,
+    )
     return out_of_memory_text(demand, asked_bytes(str(error)), available)

@@ -50,6 +50,7 @@ def set_faults(engine: Engine, faults: Sequence[Fault], on_strike: OnStrike) -> 
     """Have these faults, and no others, strike on this rank, which must stand; what its user had edited before."""
     prompt, armed = engine.prompt, engine.prompt.state.faults
     edited, room = prompt.new_edits(), armed.extra_rows
+    prompt.state.coded.seal_all()  # what is sealed later would overwrite what strikes now
     armed.arm(faults, on_strike)
     engine.grow_cache(prompt.state.cache.capacity + armed.extra_rows - room)
     armed.strike_existing(prompt.executor.holds_block)

@@ -1,5 +1,6 @@
 """The breakpoints of one run: setting them, arming their conditions on the ranks, noticing that one is met."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -36,7 +37,8 @@ class BreakpointTable:
         """of these, the one that has stopped the run where it stands"""
         self.met: tuple[int, ...] = ()
         """numbers of the breakpoints that have stopped the run where it stands"""
-        self.view = Breakpoints(self._found, self._changed_there)
+        self._hits = Counter[int]()
+        self.view = Breakpoints(self._found, self._changed_there, self._hits)
 
     @property
     def met_on(self) -> int | None:
@@ -49,7 +51,8 @@ class BreakpointTable:
         if condition == "digest" and not self._config.digests:
             raise PlanError(f"when is {when!r}, but this run has digests=False: start it with digests=True.")
         kind = op or ("recv" if condition == "digest" else "layer")
-        one = Breakpoint(self._count + 1, op=kind, condition=condition, bound=bound, **where)
+        place: dict[str, Any] = dict(where)
+        one = Breakpoint(self._count + 1, op=kind, condition=condition, bound=bound, **place)
         check(one, cuts)
         before = dict(self._found)
         self._count += 1
@@ -77,6 +80,7 @@ class BreakpointTable:
     def arrived(self) -> str:
         """The message for a run that has reached its limit; empty if no breakpoint is there."""
         met, self._ahead = self._ahead, []
+        self._hits.update(one.number for one in met)
         if met:
             self.met = tuple(one.number for one in met)
         return f"stopped at {'; '.join(map(str, met))}" if met else ""
@@ -84,8 +88,9 @@ class BreakpointTable:
     def hit(self, rank: int, note: BreakpointHit) -> str:
         """The message for a condition that a rank reports as met; empty if that breakpoint was removed."""
         one = Breakpoint(**note.breakpoint)
-        if one.number not in self._found:
+        if not self._found.get(one.number, one).enabled or one.number not in self._found:
             return ""
+        self._hits[one.number] += 1
         self._ahead, self.met = [], (one.number,)
         with suppress(PlanError):  # it may be no op of the plan, such as a token
             self._here = one.number, (rank, parse_op(note.op))
@@ -117,6 +122,11 @@ class BreakpointTable:
         """Set those of `before` and no others; what that changed."""
         texts = [f"removed {one}" for number, one in self._found.items() if number not in before]
         texts += [f"set {one} again" for number, one in before.items() if number not in self._found]
+        texts += [
+            f"{'enabled' if one.enabled else 'disabled'} #{number}"
+            for number, one in before.items()
+            if number in self._found and self._found[number].enabled != one.enabled
+        ]
         self._found.clear()
         self._found.update(before)
         self.arm()

@@ -146,14 +146,16 @@ class Run(Tidy, Displayable):
     INTERNAL = frozenset({
         "INTERNAL", "call_name", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings",
         "hold", "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "look", "mend", "met",
-        "met_on", "on_change", "recover", "recovering", "reporter", "said", "say", "show", "silence", "step_to_stop",
-        "story", "stuck_ranks", "told",
+        "met_on", "on_change", "recover", "recovering", "reporter", "runs", "said", "say", "show", "silence",
+        "step_to_stop", "story", "stuck_ranks", "told", "undoable",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None
     recover: Callable[[], object] | None = None
     """frees the session's ranks and brings back lost ones"""
+    runs: Any = None
+    """the runs of its session"""
     keeps = False
     """whether the values of its KV are kept once it is over"""
 
@@ -324,6 +326,11 @@ class Run(Tidy, Displayable):
     def breakpoints(self) -> Breakpoints:
         """The breakpoints that are set; `run.breakpoints.clear()` and `.remove(number)` remove them."""
         return self._breakpoints.view
+
+    @property
+    def undoable(self) -> str:
+        """The call that `undo` would undo; "" where there is none."""
+        return self._history.last
 
     @property
     def calls(self) -> CallLog:
@@ -581,6 +588,8 @@ class Run(Tidy, Displayable):
         OSError, at once where the file's folder is missing and cannot be made."""
         if self.reporter is None:
             raise NotPossible(NO_VIEWS)
+        given = {"prompt": prompt} if prompt else {}
+        self._state.note_call(call_text("report", (str(path),), given))
         return self._recorder.report(path, self.reporter, prompt=prompt, environment=environment)
 
     def findings(self) -> Findings:
@@ -603,6 +612,9 @@ class Run(Tidy, Displayable):
         and that of new tokens. What this run had saved there is replaced; another saved run is kept, and the new folder
         gets a number. Raises SavedError where something else is there, and RunOver for a run that is over.
         """
+        defaults = {"kv": (kv, True), "hidden": (hidden, True), "prompt": (prompt, False)}
+        given = {name: one for name, (one, default) in defaults.items() if one != default}
+        self._state.note_call(call_text("save", (str(folder),), given))
         return self._recorder.save(folder, self.reporter, kv=kv, hidden=hidden, prompt=prompt)
 
     def replay(

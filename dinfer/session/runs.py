@@ -102,14 +102,18 @@ class SessionRuns(Tidy, Tabular, Composed, called="session.runs"):
         """Two of these runs side by side: see `run.compare(other_run)`. Raises NoSuch."""
         return compare_runs(self[one], self[other])
 
+    def table(self) -> Table:
+        """A row for each run, oldest first."""
+        return Table(tuple(ABOUT), self.lines(), about=ABOUT)
+
     def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
-        return Table(tuple(ABOUT), self.lines())._tabulated()
+        return self.table()._tabulated()
 
     def _parts(self) -> Iterable[str | Displayable]:
         if not len(self):
             yield "no runs yet: session.prefill(…) makes one"
             return
-        yield Table(tuple(ABOUT), self.lines(), about=ABOUT)
+        yield self.table()
         dropped = self._count - len(self)
         yield f"{dropped} older run{'s were' if dropped > 1 else ' was'} dropped" if dropped else ""
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -64,6 +65,9 @@ PREPARE_S, LOAD_S, MEASURE_S = 120.0, 3600.0, 600.0
 GIVE_WAY_S, ALL_SAY_S = 5.0, 1.0
 
 OF_PREFILL = ("plan", "paused", "keep")
+
+PAST = 32
+"""how many runs that have ended have their figures in the reports of later ones"""
 """parameters of `Session.prefill` that are not those of a run's config"""
 
 
@@ -103,7 +107,10 @@ class Session(Tidy, Announced, Closing):
         """the call that makes a session like this"""
         self.spec: Spec | None = None
         self._show, self._write = show, write
-        self._past: list[tuple[Job, dict[str, Any]]] = []
+        self._ended = 0
+        """how many runs have come to their end"""
+        self._past: deque[tuple[Sequence[int], str, dict[str, Any]]] = deque(maxlen=PAST)
+        """of the last of them: prompt, checkpoint and figures. Not the job, which has all ops of its plan"""
         """earlier runs whose prefill is complete, and their figures, for reports"""
         self._run: Run | None = None
         self.runs = SessionRuns()
@@ -415,6 +422,7 @@ class Session(Tidy, Announced, Closing):
         )
         run.show, run.recover = self._show, self.recover
         run.calls.opening = lambda: opening(job.config, self.connected_by, plan, keep=run.keeps)
+        run.runs = self.runs
         self.runs.add(run)
         if self._write:
             run.reporter = Reporter(self._write, [], lambda: self._figures_before(job))
@@ -503,15 +511,16 @@ class Session(Tidy, Announced, Closing):
     def _end_run(self, why: str, *, is_last: bool = False) -> None:
         if run := self._run:
             if run.standing().state == "done" and not run.edited:
-                name = f"run {len(self._past) + 1} of this session"
-                self._past.append((run.job, {"name": name, **summary(run.trace)}))
+                self._ended += 1
+                figures = {"name": f"run {self._ended} of this session", **summary(run.trace)}
+                self._past.append((run.job.ids, run.job.config.model_path, figures))
             run.close(why, patient=not is_last)
             self.runs.trim()
 
     def _figures_before(self, job: Job) -> list[dict[str, Any]]:
         """The figures of earlier runs of the same prompt and checkpoint, oldest first."""
         wanted = job.ids, job.config.model_path
-        return [figures for past, figures in self._past if (past.ids, past.config.model_path) == wanted]
+        return [figures for *past, figures in self._past if tuple(past) == wanted]
 
     def _note(self, text: str, run: Run | None = None) -> None:
         """Add a line to the log, and to that of the run that it is about."""

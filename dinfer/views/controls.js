@@ -25,9 +25,9 @@ const KEYS = "Keys, while the panel has the focus: o l w c step, b back, u undo,
 const READING_KEYS = "Keys, while the panel has the focus: d compare ranks, y why, arrows move the selection, + − 0 zoom, 1 2 3 the "
   + "tabs, t the time, / find.";
 const ASKING = ["diff", "why"]; // what a saved run answers, too
-const TABS = ["map", "KV", "communication"];
+const TABS = ["map", "KV", "communication", "runs"];
 // Controls that are disabled for a run that is over, and without a kernel.
-const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-stops :is(button, input), "
+const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-verb :is(button, input, select), .dinfer-stops :is(button, input), "
   + ".dinfer-faults button, [data-field], [data-show], .dinfer-moves button";
 const NEED_KERNEL = "[data-do=dismiss], [data-do=mend], [data-figure], [data-tool]";
 const WHENS = ["nan", "inf", "absmax > 100", "digest differs", "slower than 5 ms"];
@@ -142,7 +142,12 @@ class BreakpointList {
     this.list.replaceChildren();
     for (const one of breakpoints) {
       const { number } = one, line = make("div", "", this.list);
-      make("span", "", line, one.text);
+      const box = make("input", "", line);
+      Object.assign(box, { type: "checkbox", checked: one.enabled, title: `run.breakpoints.${one.enabled ? "disable" : "enable"}(${number})` });
+      box.setAttribute("aria-label", `breakpoint ${number} is enabled`);
+      box.onchange = () => this.send({ do: "verb", verb: `breakpoints.${box.checked ? "enable" : "disable"}`, given: { number } });
+      make("span", one.enabled ? "" : "off", line, one.text);
+      if (one.hits) make("small", "faint", line, `${plural(one.hits, "hit")}`).title = "how often it has stopped the run";
       if (one.plain) this.button(line, "✎", `change breakpoint ${number}`, "change it", () => this.edit(one));
       this.button(line, "×", `remove breakpoint ${number}`, `run.breakpoints.remove(${number})`,
         () => this.send({ do: "remove_breakpoint", number }));

@@ -41,6 +41,10 @@ class View {
     this.pace.setAttribute("aria-label", "speed of play");
     bar.querySelector("[data-do=pause]").before(this.pace);
     bar.querySelector("[data-do=undo]").setAttribute("aria-label", "undo");
+    const send = (message) => this.send(message), leave = () => this.root.focus({ preventScroll: true });
+    if (this.board.verbs) {
+      this.actions = new ActionBar(this.root, this.board, { send, leave, selected: () => this.model.get("selected") });
+    }
     this.banner = new Banner(this.root, this.board.severities, (message) => this.send(message), () => this.update());
     this.why = new WhySection(this.root, this.name, (message) => this.send(message));
     this.nonfinite = make("div", "nonfinite", this.root);
@@ -58,13 +62,15 @@ class View {
     this.state = make("span", "state", this.tabs);
     make("span", "keys", this.tabs, "keys ⓘ").title = this.board.read_only ? READING_KEYS : KEYS;
     this.buildMap(make("div", "body", this.pages.map));
-    const send = (message) => this.send(message);
+    this.runs = new RunsView(this.pages.runs, this.name, send);
+    this.tabs.querySelector("[data-tab=runs]").hidden = !this.board.runs;
     this.inspector = new Inspector(this.pages.KV, this.root, this.board, this.name, send);
     this.communication = new Communication(this.pages.communication, this.root, this.board, this.name, send);
     this.buildTime(asking, answers, send);
     const call = make("div", "call last", this.root);
     this.call = copyable(call, "last call");
     this.working = make("span", "working", call);
+    this.log = this.board.verbs ? new CallLogView(this.root, this.name, send) : null;
     this.open("map");
   }
 
@@ -112,9 +118,9 @@ class View {
       button.classList.toggle("dinfer-on", button.dataset.tab === name);
       button.setAttribute("aria-selected", button.dataset.tab === name);
     });
-    const [opened, closed] = name === "KV" ? [this.inspector, this.communication] : [this.communication, this.inspector];
-    closed.close();
-    name === "map" ? opened.close() : opened.open();
+    const pages = { KV: this.inspector, communication: this.communication, runs: this.runs };
+    for (const tab of Object.keys(pages)) if (tab !== name) pages[tab].close();
+    pages[name]?.open();
   }
 
   // If the focused element disappears, the panel gets the focus, so that its keys keep working.
@@ -158,6 +164,7 @@ class View {
       "change:shown": onState,
       "change:cells": onState,
       "change:marks": onState,
+      "change:log": onState,
       "change:selected": () => this.update(),
       "msg:custom": (message, buffers) => this.hear(message, buffers),
       comm_live_update: () => this.lose(), // sent by ipywidgets when its kernel restarts
@@ -243,6 +250,8 @@ class View {
     this.communication.hear(message, buffers);
     this.time.hear(message, buffers);
     this.finder.hear(message);
+    this.runs.hear(message, this.board.severities);
+    this.log?.hear(message);
     this.why.hear(message);
   }
 
@@ -352,6 +361,10 @@ class View {
       this.text.scrollTop = this.text.scrollHeight;
     }
     this.call(shown.call);
+    this.runs.follow(shown);
+    const log = this.model.get("log") ?? NO_CALLS, undo = this.root.querySelector("[data-do=undo]");
+    this.log?.show(log);
+    undo.title = `run.undo(): undo ${log.undo || "the last action, whatever it was"}; again: the one before it  [u]`;
     this.stops.show(shown.breakpoints);
     const waiting = shown.waiting ? `, then ${shown.waiting}` : "";
     const working = [shown.playing, ...shown.working].filter(Boolean).join(", ");

@@ -13,6 +13,7 @@ from dinfer.display import badge
 from dinfer.plan.ops import PlanError
 from dinfer.run.state import MOVING, RECOVER, Standing, State
 from dinfer.severity import Severity
+from dinfer.views.actions import board_of, is_edit, log_of, verb_of
 from dinfer.views.cells import CellMap
 from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
@@ -22,6 +23,7 @@ from dinfer.views.kv_tools import KvTools
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.read_only import read_only
 from dinfer.views.recorded import RecordedRun
+from dinfer.views.runs import RunsPage
 from dinfer.views.scrubber import Scrubber
 from dinfer.views.slotted import SlottedWidget, texts_of
 from dinfer.views.status import breakpoints, layout, moment
@@ -68,11 +70,11 @@ def edit_of(run: InspectableRun, message: Json) -> Action | None:
         case {"do": "break_at"}:
             return _break_at(run, message)
         case {"do": "remove_breakpoint", "number": int(number)}:
-            return _noted(run, f"run.breakpoints.remove({number})", lambda: run.breakpoints.remove(number))
+            return Action(f"run.breakpoints.remove({number})", lambda: run.breakpoints.remove(number))
         case {"do": "clear_breakpoints"}:
-            return _noted(run, "run.breakpoints.clear()", lambda: run.breakpoints.clear())
+            return Action("run.breakpoints.clear()", lambda: run.breakpoints.clear())
         case {"do": "clear_faults"}:
-            return _noted(run, "run.faults.clear()", lambda: run.faults.clear())
+            return Action("run.faults.clear()", lambda: run.faults.clear())
     return None
 
 
@@ -105,7 +107,7 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
 
 SCRIPTS = (
     "map.js", "heatmap.js", "inspector.js", "kv_tools.js", "communication.js", "controls.js", "banner.js", "why.js",
-    "scrubber.js", "find.js", "slots.js", "panel.js",
+    "scrubber.js", "find.js", "actions.js", "log.js", "runs.js", "slots.js", "panel.js",
 )  # fmt: skip
 """concatenated, they are one module"""
 
@@ -126,6 +128,8 @@ class Panel(SlottedWidget):
     """the state of each (layer, chunk, rank), see `cells`, as `bins.packed` has packed them"""
     marks = Dict().tag(sync=True)
     """notes on single blocks: see `status.moment`"""
+    log = Dict().tag(sync=True)
+    """the last calls, and what undo would undo: see `actions.log_of`"""
 
     def __init__(self, run: InspectableRun) -> None:
         self._run, self._cells = run, CellMap(run.plan)
@@ -140,12 +144,15 @@ class Panel(SlottedWidget):
         self._kv_tools = KvTools(run, self.send)
         recorded = RecordedRun(run)
         self._scrubber, self._finder = Scrubber(run, recorded, self.send), Finder(run, recorded, self.send)
+        self._runs = RunsPage(run, self.send)
         self._why = Why(run, self.send)
         self._painted: object = None
         self._answered = 0, ""
         """the number of actions done when the last one ended, and the stamp of the run then"""
         board = layout(run.plan, run.chunk_labels())
-        super().__init__(board={**board, "figures": list(FIGURES), "read_only": read_only(run)})
+        super().__init__(
+            board={**board, "figures": list(FIGURES), "read_only": read_only(run), **board_of(run)}
+        )
         self._paint()
         self.on_msg(self._on_message)
         self._unsubscribe: Callable[[], None] | None = run.on_change(self._painter.touch)
@@ -179,7 +186,8 @@ class Panel(SlottedWidget):
         try:
             standing, stops = self._run.standing(), breakpoints(self._run.breakpoints)
             actions |= self._said(standing)
-            seen = (standing, stops, actions)
+            log = log_of(self._run)
+            seen = (standing, stops, actions, log["count"], log["undo"])
             if seen == self._painted:
                 return
             self._painted = seen
@@ -190,10 +198,10 @@ class Panel(SlottedWidget):
         except Exception as error:  # nothing else would report it
             trouble = f"where the run stands cannot be shown: {error}"
             said = {"error": trouble, "error_severity": Severity.ERROR.word}
-            shown, drawn, marks = {**self.shown, **actions, **said}, self.cells, self.marks
+            shown, drawn, marks, log = {**self.shown, **actions, **said}, self.cells, self.marks, self.log
             self._painted = None
         with self.hold_sync():
-            self.shown, self.cells, self.marks = shown, drawn, marks
+            self.shown, self.cells, self.marks, self.log = shown, drawn, marks, log
 
     def _said(self, standing: Standing) -> Json:
         """What actions have said. Once the run has begun again, that is about a run which there is no more; and of a
@@ -232,6 +240,7 @@ class Panel(SlottedWidget):
             "figure": self._communication.ask,
             "plotly": self._communication.script,
             "kv_tool": self._kv_tools.ask,
+            **dict.fromkeys(("runs", "compare_runs", "cell"), self._runs.ask),
             "time": self._scrubber.ask,
             "find": self._finder.ask,
             "explain": self._why.ask,
@@ -244,6 +253,8 @@ class Panel(SlottedWidget):
                 worker.forget()
         if do == "pause":
             self._pauser.ask(Action("run.pause()", self._run.pause))
+        elif verb := verb_of(self._run, message):
+            (self._editor if is_edit(message) else self._worker).ask(verb)
         elif edit := edit_of(self._run, message):
             self._editor.ask(edit)
         elif do != "dismiss":

@@ -1,9 +1,9 @@
 """Status: what the panel shows beside the map, as JSON. Pure: from a plan and a moment of its run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from dinfer.plan.breakpoints import Breakpoint
 from dinfer.plan.plan import Lane, Plan
+from dinfer.results import Breakpoints
 from dinfer.run.state import RECOVER, RESTART, Standing
 from dinfer.severity import Severity
 from dinfer.verdict.where import RankStand, rank_text
@@ -86,7 +86,7 @@ def moment(plan: Plan, cells: CellMap, standing: Standing) -> tuple[Json, bytes,
     return shown, packed(marked(states, standing.marks)), notes
 
 
-def breakpoints(found: Iterable[Breakpoint]) -> list[Json]:
+def breakpoints(found: Breakpoints) -> list[Json]:
     """For the list and the map. `plain`: whether the panel's form can express the breakpoint."""
     return [
         {
@@ -96,6 +96,8 @@ def breakpoints(found: Iterable[Breakpoint]) -> list[Json]:
             "chunk": one.chunk,
             "rank": one.rank,
             "when": one.when,
+            "enabled": one.enabled,
+            "hits": found.hits(one.number),
             "plain": one.op == ("recv" if one.condition == "digest" else "layer"),
         }
         for one in found

@@ -15,7 +15,9 @@ IDS = tuple(prompt(40))
 
 
 def ended(session: Session, codec: str, strategy: str) -> Run:
-    run = session.prefill(IDS, chunk_size=8, max_new_tokens=4, codec=codec, sync_strategy=strategy, paused=True)
+    run = session.prefill(
+        IDS, chunk_size=8, max_new_tokens=4, codec=codec, sync_strategy=strategy, paused=True
+    )
     run.step("layer", 3)
     run.step_back("layer", 2)
     run.resume()

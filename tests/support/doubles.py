@@ -63,8 +63,13 @@ class Bare:
         self.on_change = self.listeners.on_change
         self.faults = Faults()
         self.found: dict[int, Breakpoint] = {}
-        self.breakpoints = Breakpoints(self.found, lambda *_: self.listeners.tell())
+        self.last_call = ""
+        self.breakpoints = Breakpoints(self.found, self._changed)
         self.events: list[Event] = []
+
+    def _changed(self, call: str, _: object) -> None:
+        self.last_call = call
+        self.listeners.tell()
 
     def break_at(
         self,

@@ -81,7 +81,7 @@ class ChosenLoss(NamedTuple):
 
     def __str__(self) -> str:
         parts = [
-            f"{name} by up to {found.absolute:.3g}, {_share(found):.2g} of the largest value"
+            f"{name} by up to {found.absolute:.3g} ({found.absolute / (found.scale or 1.0):.2%} of the largest value)"
             for name, found in self.by_tensor.items()
         ]
         text = f"chosen loss, codec {self.codec}: {'; '.join(parts)}"
@@ -95,10 +95,6 @@ class ChosenLoss(NamedTuple):
             f"{text}; new tokens are those of exact KV up to number {one.position}, where it is {one.token} instead of "
             f"{one.reference}"
         )
-
-
-def _share(found: CellDifference) -> float:
-    return found.absolute / found.scale if found.scale else found.absolute
 
 
 class HeldDigests(NamedTuple):

@@ -38,9 +38,8 @@ class AnswerFigures:
 
     def __str__(self) -> str:
         chosen = [token for token in self.tokens if token != NO_TOKEN]
-        said = (
-            repr(self.text.strip()) if self.text else f"tokens {', '.join(map(str, chosen))}" * bool(chosen)
-        )
+        ids = f"token{'s' * (len(chosen) != 1)} {', '.join(map(str, chosen))}" * bool(chosen)
+        said = repr(self.text.strip()) if self.text else ids
         return ", then ".join(filter(None, [said, "NaN" * (len(chosen) < len(self.tokens))]))
 
 

@@ -78,7 +78,7 @@ def bisect_run(
             f"what had entered the ranks of {run.source().subject.name} was not kept, so it can be compared with, but "
             "not bisected: bisect a run before the next prefill, or save it with hidden=True."
         )
-    theirs = None if isinstance(against, str) else against.collected().ranks[0][0]
+    theirs, other = (None, None) if isinstance(against, str) else against.collected().ranks[0]
     mine, record = ranks[0]
     model = decoder_of(record, model_path, device, decoder)
     with _threads(record.config.threads):
@@ -88,8 +88,8 @@ def bisect_run(
                 theirs = reference_parts(model, record.ids, mine, lambda _: bar.update())
         is_like = theirs.plan.shape.chunks == mine.plan.shape.chunks
         theirs = replace(theirs, copies={}, hidden=theirs.hidden if is_like else {})
-        like_here = record.device.partition(":")[0] == model.device.type
-        exact = is_like and like_here and not record.config.wants_graphs
+        exact = is_like and _repeats(record, model) and (other is None or _repeats(other, model))
+        exact = exact and (other is None or other.config.threads == record.config.threads)
         found = [Search(parts, theirs, one, model, exact=exact).run(what) for parts, one in ranks]
     wrong = [one for one in found if one.parts]
     first = min(wrong, key=lambda one: one.parts[0][:2], default=found[0])
@@ -101,6 +101,11 @@ def bisect_run(
     return replace(
         first, remarks=(*first.remarks, f"Ranks do not give one wrong answer: see {listed(others)}.")
     )
+
+
+def _repeats(record: RankRecord, decoder: Decoder) -> bool:
+    """Whether what this decoder computes here equals bit for bit what that rank computed."""
+    return record.device.partition(":")[0] == decoder.device.type and not record.config.wants_graphs
 
 
 def reference_block(record: RankRecord, source: str, layer: int, rows: range) -> Tensor:

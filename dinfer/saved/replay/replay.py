@@ -64,12 +64,12 @@ def decoder_of(
         found = given.spec.fingerprint if given else check(path).fingerprint
     except ModelError as error:
         raise RecordError(
-            f"the run's checkpoint cannot be read here: {error} Give replay(…, model_path=…) where it lies."
+            f"the run's checkpoint cannot be read here: {error} Give model_path=… where it lies."
         ) from error
     if found != recorded.checkpoint:
         raise RecordError(
             f"{path} is another checkpoint than the run's: its fingerprint is {found[:16]}…, the run's "
-            f"{recorded.checkpoint[:16]}…. Give replay(…, model_path=…) the same one."
+            f"{recorded.checkpoint[:16]}…. Give model_path=… the same one."
         )
     like = "cuda:0" if recorded.device.startswith("cuda") and torch.cuda.is_available() else "cpu"
     try:

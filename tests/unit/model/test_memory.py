@@ -82,6 +82,17 @@ def test_need_is_what_a_decoder_takes(tmp_path: Path, family: str) -> None:
         assert wanted.kv_bytes == sum(decoder.new_cache(100).tensor(layer).nbytes for layer in range(2))
 
 
+def test_a_lossy_codec_keeps_the_exact_kv_of_the_largest_stage() -> None:
+    plain, coded = need(QWEN3_4B, "bfloat16", 1000), need(QWEN3_4B, "bfloat16", 1000, stages=5)
+    assert coded.exact_bytes == 8 * 1000 * 2 * 8 * 128 * 2  # 36 layers in 5 stages: 8 in the largest
+    assert coded.total == plain.total + coded.exact_bytes
+    assert "KV before its codec 31.2 MiB" in str(coded)
+    assert (
+        MemoryDemand(QWEN3_4B, "auto", 1000, 2, stages=5).bytes()
+        > MemoryDemand(QWEN3_4B, "auto", 1000, 2).bytes()
+    )
+
+
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ModelError, match="dtype 'int4' is unknown; give one of float64, float32"):
         need(QWEN3_4B, "int4", 1)

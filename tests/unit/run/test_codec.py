@@ -195,6 +195,17 @@ def test_a_flipped_bit_is_found_as_a_fault(session: Session, codec: str, strateg
     assert 0 not in {one.rank for one in found.differences}
 
 
+def test_a_fault_in_a_block_that_is_not_sent_yet_stays(session: Session) -> None:
+    run = begun(session, codec="int8", schedule="lockstep")
+    run.step("op", 2)  # rank 0 has computed its first block
+    run.inject("zero", rank=0, layer=0, chunk=0, where="memory")
+    run.resume()
+    assert run.wait(DEADLINE_S).state == "done"
+    found = run.kv().diff().first
+    assert found is not None
+    assert (found.rank, found.layer, found.chunk) == (0, 0, 0)
+
+
 def test_bytes_that_are_no_block_are_found_as_changed_on_the_way(
     bfloat16: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,7 +114,7 @@ def test_breakpoints_and_faults_are_changed_while_a_step_goes_on(paper: Held) ->
     paper.see("working", ['run.step("chunk")'])
     paper.press("break_at", layer=2, chunk=1, when="")
     shown = {"number": 1, "text": "#1: after layer 2, chunk 1", "layer": 2, "chunk": 1, "rank": None}
-    paper.see("breakpoints", [{**shown, "when": "", "plain": True}])
+    paper.see("breakpoints", [{**shown, "when": "", "enabled": True, "hits": 0, "plain": True}])
     paper.press("remove_breakpoint", number=1)
     paper.see("breakpoints", [])
     paper.run.faults.lines.append("armed: #1 bitflip")
