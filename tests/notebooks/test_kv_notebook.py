@@ -45,7 +45,7 @@ def test_every_cell_that_shows_something_is_looked_at() -> None:
             "changed afterwards in its memory"]),
         ("same", ["True"]),
         ("bisect", [
-            "the answer turns wrong at V of block c1 l1 on rank 0: it is '461'; with the reference's block it is '471'"]),
+            "turns wrong at V of block c1 l1 on rank 0: it is '461'; with the reference's block it is '471'"]),
         ("told", ["changed bytes: ", "V of block c1 l1 came changed from rank 0", "hit: #1 stale"]),
         ("mended", [" 471\n(4 new tokens"]),
         ("received", ["rank 0 received 100%", "rank 1 received 100%", "rank 2 received 100%"]),
