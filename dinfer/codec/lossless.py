@@ -24,14 +24,14 @@ PLAIN = 0
 
 def encode(values: ByteArray) -> ByteArray:
     """The bytes of bfloat16 values (little-endian, two a value), encoded: at most one byte more."""
-    low, high = values[0::2], values[1::2]
-    exponents = high << 1 | low >> 7
+    words = values.view(np.uint16)
+    exponents = (words >> 7).astype(np.uint8)
     counts = np.bincount(exponents, minlength=256)
     order = np.argsort(-counts, kind="stable")
     width, size = PLAIN, float(len(values) + 1)
     for bits in WIDTHS:
-        escapes = len(low) - int(counts[order[: _known(bits)]].sum())
-        wanted = 1 + _known(bits) + len(low) + bits * _plane_bytes(len(low)) + escapes
+        escapes = len(words) - int(counts[order[: _known(bits)]].sum())
+        wanted = 1 + _known(bits) + len(words) + bits * _plane_bytes(len(words)) + escapes
         if wanted < size:
             width, size = bits, wanted
     if width == PLAIN:
@@ -39,9 +39,9 @@ def encode(values: ByteArray) -> ByteArray:
     book = order[: _known(width)].astype(np.uint8)
     code_of = np.full(256, len(book), np.uint8)
     code_of[book] = np.arange(len(book), dtype=np.uint8)
-    codes = code_of[exponents]
+    codes = np.take(code_of, exponents)
     planes = [np.packbits(codes >> bit & 1) for bit in range(width)]
-    rest = high & 0x80 | low & 0x7F
+    rest = (words >> 8 & 0x80 | words & 0x7F).astype(np.uint8)
     escaped = exponents[codes == len(book)]
     return np.concatenate([np.array([width], np.uint8), book, rest, *planes, escaped])
 
@@ -67,12 +67,10 @@ def decode(data: ByteArray, count: int) -> ByteArray:
     found = data[ends[-1] :]
     if int(escaped.sum()) != len(found):
         raise CodecError(f"{len(found)} exponents follow where {int(escaped.sum())} are missing.")
-    exponents = np.append(book, np.uint8(0))[codes]
+    exponents = np.take(np.append(book, np.uint8(0)), codes)
     exponents[escaped] = found
-    values = np.empty(2 * count, np.uint8)
-    values[0::2] = exponents << 7 | rest & 0x7F
-    values[1::2] = rest & 0x80 | exponents >> 1
-    return values
+    words = (rest & 0x80).astype(np.uint16) << 8 | exponents.astype(np.uint16) << 7 | rest & 0x7F
+    return words.view(np.uint8)
 
 
 def _known(width: int) -> int:

@@ -203,7 +203,7 @@ def _rows(
         known = [value for value in values if value is not None]
         differs = len(known) == 2 and max(known) > LESS * min(known)
         yield name, cells[0], cells[1], MARK * differs
-    for name, key in (("exposed communication", "exposed_communication"), ("bubble", "bubble")):
+    for name, key in (("exposed communication", "exposed"), ("bubble", "bubble")):
         shares = [f"{100 * one[key]:.1f} %" if one["ended"] else "not ended" for one in figures]
         differs = abs(figures[0][key] - figures[1][key]) >= 0.05
         yield name, shares[0], shares[1], MARK * differs

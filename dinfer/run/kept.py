@@ -160,6 +160,8 @@ def kept_values(content: Content, name: str) -> KeptKv:
 
 
 def size_text(count: int) -> str:
-    """For example 37 MiB; below 10 MiB, with a decimal."""
+    """For example 37 MiB, 4.6 MiB or 12 KiB."""
+    if count < 1 << 20:
+        return f"{count / (1 << 10):,.0f} KiB"
     size = count / (1 << 20)
     return f"{size:,.1f} MiB" if size < 10 else f"{size:,.0f} MiB"

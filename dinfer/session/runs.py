@@ -177,7 +177,9 @@ def _verdict(run: Run) -> str:
     last = run.last_standing()
     found = [last.message.partition("\n")[0]] * (last.state.severity > Severity.NOTE)
     found += [f"not finite: {last.nonfinite}"] * bool(last.nonfinite)
-    found += [f"{len(run.corrupt)} blocks with changed bytes"] * bool(run.corrupt)
+    found += [f"{len(run.corrupt)} block{'s' * (len(run.corrupt) > 1)} with changed bytes"] * bool(
+        run.corrupt
+    )
     differs = len({(mark.chunk, mark.layer) for mark in last.marks if mark.kind == "differs"})
     found += [f"{differs} block{'s differ' if differs > 1 else ' differs'} between ranks"] * bool(differs)
     found += [f"{len(last.faults)} fault{'s' * (len(last.faults) > 1)} armed"] * bool(last.faults)

@@ -67,7 +67,10 @@ class Debugger(PanelPage):
         return set(self.root.locator("button:enabled:not(.dinfer-figure *)").all_text_contents())
 
 
-ALWAYS = {"map", "KV", "communication", "copy", "more", "+", "−", "all"}
+ALWAYS = {
+    "map", "KV", "communication", "runs", "time", "copy", "more", "+", "−", "all", "copy as a cell",
+    "save as a notebook",
+}  # fmt: skip
 """buttons that need neither ranks nor kernel"""
 FIGURE_NAMES = {"latency", "distribution", "rank × rank", "lanes", "exposed"}
 TOP = "document.querySelector('.dinfer-panel').scrollIntoView()"

@@ -298,6 +298,11 @@ def test_before_the_end_of_prefill(session: Session, decoder: Decoder) -> None:
         run.bisect(decoder=decoder)
 
 
+def test_a_codec_that_changes_blocks(session: Session, decoder: Decoder) -> None:
+    with pytest.raises(PlanError, match=r"codec int8 changes the KV .*codec=.none."):
+        prefilled(session, codec="int8").bisect(decoder=decoder)
+
+
 def test_other_arguments(session: Session, decoder: Decoder, tmp_path: Path) -> None:
     run = prefilled(session)
     with pytest.raises(PlanError, match=r'it must be "reference", or another run'):

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dinfer.cluster.ranks import RankRefused
+from dinfer.cluster.ranks import LOST, RankRefused
 from dinfer.errors import ModelError
 from dinfer.messages import LoadModel
 from dinfer.model.checkpoint import check
 from dinfer.model.decoder import Decoder
 from tests.support.reference import generate
+from tests.support.runs import wait_for
 from tests.support.threads import session_on_threads
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
@@ -65,6 +66,24 @@ def test_a_changed_folder_is_refused_until_it_is_loaded_again(
             run.compare("reference")
         with pytest.raises(ModelError, match=r"has changed since it was loaded"):
             session.prefill(IDS)
+
+
+@pytest.mark.parametrize(("change", "is_said"), [(shortened, True), (None, False)])
+def test_a_rank_that_is_lost_once_the_folder_has_changed_says_so(
+    folder: Path, other: Path, change: Callable[[Path, Path], None] | None, is_said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """As one that has mapped a file that is shorter now: the system ends it without a word."""
+    with session_on_threads(1, folder) as session:
+        run = session.prefill(IDS, chunk_size=4, paused=True)
+        if change:
+            change(folder, other)
+        monkeypatch.setattr(session.ranks, "exits", lambda: [LOST])
+        session.ranks.ranks[0].gone = True
+        wait_for(lambda: run.failure, "the run has failed")
+        assert "rank 0 is gone" in run.failure
+        assert ("has changed since it was loaded" in run.failure) is is_said
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("change", [trained_further, edited])
