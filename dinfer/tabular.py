@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinfer.arguments import check_calls
 from dinfer.errors import NotPossible
 from dinfer.files import WrittenPath, make_folder
 
@@ -43,6 +44,9 @@ class Tabular:
         with target.open("w", encoding="utf-8", newline="") as file:
             _write(file, columns, rows)
         return WrittenPath(target)
+
+
+check_calls(Tabular, "table")
 
 
 def _write(file: Any, columns: Sequence[str], rows: Iterable[TableRow]) -> None:

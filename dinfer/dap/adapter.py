@@ -375,7 +375,7 @@ class DebugAdapter:
             )
         run = target.run
         frames = rank_frames(
-            run.plan, run.standing(), target.listings[rank], run.chunk_labels(), target.python_of(rank)
+            run.plan, run.standing(), target.listings[rank], target.chunk_labels, target.python_of(rank)
         )
         first = arguments.get("startFrame") or 0
         shown = frames[first : first + (arguments.get("levels") or len(frames))]
@@ -407,7 +407,8 @@ class DebugAdapter:
 
     def _source(self, arguments: DapBody) -> DapBody:
         source = arguments.get("source") or {"sourceReference": arguments.get("sourceReference")}
-        return {"content": self._ready().listings[self._rank_of(source)].text, "mimeType": "text/plain"}
+        # Without a MIME type: VS Code then tells the language, in which breakpoints can be set, by the name's suffix.
+        return {"content": self._ready().listings[self._rank_of(source)].text}
 
     def _scopes(self, arguments: DapBody) -> DapBody:
         frame = self._frame(arguments)

@@ -36,19 +36,22 @@ class DapClient(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """The body of a `stopped` event, but for the breakpoints. `title` is what editors show first."""
+    """The body of a `stopped` event, but for the breakpoints. `title` is what editors show first; `whole`: all that
+    there is to say, for the debug console."""
 
     reason: str
     title: str
     text: str
     rank: int | None = None
+    whole: str = ""
 
 
-def trouble_of(standing: Standing, rank: int | None) -> Stop:
-    """Why the run cannot go on; of a state that is in TITLES."""
+def trouble_of(standing: Standing, rank: int | None, whole: str = "") -> Stop:
+    """Why the run cannot go on; of a state that is in TITLES. `whole`: all that is known of it."""
     title, text = TITLES[standing.state], standing.message
     first = text.partition("\n")[0]
-    return Stop("exception", f"{title}: {first}", with_remedy(text, standing.remedy), rank)
+    whole = with_remedy(whole or text, standing.remedy)
+    return Stop("exception", f"{title}: {first}", with_remedy(text, standing.remedy), rank, whole)
 
 
 def stand_of(standing: Standing, reason: str) -> Stop:
@@ -139,20 +142,24 @@ class StopTeller:
 
     def _tell(self) -> None:
         standing = self._run.standing()
-        has_trouble = standing.state in TITLES
+        key = (standing.state, standing.begun) if standing.state in TITLES else None
+        if key and (self._mends or key == self._told):
+            return
+        trouble = self._trouble(standing) if key else None  # it may ask ranks, so nobody waits for it
         with self._lock:
-            key = standing.state, standing.begun
-            if self._ended.is_set() or (has_trouble and (self._mends or key == self._told)):
+            if self._ended.is_set():
                 return
-            if not has_trouble and self._has_gone_on(standing):
+            if not trouble and self._has_gone_on(standing):
                 self._told, self.is_moving, self.stop, self._reason = None, True, None, "continue"
                 self._client.event("continued", threadId=1, allThreadsContinued=True)
             stands = standing.state in STANDING and not standing.playing and not self._busy
-            if not has_trouble and not (self.is_moving and stands):
+            if not trouble and not (self.is_moving and stands):
                 return
-            self._told, self.is_moving = key if has_trouble else None, False
-            numbers = () if has_trouble else self._run.met
-            self.stop = stop = self._trouble(standing) if has_trouble else self._stand(standing, numbers)
+            self._told, self.is_moving = key, False
+            numbers = () if trouble else self._run.met
+            self.stop = stop = trouble or self._stand(standing, numbers)
+        if trouble or numbers or standing.severity > Severity.NOTE:
+            self._client.say("stderr" if trouble else "console", stop.whole or standing.message)
         rank = self._rank if stop.rank is None else stop.rank
         hits: dict[str, Any] = {"hitBreakpointIds": list(numbers)} if numbers else {}
         self._client.event(
@@ -169,14 +176,10 @@ class StopTeller:
     def _trouble(self, standing: Standing) -> Stop:
         with suppress(DinferError):
             verdict = self._run.told or self._run.verdict()
-            self._client.say("stderr", with_remedy(_whole(verdict, standing), standing.remedy))
-            return trouble_of(standing, verdict.rank)
-        self._client.say("stderr", with_remedy(standing.message, standing.remedy))
+            return trouble_of(standing, verdict.rank, _whole(verdict, standing))
         return trouble_of(standing, _culprit(standing))
 
     def _stand(self, standing: Standing, numbers: tuple[int, ...]) -> Stop:
-        if numbers or standing.severity > Severity.NOTE:
-            self._client.say("console", standing.message)
         stop = stand_of(standing, self._reason)
         if numbers:
             reason, rank = self._breakpoints(numbers)

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
+from dinfer.cluster.holder import ClusterTaken
+from dinfer.cluster.ipyparallel.errors import ClusterError
 from dinfer.cluster.ranks import RankRefused
 from dinfer.dap.arguments import TargetArguments
 from dinfer.dap.listing import RankListing
@@ -77,10 +80,15 @@ class DebugTarget:
     @classmethod
     def attached(cls, given: TargetArguments, client: DapClient) -> Self:
         """The run that the ranks of a running cluster hold. Raises dinfer's errors."""
-        session = connect(
-            "ipyparallel", given.ranks, profile=given.profile, cluster_id=given.cluster_id, start=False,
-            take=given.take, write=_write,
-        )  # fmt: skip
+        try:
+            session = connect(
+                "ipyparallel", given.ranks, profile=given.profile, cluster_id=given.cluster_id, start=False,
+                take=given.take, write=_write,
+            )  # fmt: skip
+        except ClusterTaken as error:
+            raise NotPossible(f'{error} In the launch entry: "take": true.') from None
+        except ClusterError as error:
+            raise NotPossible(f'{error} A launch entry with "request": "launch" starts one, too.') from None
         try:
             run = session.run
         except NotPossible:
@@ -239,6 +247,11 @@ class DebugTarget:
         self._say("console", str(found).rpartition("\n")[2])
 
     # -- looking
+
+    @cached_property
+    def chunk_labels(self) -> list[str]:
+        """The text of each chunk."""
+        return self.run.chunk_labels()
 
     def python_of(self, rank: int) -> PythonStacks:
         """What the threads of a rank do in Python, if it is in an op; the exception with which it has failed."""

@@ -191,7 +191,7 @@ def _hidden_states(run: Run, chunk: int, layer: int) -> list[DapVariable]:
     shape = source.subject.plan.shape
     found = []
     for at, name in ((layer, f"before layer {layer}"), (layer + 1, f"after layer {layer}")):
-        rank = shape.owners[min(at, shape.layers - 1)]
+        rank = shape.owners[layer]  # which has made the second, too, wherever it is sent
         found.append(_guarded(name, partial(_hidden_state, source, rank, chunk, at, name)))
     return found
 
@@ -255,7 +255,7 @@ def _blocks(source: LiveSource, rank: int, wanted: Sequence[tuple[int, int, str]
             other: as_numbers(digests[other][at]) for other in having if held[other].spans[layer] > span
         }
         rows_of = source.subject.spans[span]
-        text = f"tokens {rows_of.start}–{rows_of.stop - 1}; {_agreement(rank, by_rank)}"
+        text = f"{_agreement(rank, by_rank)}; tokens {rows_of.start}–{rows_of.stop - 1}"
         found.append(DapVariable(name, text, partial(_block, source, rank, layer, span, by_rank)))
     return found
 
@@ -346,6 +346,6 @@ def _made(source: LiveSource, rank: int, chunk: int, layer: int) -> Iterator[tup
             (f"{name} of c{chunk} l{layer} on rank {rank}", values[:, n]) for n, name in enumerate("KV")
         )
     shape = source.subject.plan.shape
-    owner = shape.owners[min(layer + 1, shape.layers - 1)]
+    owner = shape.owners[layer]
     with suppress(NothingYet):
         yield f"hidden state after c{chunk} l{layer}", hidden_values(source, owner, chunk, layer + 1)

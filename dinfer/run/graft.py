@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dinfer.cluster.kv import Live
 from dinfer.display import DisplayableText, few
+from dinfer.errors import excerpt
 from dinfer.history import History, call_text
 from dinfer.kv.diff import check_alike
 from dinfer.messages import WriteBlock
@@ -71,6 +72,10 @@ class Grafts:
             return reference_block(
                 self._recorder.light_record_of(live, 0), source, layer, rows
             ), "the reference's"
+        if not isinstance(source, Bisectable):
+            raise PlanError(
+                f'source is {excerpt(source)}; it must be "reference", or another run, live or saved.'
+            )
         other = source.source()
         check_alike(live.subject, other.subject)
         owner = other.subject.plan.shape.owners[layer]

@@ -147,7 +147,8 @@ class TimeStrip {
   // -- what a user does
 
   go(at) {
-    this.at = at === null || at >= this.span ? null : Math.max(0, Math.round(at));
+    const [begin, end] = this.seen(), last = this.span - (end - begin) / (10 * STEPS); // the last pixels are now
+    this.at = at === null || at >= last ? null : Math.max(0, Math.round(at));
     if (this.at === null) [this.cells, this.cut] = [null, null];
     if (this.at !== null) this.reveal(this.at);
     if (this.open) this.ask();

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dinfer.codec.choice import Codec
 from dinfer.display import listed
+from dinfer.errors import excerpt
 from dinfer.kv.diff import check_alike
 from dinfer.kv.source import Source
 from dinfer.model.decoder import Decoder
@@ -45,6 +46,7 @@ MEASURES = ("tokens", "logits", "hidden")
 BAR_S = 1.0
 
 
+@runtime_checkable
 class Bisectable(Protocol):
     """A run, live or saved, whose parts can be had."""
 
@@ -65,8 +67,10 @@ def bisect_run(
     decoder: Decoder | None,
 ) -> Bisection:
     """See `Run.bisect`."""
-    if isinstance(against, str) and against != REFERENCE:
-        raise PlanError(f'against is {against!r}; it must be "reference", or another run, live or saved.')
+    if against != REFERENCE and not isinstance(against, Bisectable):
+        raise PlanError(
+            f'against is {excerpt(against)}; it must be "reference", or another run, live or saved.'
+        )
     if what not in (None, *MEASURES):
         raise PlanError(
             f"what is {what!r}; it must be one of {', '.join(MEASURES)}, or None for the first that differs."

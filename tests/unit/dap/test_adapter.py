@@ -195,6 +195,7 @@ def test_variables_are_hidden_states_and_kv_in_figures(started: Editor) -> None:
     assert list(scopes) == ["Position", "Hidden state of c1 l3", "KV of layer 3, by chunk", "Run"]
     hidden = started.variables(scopes["Hidden state of c1 l3"])
     assert list(hidden) == ["before layer 3", "after layer 3"]
+    assert all("(rank 1)" in one["value"] for one in hidden.values())
     figures = started.variables(hidden["before layer 3"]["variablesReference"])
     assert {"shape", "dtype", "mean", "std", "min", "max", "NaN", "digest"} <= figures.keys()
     assert figures["shape"]["value"] == "[4, 64]"
