@@ -137,8 +137,8 @@ def _write(trace: "Trace", path: "Path") -> "Path":
     return write_report([trace], path)
 
 
-def _show(shown: "Run | Watch | Saved") -> Any:
-    """The panel of a run, a watch or a saved run."""
+def _show(shown: "Run | Watch | Saved", *, detached: bool = False) -> Any:
+    """The panel of a run, a watch or a saved run; `detached`: that of a run in a tab of its own."""
     from dinfer.saved.saved import Saved
     from dinfer.watching.live import Watch
 
@@ -152,6 +152,10 @@ def _show(shown: "Run | Watch | Saved") -> Any:
         from dinfer.views.read_only import ReadOnlyRun
 
         return Panel(ReadOnlyRun(shown))
+    if detached:
+        from dinfer.views.served.detached import DetachedDesk
+
+        return DetachedDesk(shown, "run")
     return Panel(shown)
 
 

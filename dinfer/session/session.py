@@ -55,7 +55,7 @@ from dinfer.verdict.where import rank_spans_text
 from dinfer.watching.live import EnginesSource, EnginesWatch
 from dinfer.watching.temporary import TemporaryFolder
 
-Show = Callable[[Any], Any]
+Show = Callable[..., Any]
 """makes the panel of a run or a watch"""
 
 LOOK_S = 0.05
@@ -263,12 +263,13 @@ class Session(Tidy, Announced, Closing):
                     raise ConfigError(f"paused is {excerpt(value)}; it must be True or False.")
         return sweep(self.prefill, prompts, parameters)
 
-    def debugger(self) -> Any:
-        """The panel: the current run as a map, with buttons that step it. Raises NotPossible before there is a run."""
+    def debugger(self, *, detached: bool = False) -> Any:
+        """The panel: the current run as a map, with buttons that step it. `detached`: in a browser's tab of its own, at
+        the address that is returned, for browsers of this machine. Raises NotPossible before there is a run."""
         self._check_open()
         if self._show is None:
             raise NotPossible(NO_VIEWS)
-        return self._show(self.run)
+        return self._show(self.run, detached=True) if detached else self._show(self.run)
 
     def listen_for_debugger(self, rank: int, port: int = 0) -> Listening:
         """Let VS Code, or another client of debugpy, attach to a rank, and say where; by default at port 5678 + rank.

@@ -29,7 +29,7 @@ const TABS = ["map", "KV", "communication", "runs"];
 // Controls that are disabled for a run that is over, and without a kernel.
 const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-verb :is(button, input, select), .dinfer-stops :is(button, input), "
   + ".dinfer-faults button, [data-field], [data-show], .dinfer-moves button";
-const NEED_KERNEL = "[data-do=dismiss], [data-do=mend], [data-figure]";
+const NEED_KERNEL = "[data-do=dismiss], [data-do=mend], [data-figure], [data-tool]";
 const WHENS = ["nan", "inf", "absmax > 100", "digest differs", "slower than 5 ms"];
 
 function make(tag, name, parent, text = "") {

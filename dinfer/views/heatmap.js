@@ -5,6 +5,9 @@
 const NAN_CODE = 0, ZERO_CODE = 126, PLUS_INF = 252, MINUS_INF = 253, MISSING_CODE = 255;
 const MARGIN = { left: 46, top: 16, right: 4, bottom: 4 };
 const MAP_PIXELS = 380, SMALLEST = 8;
+const TEXT_PIXELS = 58; // below the values, for the texts of tokens
+const TEXT_APART = 11;
+const CLOSE = 40; // tokens, and rows, that are seen of a place that somebody was led to
 const APART = 12; // pixels between the lines of chunks, of which some are left out: they would cover the values
 // from −scale over zero to +scale; the two ends differ in hue
 const ENDS = {
@@ -13,12 +16,13 @@ const ENDS = {
 };
 
 class Heatmap {
-  // `onPoint([head, token, dim] or null)` is called as the mouse moves.
-  constructor(parent, root, onPoint) {
-    Object.assign(this, { root, onPoint, shown: null, zoom: null });
+  // `onPoint([head, token, dim] or null)` is called as the mouse moves, `onPick` at a click and with Enter.
+  constructor(parent, root, onPoint, onPick = () => {}) {
+    Object.assign(this, { root, onPoint, onPick, shown: null, zoom: null });
     this.canvas = make("canvas", "heatmap", parent);
     this.canvas.tabIndex = 0;
-    this.canvas.setAttribute("aria-label", "heatmap of values: drag to zoom in, double-click to see all, + − 0 by key");
+    this.canvas.setAttribute("role", "application");
+    this.canvas.setAttribute("aria-label", "heatmap of values: arrow keys move from value to value, Enter watches one, + − 0 zoom");
     this.resized = new ResizeObserver(() => this.draw());
     this.resized.observe(parent);
     this.canvas.onmousemove = (event) => this.move(event);
@@ -54,8 +58,8 @@ class Heatmap {
   }
 
   size() {
-    const width = this.canvas.parentElement.clientWidth;
-    return { width, height: MAP_PIXELS, wide: width - MARGIN.left - MARGIN.right,
+    const width = this.canvas.parentElement.clientWidth, below = this.shown?.head.texts?.some(Boolean) ? TEXT_PIXELS : 0;
+    return { width, height: MAP_PIXELS + below, wide: width - MARGIN.left - MARGIN.right,
       high: MAP_PIXELS - MARGIN.top - MARGIN.bottom };
   }
 
@@ -88,7 +92,11 @@ class Heatmap {
   drop(event) {
     const from = this.drag, to = this.place(event);
     this.drag = this.dragged = null;
-    if (!from || !this.shown?.head.tokens || Math.abs(from[0] - to[0]) + Math.abs(from[1] - to[1]) < 0.02) return;
+    if (!from || !this.shown?.head.tokens) return;
+    if (Math.abs(from[0] - to[0]) + Math.abs(from[1] - to[1]) < 0.02) {
+      if (event.detail < 2) this.onPick(this.at(to));
+      return;
+    }
     const view = this.zoom ?? this.whole();
     const [left, right] = [from[0], to[0]].sort((a, b) => a - b), [upper, lower] = [from[1], to[1]].sort((a, b) => a - b);
     this.zoomTo({ x: view.x + left * view.wide, y: view.y + upper * view.high,
@@ -115,11 +123,44 @@ class Heatmap {
     this.draw();
   }
 
+  // The part of the picture around a value, and the value itself.
+  lookAt([head, token, dim]) {
+    if (!this.shown?.head.tokens) return;
+    const { heads, dims, first } = this.shown.head, all = this.whole();
+    const column = token - first, row = heads.indexOf(head) * dims + dim;
+    this.zoomTo({ x: column - CLOSE / 2, y: row - CLOSE / 2, wide: Math.min(CLOSE, all.wide), high: Math.min(CLOSE, all.high) });
+    this.spotOn(column, row);
+  }
+
+  // Point at a column and a row, which are brought into the picture.
+  spotOn(column, row) {
+    const all = this.whole(), within = (value, most) => Math.max(0, Math.min(most - 1, value));
+    const [x, y] = [within(column, all.wide), within(row, all.high)], seen = this.zoom ?? all;
+    if (!isIn(x, [seen.x, seen.x + seen.wide]) || !isIn(y, [seen.y, seen.y + seen.high])) {
+      this.zoomTo({ ...seen, x: x - seen.wide / 2, y: y - seen.high / 2 });
+    }
+    const view = this.zoom ?? all;
+    this.spot = [(x + 0.5 - view.x) / view.wide, (y + 0.5 - view.y) / view.high];
+    this.onPoint(this.at(this.spot));
+    this.draw();
+  }
+
+  // By key from the value that is pointed at, or from the first that is seen.
+  walk([right, down]) {
+    const view = this.zoom ?? this.whole(), [across, along] = this.spot ?? [0, 0];
+    const here = [Math.floor(view.x + across * view.wide), Math.floor(view.y + along * view.high)];
+    if (this.spot) this.spotOn(here[0] + right, here[1] + down);
+    else this.spotOn(...here);
+  }
+
   key(event) {
+    const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     const shift = { ArrowLeft: [-0.2, 0], ArrowRight: [0.2, 0], ArrowUp: [0, -0.2], ArrowDown: [0, 0.2] }[event.key];
     if (event.key === "+" || event.key === "=") this.zoomBy(0.5);
     else if (event.key === "-") this.zoomBy(2);
     else if (event.key === "0") this.zoomTo(null);
+    else if (event.key === "Enter" && this.spot) this.onPick(this.at(this.spot));
+    else if (step && !event.shiftKey && this.shown?.head.tokens) this.walk(step);
     else if (shift && this.zoom) {
       this.zoomTo({ ...this.zoom, x: this.zoom.x + shift[0] * this.zoom.wide, y: this.zoom.y + shift[1] * this.zoom.high });
     } else return;
@@ -216,6 +257,8 @@ class Heatmap {
       }
     });
     pen.textAlign = "left";
+    this.drawTexts(pen, wide, high, x);
+    pen.textAlign = "left";
     let free = 0, next = 0;
     starts.forEach((start, chunk) => {
       const at = x(start);
@@ -227,6 +270,25 @@ class Heatmap {
       pen.fillText(text, at + 2, 7);
       free = at + size + 12;
     });
+  }
+
+  // The texts of tokens, upwards; where there is no room for each, of every second, third, …
+  drawTexts(pen, wide, high, x) {
+    const { texts, first } = this.shown.head, view = this.zoom ?? this.whole();
+    this.canvas.dataset.texts = "";
+    if (!texts?.some(Boolean)) return;
+    const every = Math.max(1, Math.ceil(TEXT_APART / (wide / view.wide))), drawn = [];
+    pen.textAlign = "right";
+    for (let n = Math.ceil(view.x / every) * every; n < Math.min(texts.length, view.x + view.wide); n += every) {
+      const text = shortened(pen, texts[n].replace(/\n/g, "⏎").trim() || "␣", TEXT_PIXELS - 12);
+      pen.save();
+      pen.translate(x(first + n + 0.5), MARGIN.top + high + 6);
+      pen.rotate(-Math.PI / 2);
+      pen.fillText(text, 0, 0);
+      pen.restore();
+      drawn.push(text);
+    }
+    this.canvas.dataset.texts = JSON.stringify(drawn); // for tests
   }
 
   // Rings around NaN and Inf, since a single pixel is easily missed.

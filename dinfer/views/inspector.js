@@ -7,10 +7,10 @@ const COLUMNS = ["head", "min", "max", "mean", "NaN, Inf", "zeros"];
 class Inspector {
   // `send(message)` sends to the kernel.
   constructor(parent, root, board, name, send) {
-    Object.assign(this, { board, name, send, have: "", asking: null, question: 0 });
+    Object.assign(this, { root, board, name, send, have: "", asking: null, question: 0 });
     this.want = { layer: 0, chunk: 0, tensor: "K", head: null, a: 0, b: board.ranks - 1, show: "a", scale: "robust" };
     this.build(parent);
-    this.map = new Heatmap(this.picture, root, (place) => this.point(place));
+    this.map = new Heatmap(this.picture, root, (place) => this.point(place), (place) => this.tools.pin(place));
   }
 
   build(parent) {
@@ -53,9 +53,12 @@ class Inspector {
     this.picture = make("div", "map", body);
     const side = make("div", "side", body);
     this.hover = make("div", "spot", side);
+    this.hover.setAttribute("role", "status");
     this.verdict = make("div", "verdict", side);
     this.colours = make("div", "scale", side);
     this.summary = make("div", "summary", side);
+    const tools = make("div", "fields tools", parent), below = make("div", "", parent);
+    this.tools = new KvTools(tools, side, below, this);
     this.callText = make("div", "call", parent);
     this.call = copyable(this.callText, "");
     this.tell(null);
@@ -64,7 +67,8 @@ class Inspector {
   choice(bar, name, options, read) {
     const select = make("select", "", bar);
     select.dataset.field = name;
-    select.setAttribute("aria-label", name);
+    select.setAttribute("aria-label", name.length === 1 ? `rank ${name.toUpperCase()}` : name);
+    (this.fields ??= {})[name] = select;
     fill(select, options);
     select.onchange = () => this.change(name, read(select.value));
     return select;
@@ -86,6 +90,20 @@ class Inspector {
     if (isSeen && layer === this.want.layer) return;
     this.layer.value = layer;
     this.change("layer", layer);
+  }
+
+  // Show something else, and then, if it is given, a value of it: [head, token, dim].
+  go(want, place = null) {
+    if (this.ended) return;
+    Object.assign(this.want, want);
+    for (const [name, value] of Object.entries(this.want)) if (this.fields[name] && name !== "scale") this.fields[name].value = value ?? "";
+    this.wanted = place;
+    this.ask(true);
+  }
+
+  theme() {
+    this.map.draw();
+    this.tools.draw();
   }
 
   // The chunks of the picture, from the first until before the last.
@@ -130,6 +148,7 @@ class Inspector {
     const isOurs = (answer) => answer?.view === this.name && answer.question === this.question; // not the answer to an earlier question
     if (isOurs(kv)) this.take(kv, buffers[0]);
     if (isOurs(diff)) this.judge(diff);
+    this.tools.hear(message, buffers);
     if (value?.view === this.name) this.tell(value);
   }
 
@@ -143,6 +162,9 @@ class Inspector {
       if (this.headOptions !== head.all_heads) this.listHeads(head.all_heads);
       this.map.show(head, codes);
       this.describe(head);
+      this.tools.show(head, codes);
+      if (this.wanted) this.map.lookAt(this.wanted);
+      this.wanted = null;
       if (this.pointed) this.point(this.pointed, true);
     }
     requestAnimationFrame(() => this.ask()); // once it has been drawn
@@ -227,7 +249,8 @@ class Inspector {
     this.asking = null;
     if (!value) {
       this.hover.replaceChildren();
-      make("span", "", this.hover, "Point at a value to read it exactly. Drag to zoom in, double-click to see all.");
+      make("span", "", this.hover, "Point at a value to read it exactly. Click to watch it, drag to zoom in, double-click to see all; "
+        + "arrows, Enter, + − 0 by key.");
       return;
     }
     if (String(value.at) !== String(this.pointed)) {

@@ -25,6 +25,9 @@ from dinfer.views.read_only import read_only
 VALUES = 1 << 21
 """values in a picture at most, but for one long chunk: 2,048 tokens of 8 heads of 128"""
 
+MOST_TEXTS = 4096
+"""tokens of a picture whose texts are sent with it: those of more have no room beside it"""
+
 CacheKey = tuple[int, int, int, int, int]
 """(layer, K or V, first token, tokens, digest)"""
 
@@ -252,6 +255,7 @@ def picture(want: InspectRequest, found: Fetched) -> tuple[Json, bytes]:
         "inf": made.inf, "special": special, "differ": int((shown != 0).sum()) if want.show == "a-b" else 0,
         "call": want.call() if is_whole else want.call(f"{seen.start}:{seen.stop}"), "first": first,
         "dtype": str(found.subject.dtype).removeprefix("torch."), "all_heads": len(found.a),
+        "texts": list(found.subject.texts[seen.start : seen.stop]) if len(seen) <= MOST_TEXTS else [],
         "starts": [span.start for span in spans], "seen": None if is_whole else [seen.start, seen.stop], "summary": [
             [str(head), *(_signed(f"{number:.4g}") for number in numbers[:3]), *map(_share, numbers[3:])]
             for head, numbers in zip(heads, figures(shown), strict=True)

@@ -104,6 +104,8 @@ class View {
     button.dataset.tab = name;
     button.setAttribute("role", "tab");
     button.onclick = () => this.open(name);
+    page.setAttribute("role", "tabpanel");
+    page.setAttribute("aria-label", name);
     return page;
   }
 
@@ -208,7 +210,7 @@ class View {
 
   theme() {
     this.map.draw();
-    this.inspector.map.draw();
+    this.inspector.theme();
     this.communication.theme();
     this.time.draw();
   }

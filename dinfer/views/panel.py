@@ -19,6 +19,7 @@ from dinfer.views.communication import FIGURES, Communication
 from dinfer.views.desk import Action, Painter, Worker
 from dinfer.views.finder import Finder
 from dinfer.views.inspector import Inspector, stamp_of
+from dinfer.views.kv_tools import KvTools
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.read_only import read_only
 from dinfer.views.recorded import RecordedRun
@@ -105,8 +106,8 @@ def _break_at(run: InspectableRun, message: Json) -> Action:
 
 
 SCRIPTS = (
-    "map.js", "heatmap.js", "inspector.js", "communication.js", "controls.js", "banner.js", "why.js", "scrubber.js",
-    "find.js", "actions.js", "log.js", "runs.js", "slots.js", "panel.js",
+    "map.js", "heatmap.js", "inspector.js", "kv_tools.js", "communication.js", "controls.js", "banner.js", "why.js",
+    "scrubber.js", "find.js", "actions.js", "log.js", "runs.js", "slots.js", "panel.js",
 )  # fmt: skip
 """concatenated, they are one module"""
 
@@ -140,6 +141,7 @@ class Panel(SlottedWidget):
         )
         self._workers = (self._pauser, self._editor, self._worker)
         self._inspector, self._communication = Inspector(run, self.send), Communication(run, self.send)
+        self._kv_tools = KvTools(run, self.send)
         recorded = RecordedRun(run)
         self._scrubber, self._finder = Scrubber(run, recorded, self.send), Finder(run, recorded, self.send)
         self._runs = RunsPage(run, self.send)
@@ -165,6 +167,7 @@ class Panel(SlottedWidget):
                 worker.close()
             self._inspector.close()
             self._communication.close()
+            self._kv_tools.close()
             self._scrubber.close()
             self._finder.close()
             self._why.close()
@@ -189,6 +192,7 @@ class Panel(SlottedWidget):
                 return
             self._painted = seen
             self._inspector.touch()
+            self._kv_tools.touch()
             shown, drawn, marks = moment(self._run.plan, self._cells, standing)
             shown |= {"breakpoints": stops, **actions}
         except Exception as error:  # nothing else would report it
@@ -235,6 +239,7 @@ class Panel(SlottedWidget):
             "value": self._inspector.value,
             "figure": self._communication.ask,
             "plotly": self._communication.script,
+            "kv_tool": self._kv_tools.ask,
             **dict.fromkeys(("runs", "compare_runs", "cell"), self._runs.ask),
             "time": self._scrubber.ask,
             "find": self._finder.ask,

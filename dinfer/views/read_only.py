@@ -126,6 +126,15 @@ class ReadOnlyRun:
     def kv(self, *, layer: int | None = None) -> KV:
         return self._saved.noted_kv(layer, self._note)
 
+    def compare(self, what: object, /) -> object:
+        if not self._saved.about:
+            raise NotPossible(f"a trace has no KV to compare with {what!r}.")
+        raise NotPossible(
+            f"a saved run cannot be compared with {what!r} here, which takes its checkpoint and a session: begin a run "
+            "of the same prompt. In a notebook, run.diff(another run) compares it with that, and run.bisect() with the "
+            "reference."
+        )
+
     def _note(self, found: Diff, chosen: Selection) -> None:
         self._found = [mark for mark in self._found if not _is_compared(mark, chosen)]
         self._compared.note_diff(found, chosen)

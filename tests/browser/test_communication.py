@@ -8,7 +8,6 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import OpenNotebook, Shot
 from tests.browser.test_debugger import CELLS as DEBUGGER
 from tests.browser.test_debugger import CONNECT, SHOW, TOP, Debugger
-from tests.support.jupyter import Notebook
 
 pytestmark = pytest.mark.browser
 
@@ -27,22 +26,6 @@ def test_the_figures_of_a_run_that_has_ended_hold_all_its_events(
     notebook: OpenNotebook, page: Page, shot: Shot
 ) -> None:
     book = notebook(CELLS)
-    check(book, page)
-    shot("communication-ended-light")
-    book.run(CLOSE)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ipcluster")
-def test_so_do_those_of_ranks_that_are_processes(notebook: OpenNotebook, page: Page) -> None:
-    """Their events arrive by messages, after the run has ended too."""
-    book = notebook([cell.replace('"threads", n=3', "n=3, start=False") for cell in CELLS])
-    check(book, page)
-    book.run(CLOSE)
-
-
-def check(book: Notebook, page: Page) -> None:
-    """Run it twice, and have the figures hold all of each."""
     book.run(CONNECT)
     book.run(SHOW)
     panel = Debugger(book)
@@ -55,3 +38,5 @@ def check(book: Notebook, page: Page) -> None:
         expect(figure).to_have_attribute("data-events", str(events))
         expect(caption).to_have_text(f"{events:,} events of prefill")
     page.evaluate(TOP)
+    shot("communication-ended-light")
+    book.run(CLOSE)

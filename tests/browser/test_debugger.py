@@ -69,7 +69,7 @@ class Debugger(PanelPage):
 
 ALWAYS = {
     "map", "KV", "communication", "runs", "time", "copy", "more", "+", "−", "all", "copy as a cell",
-    "save as a notebook",
+    "save as a notebook", "now", "select a stretch",
 }  # fmt: skip
 """buttons that need neither ranks nor kernel"""
 FIGURE_NAMES = {"latency", "distribution", "rank × rank", "lanes", "exposed"}

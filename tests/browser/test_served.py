@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Literal
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tests.support.axe import violations
 from tests.support.runs import DEADLINE_S
 from tests.support.saved_runs import LAYERS, PROMPT
 from tests.support.threads import session_on_threads
@@ -119,6 +121,60 @@ def test_a_saved_run_is_read_from_the_map_to_the_value(
     panel.get_by_role("tab", name="communication").click()
     page.wait_for_selector(".dinfer-figure .main-svg")
     page.screenshot(path=screenshots / f"served-communication-{scheme}.png", full_page=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_wrong(saved: Command, opened: Open, scheme: Literal["light", "dark"]) -> None:
+    page = opened(saved.address, scheme=scheme)
+    found = [f"map: {one}" for one in violations(page)]
+    page.get_by_role("tab", name="KV").click()
+    page.get_by_role("button", name="difference ▶").click()
+    expect(page.locator(".dinfer-said-tool")).to_contain_text("1 of ")
+    page.get_by_role("button", name="heads × layers").click()
+    page.wait_for_selector(".dinfer-grid canvas[data-drawn]")
+    found += [f"KV: {one}" for one in violations(page)]
+    page.get_by_role("tab", name="communication").click()
+    page.wait_for_selector(".dinfer-figure .main-svg")
+    found += [f"communication: {one}" for one in violations(page)]
+    assert not found, "\n".join(found)
+
+
+def test_from_difference_to_watched_value_and_file(saved: Command, opened: Open, screenshots: Path) -> None:
+    page = opened(saved.address)
+    page.get_by_role("tab", name="KV").click()
+    page.get_by_role("button", name="difference ▶").click()
+    said, spot = page.locator(".dinfer-said-tool"), page.locator(".dinfer-spot")
+    expect(said).to_contain_text("1 of ")
+    expect(said).to_contain_text("rank 2 differs at layer 1, K, head 0, token 8")
+    expect(spot).to_contain_text("head 0 · token 8 · dim 0")
+    assert page.locator("[data-field=layer]").input_value() == "1"
+    heatmap = page.locator(".dinfer-heatmap")
+    texts = json.loads(heatmap.get_attribute("data-texts") or "[]")
+    assert texts[:4] == ["L", "i", "m", "a"]
+    heatmap.focus()  # by key alone: to a value, watch it
+    page.keyboard.press("ArrowRight")
+    expect(spot).to_contain_text("token 9")
+    page.keyboard.press("ArrowLeft")
+    expect(spot).to_contain_text("token 8")
+    page.keyboard.press("Enter")
+    watched = page.locator(".dinfer-pin")
+    expect(watched).to_contain_text("K layer 1 head 0 token 8 dim 0")
+    values = watched.locator("td").all_inner_texts()[1:]
+    assert values[0] == values[1] != values[2], values
+    assert "histogram of" in (page.locator(".dinfer-bars").get_attribute("aria-label") or "")
+    page.screenshot(path=screenshots / "served-difference.png", full_page=True)
+    watched.get_by_role("button", name="stop watching").click()
+    expect(watched).to_have_count(0)
+    with page.expect_download() as kept:
+        page.get_by_role("button", name="CSV").click()
+    assert kept.value.suggested_filename == "kv-l1-rank0.csv"
+    assert Path(kept.value.path()).read_text(encoding="utf-8").startswith("tensor,head,token,text,0,1,")
+    page.get_by_role("button", name="heads × layers").click()
+    page.locator(f".dinfer-grid canvas[data-drawn='{LAYERS} 2']").wait_for()
+    page.locator(".dinfer-grid button[title='show it above']").first.click()
+    page.screenshot(path=screenshots / "served-heads.png", full_page=True)
+    page.get_by_role("button", name="drift").click()
+    expect(said).to_contain_text("a saved run cannot be compared with 'reference' here")
 
 
 def test_keys_do_not_move_it(saved: Command, opened: Open) -> None:

@@ -86,6 +86,9 @@ class Bare:
     def verdict(self) -> str:
         return "the run moves"
 
+    def compare(self, what: object, /) -> object:
+        raise PlanError(f"this run is on paper: it cannot be compared with {what!r}.")
+
     def kv(self, *, layer: int | None = None) -> KV:
         raise PlanError(f"this run holds no KV of layer {layer}.")
 

@@ -33,7 +33,8 @@ class SocketComm:
         self.comm_id: str = widget.model_id
         self._widget, self._on_message = widget, list[OnMessage]()
         self._browsers: tuple[WidgetBrowser, ...] = ()
-        widget.comm = self  # in place of one that leads nowhere, as there is no kernel
+        leads_elsewhere, widget.comm = widget.comm, self  # to a notebook, or nowhere without a kernel
+        leads_elsewhere.close()
 
     # -- the widget's end
 

@@ -12,6 +12,7 @@ from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HT
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
 from dinfer.views.served.app import DeskServer, ServeError, is_anywhere, is_loopback
+from dinfer.views.served.detached import DetachedDesk
 from tests.support.doubles import PaperRun, paper_plan
 
 
@@ -193,3 +194,27 @@ def test_a_port_that_is_taken_is_named(served: Served) -> None:
 ])  # fmt: skip
 def test_where_it_listens(host: str, anywhere: bool, loopback: bool) -> None:
     assert (is_anywhere(host), is_loopback(host)) == (anywhere, loopback)
+
+
+def test_a_live_run_is_moved_from_a_tab_of_its_own() -> None:
+    run = PaperRun(paper_plan())
+
+    async def moves(address: str) -> None:
+        page, token = address.split("?")
+        browser = await websocket_connect(f"{page.replace('http', 'ws')}socket?{token}")
+        await browser.write_message(json.dumps({"id": "1", "do": "step", "unit": "layer"}))
+        message: dict[str, Any] = {}
+        while message.get("state", {}).get("shown", {}).get("call") != 'run.step("layer")':
+            message, _ = await heard(browser)
+        browser.close()
+        while await browser.read_message() is not None:
+            pass
+
+    with DetachedDesk(run, "run") as desk:
+        assert desk.address in str(desk)
+        assert f'href="{desk.address}"' in desk._repr_html_()
+        asyncio.run(moves(desk.address))
+    assert run.calls == ['run.step("layer")']
+    with pytest.raises(OSError):  # noqa: PT011 - refused: nobody listens any more
+        asyncio.run(moves(desk.address))
+    desk.close()
