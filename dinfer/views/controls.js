@@ -42,7 +42,7 @@ function make(tag, name, parent, text = "") {
 
 // A call that can be copied. Returns a function that shows another call.
 function copyable(parent, title) {
-  if (title) make("span", "faint", parent, title);
+  const label = title && make("span", "faint", parent, title);
   const code = make("code", "", parent), button = make("button", "", parent, "copy");
   button.onclick = async () => {
     try {
@@ -57,6 +57,7 @@ function copyable(parent, title) {
   return (call) => {
     code.textContent = call;
     code.hidden = button.hidden = !call;
+    if (label) label.hidden = !call;
   };
 }
 
