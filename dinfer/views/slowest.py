@@ -46,7 +46,18 @@ def _slowest(trace: Trace) -> list[SlowestMessage]:
         others = median([other for name, other in usual.items() if name != link] or [usual[link]])
         is_slow = usual[link] > SLOW_TIMES * others and usual[link] - others > LEAST_NS
         longest = max(some, key=lambda event: event.busy)
-        at = (longest.met + longest.end) // 2
-        place = longest.rank, longest.lane, longest.layer, longest.chunk
-        found.append(SlowestMessage(*link, usual[link], is_slow, longest.busy, at, *place, longest.name))
+        found.append(
+            SlowestMessage(
+                *link,
+                usual=usual[link],
+                is_slow=is_slow,
+                took=longest.busy,
+                at=(longest.met + longest.end) // 2,
+                rank=longest.rank,
+                lane=longest.lane,
+                layer=longest.layer,
+                chunk=longest.chunk,
+                text=longest.name,
+            )
+        )
     return found
