@@ -90,7 +90,10 @@ class RunComparison(Tidy, Tabular, Composed):
     def severity(self) -> Severity:
         if self.kv is None:
             return Severity.NOTE
-        return Severity.OK if self.equal else Severity.ERROR
+        if self.equal:
+            return Severity.OK
+        # A loss that was chosen is no fault, unless it has changed the answer.
+        return self.kv.severity if self.kv.chosen and self.first_token is None else Severity.ERROR
 
     def table(self) -> Table:
         """What the runs are, made and took; `≠` marks what differs."""

@@ -610,7 +610,8 @@ class Run(Tidy, Displayable):
         folder holds the plan, the trace, the verdict, token ids and the digests of all rows; with `kv` the values of
         all layers, or of those in a list; with `hidden` what has entered each rank, for replays; with `prompt` its text
         and that of new tokens. What this run had saved there is replaced; another saved run is kept, and the new folder
-        gets a number. Raises SavedError where something else is there, and RunOver for a run that is over.
+        gets a number. Of a run that is over, there are values only where they were kept, and no hidden states. Raises
+        SavedError where something else is there, and RunOver where nothing was kept, or not what `kv` asks for.
         """
         defaults = {"kv": (kv, True), "hidden": (hidden, True), "prompt": (prompt, False)}
         given = {name: one for name, (one, default) in defaults.items() if one != default}
