@@ -105,7 +105,8 @@ class StopTeller:
         """The call that began the move has returned."""
         with self._lock:
             self._busy -= 1
-            self._mends = False
+            if not self._busy:  # else the move that mends was asked for before this one returned
+                self._mends = False
         self._changed.set()
 
     def pausing(self) -> None:

@@ -13,9 +13,12 @@ import torch
 import dinfer
 from dinfer.dap.adapter import HANDLERS
 from dinfer.dap.listing import SUFFIX
+from dinfer.dap.stops import StopTeller
+from dinfer.dap.target import DebugTarget
 from dinfer.dap.variables import figures, summary_of
 from dinfer.engine.ops import HANDLERS as OPS
 from dinfer.engine.ops import Outcome
+from dinfer.run.run import Run
 from tests.support.dap import Editor, editor_in_process
 from tests.support.runs import DEADLINE_S, wait_for
 
@@ -392,6 +395,45 @@ def test_an_exception_stops_with_its_traceback_and_a_restart_goes_on(
     monkeypatch.setitem(OPS, "layer", unbroken)
     assert started.go("restart")["reason"] == "entry"
     assert started.go("continue")["description"] == "Prefill is done"
+
+
+def test_a_restart_is_not_told_of_the_failure_that_it_ends(
+    started: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken, begin, resume = OPS["layer"], StopTeller.begin, DebugTarget.resume
+    restart, look = DebugTarget.restart, Run.look
+    begun, looks = threading.Event(), list[str]()
+
+    def raises(*_: Any) -> Outcome:
+        raise RuntimeError("weights are gone")
+
+    def begins(teller: StopTeller, *given: Any, **named: Any) -> None:
+        begin(teller, *given, **named)
+        if named.get("mends"):
+            begun.set()
+
+    def resumes(target: DebugTarget) -> None:
+        resume(target)
+        begun.wait(DEADLINE_S)  # the client hears of the failure before this call has returned
+
+    def restarts(target: DebugTarget) -> None:
+        before = len(looks)
+        wait_for(lambda: len(looks) > before + 1, "the teller has looked meanwhile")
+        monkeypatch.setitem(OPS, "layer", unbroken)
+        restart(target)
+
+    def looks_on(run: Run) -> None:
+        if threading.current_thread().name == "dinfer dap stops":
+            looks.append("")
+        look(run)
+
+    monkeypatch.setitem(OPS, "layer", raises)
+    monkeypatch.setattr(StopTeller, "begin", begins)
+    monkeypatch.setattr(DebugTarget, "resume", resumes)
+    monkeypatch.setattr(DebugTarget, "restart", restarts)
+    monkeypatch.setattr(Run, "look", looks_on)
+    assert started.go("continue")["reason"] == "exception"
+    assert started.go("restart")["reason"] == "entry"
 
 
 def test_a_hang_stops_with_the_verdict(started: Editor, door: threading.Event) -> None:
