@@ -195,7 +195,12 @@ class View {
     this.lost = true;
     this.hint = "";
     this.silent.forEach(clearTimeout);
-    this.keepFocus(() => this.update());
+    this.keepFocus(() => {
+      this.time.end();
+      this.runs.end(this.ended);
+      this.finder.close();
+      this.update();
+    });
   }
 
   get ended() {
@@ -425,7 +430,8 @@ class View {
     make("b", "", line, `block c${chunk} l${layer}`);
     line.append(` · tokens ${begin}–${end - 1} · owner rank ${owners[layer]}${this.hover ? "" : " · selected"}`);
     make("div", "", this.block, holders(bytes.map((byte) => byte & BASE)));
-    const notes = this.model.get("marks")[`${layer} ${chunk}`] ?? marksOf(bytes, this.board); // not all notes are sent
+    const told = this.time.cells ? null : this.model.get("marks")[`${layer} ${chunk}`]; // notes are of now, and not all are sent
+    const notes = told ?? marksOf(bytes, this.board);
     for (const text of notes) make("div", "mark", this.block, text);
     if (labels[chunk]) make("q", "", this.block, shorten(labels[chunk]));
   }

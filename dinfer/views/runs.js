@@ -7,6 +7,7 @@ class RunsView {
     const bar = make("div", "fields", parent);
     this.compare = make("button", "", bar, "compare");
     this.compare.onclick = () => this.ask();
+    this.compare.dataset.runs = "compare";
     make("span", "faint", bar, "two runs of the list, live or over; all of a run that is over answers, but what needs values");
     this.scroll = make("div", "runs", parent);
     this.result = make("div", "sides", parent);
@@ -25,6 +26,13 @@ class RunsView {
     this.isOpen = false;
   }
 
+  // The kernel is gone: what it has told stays, and where it has not, `why` is shown.
+  end(why) {
+    if (this.scroll.hasChildNodes() && !this.waits) return;
+    this.result.replaceChildren();
+    make("span", "faint", this.result, why);
+  }
+
   // The panel shows another moment of its run: its line may be another.
   follow(shown) {
     const key = `${shown.state} ${shown.done} ${shown.decoded} ${shown.call}`;
@@ -38,6 +46,7 @@ class RunsView {
   }
 
   ask() {
+    this.waits = true;
     this.result.replaceChildren();
     make("span", "faint", this.result, "comparing …");
     this.send({ do: "compare_runs", view: this.name, names: this.chosen });
@@ -59,6 +68,7 @@ class RunsView {
     for (const cells of rows) {
       const [name] = cells, line = make("tr", name === mine ? "mine" : "", body), box = make("input", "", make("td", "", line));
       Object.assign(box, { type: "checkbox", checked: this.chosen.includes(name), onchange: () => this.choose(name, box.checked) });
+      box.dataset.runs = "choose";
       box.setAttribute("aria-label", `compare ${name}`);
       cells.forEach((cell, n) => make("td", "", line, n || name !== mine ? cell : `${cell} (here)`));
     }
@@ -76,6 +86,7 @@ class RunsView {
   }
 
   show({ said, columns, rows, call }, severities) {
+    this.waits = false;
     this.result.replaceChildren();
     for (const [severity, text] of said) {
       const line = make("div", "line", this.result);
