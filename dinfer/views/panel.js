@@ -62,7 +62,7 @@ class View {
     this.state = make("span", "state", this.tabs);
     make("span", "keys", this.tabs, "keys ⓘ").title = this.board.read_only ? READING_KEYS : KEYS;
     this.buildMap(make("div", "body", this.pages.map));
-    this.runs = new RunsView(this.pages.runs, this.name, send);
+    this.runs = new RunsView(this.pages.runs, this.name, send, (block) => this.lead(block));
     this.tabs.querySelector("[data-tab=runs]").hidden = !this.board.runs;
     this.inspector = new Inspector(this.pages.KV, this.root, this.board, this.name, send);
     this.communication = new Communication(this.pages.communication, this.root, this.board, this.name, send);

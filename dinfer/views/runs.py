@@ -66,4 +66,5 @@ def compared(runs: Any, one: str, other: str) -> Json:
         "said": [[severity.word, text] for severity, text in said if text],
         "columns": table.columns,
         "rows": table.rows,
+        "block": found.first_block,
     }
