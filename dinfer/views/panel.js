@@ -318,13 +318,14 @@ class View {
     const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     const button = BUTTONS.find((one) => one && one[3] && one[3] === event.key);
     const zoom = this.tab === "map" && ZOOMS.find(([text]) => text === (ZOOM_KEYS[event.key] ?? ""));
+    const tab = TABS[event.key - 1], isThere = tab && !this.tabs.querySelector(`[data-tab=${tab}]`).hidden;
     if (step) this.moveSelection(...step);
     else if (zoom) zoom[2](this.map, this.model.get("selected"));
     else if (button) this.press(button[1]);
     else if (event.key === "Enter") this.toggleBreakpoint(this.model.get("selected"));
     else if (event.key === "t") this.time.toggle();
     else if (event.key === "/") this.finder.focus();
-    else if (TABS[event.key - 1]) this.open(TABS[event.key - 1]);
+    else if (isThere) this.open(tab);
     else return;
     event.preventDefault();
     event.stopPropagation();

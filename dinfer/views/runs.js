@@ -44,8 +44,25 @@ class RunsView {
   }
 
   hear({ runs, compared }, severities) {
-    if (runs?.view === this.name) this.list(runs);
-    if (compared?.view === this.name) this.show(compared, severities);
+    if (runs?.view === this.name) runs.error ? this.refuse(this.scroll, runs.error, severities) : this.list(runs);
+    if (compared?.view !== this.name) return;
+    if (compared.error) {
+      this.refuse(this.result, compared.error, severities);
+      this.call("");
+    } else this.show(compared, severities);
+  }
+
+  // What was asked could not be done.
+  refuse(parent, error, severities) {
+    parent.replaceChildren();
+    this.say(parent, "error", error, severities);
+  }
+
+  say(parent, severity, text, severities) {
+    const line = make("div", "line", parent);
+    line.dataset.severity = severity;
+    make("b", "", line, `${severities[severity]} ${severity}`);
+    make("span", "said", line, text);
   }
 
   list({ columns, rows, about, mine }) {
@@ -77,12 +94,7 @@ class RunsView {
 
   show({ said, columns, rows, call, block }, severities) {
     this.result.replaceChildren();
-    for (const [severity, text] of said) {
-      const line = make("div", "line", this.result);
-      line.dataset.severity = severity;
-      make("b", "", line, `${severities[severity]} ${severity}`);
-      make("span", "said", line, text);
-    }
+    for (const [severity, text] of said) this.say(this.result, severity, text, severities);
     if (block) {
       const [chunk, layer] = block, button = make("button", "", this.result.firstChild, `show c${chunk} l${layer}`);
       Object.assign(button, { title: "this block on the map", onclick: () => this.lead([layer, chunk]) });
