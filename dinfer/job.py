@@ -206,6 +206,11 @@ def check_codec(config: Config, spec: Spec) -> None:
             f"codec is {codec}, but the ranks are connected by {config.backend}, which sends blocks as they are: give "
             "codec none, or backend gloo."
         )
+    if not codec.is_none and not config.digests:
+        raise ConfigError(
+            f"codec is {codec} and digests is False, but damaged bytes, and blocks that are edited after they were "
+            "encoded, are found by digests only: leave digests on, or give codec none."
+        )
     try:
         codec.check(spec.dtype if config.dtype == "auto" else config.dtype)
     except CodecError as error:

@@ -1,7 +1,10 @@
 """`dinfer desk`: the panel of a saved run or a trace in a browser, read-only."""
 
 import asyncio
+import threading
 import webbrowser
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -37,7 +40,7 @@ def desk(
             log(f"dinfer: {Severity.WARNING.marked(NOT_ENCRYPTED)}")
         print(f"dinfer desk: {server.address}  (Ctrl-C ends it)", flush=True)
         if browser:
-            webbrowser.open(server.address)
+            threading.Thread(target=open_page, args=(server.address,), daemon=True).start()
         try:
             await serve_forever()
         finally:
@@ -49,6 +52,18 @@ def desk(
         log("")
     except DinferError as error:
         stop(error, BAD_INPUT)
+
+
+IN_TERMINALS = ("www-browser", "links", "elinks", "lynx", "w3m")
+"""browsers that take the terminal, in which the desk says its address"""
+
+
+def open_page(address: str) -> None:
+    """Open a page in the user's browser, if it has a window. May wait for the browser."""
+    with suppress(webbrowser.Error):  # there is none
+        browser = webbrowser.get()
+        if Path(getattr(browser, "name", "")).name not in IN_TERMINALS:
+            browser.open(address)
 
 
 NOT_ENCRYPTED = (

@@ -5,6 +5,7 @@ after another; those that look at ranks wait for one another, but not for a move
 """
 
 import itertools
+import os
 import queue
 import threading
 import traceback
@@ -87,10 +88,11 @@ class WorkQueue:
 
 
 class DebugAdapter:
-    """One client. `serve()` answers it until it hangs up or disconnects."""
+    """One client. `serve()` answers it until it hangs up or disconnects. `enters`: the process is the client's own, and
+    works in the folder that it names."""
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self, wire: Wire, *, enters: bool = False) -> None:
+        self._wire, self._enters = wire, enters
         self._target: DebugTarget | None = None
         self._given = TargetArguments()
         self._moves, self._looks = WorkQueue("moves"), WorkQueue("looks")
@@ -100,7 +102,7 @@ class DebugAdapter:
         self._goals: dict[int, tuple[int, int]] = {}
         """by the id of a goto target, chunk and layer"""
         self._first_line = 1
-        self._has_progress = self._leaves = False
+        self._is_initialized = self._has_progress = self._leaves = False
         self._closing = threading.Lock()
 
     def serve(self) -> None:
@@ -179,16 +181,23 @@ class DebugAdapter:
     def _initialize(self, arguments: DapBody) -> DapBody:
         self._first_line = 1 if arguments.get("linesStartAt1", True) else 0
         self._has_progress = bool(arguments.get("supportsProgressReporting"))
+        self._is_initialized = True
         return CAPABILITIES
 
     def _launch(self, arguments: DapBody) -> Deferred:
+        self._check_initialized()
         given = launch_arguments(arguments)
         title = f"Starting ranks and loading {given.model}"
         return self._open(given, "launch", title, DebugTarget.launched)
 
     def _attach(self, arguments: DapBody) -> Deferred:
+        self._check_initialized()
         given = attach_arguments(arguments)
         return self._open(given, "attach", "Joining the ranks", DebugTarget.attached)
+
+    def _check_initialized(self) -> None:
+        if not self._is_initialized:
+            raise DapRequestError("send initialize first.")
 
     def _open(
         self, given: TargetArguments, how: str, title: str, make: Callable[..., DebugTarget]
@@ -196,6 +205,8 @@ class DebugAdapter:
         if self._target:
             raise DapRequestError("this client has a run already: disconnect first.")
         self._given = given
+        if self._enters and given.cwd:
+            _enter(given.cwd)
         if self._has_progress:
             self._wire.event("progressStart", progressId=how, title=title)
         try:
@@ -478,10 +489,11 @@ class DebugAdapter:
                 "variablesReference": 0,
             }
         call = parsed(text, target.run, target.session)
+        if (call.moves or call.changes) and arguments.get("context") in ("watch", "hover", "variables"):
+            what = "moves the run" if call.moves else "changes something"
+            raise NotPossible(f"this {what}: say it in the debug console.")
         if not call.moves:
             return {"result": str(call.do()), "variablesReference": 0}
-        if arguments.get("context") in ("watch", "hover", "variables"):
-            raise NotPossible("this moves the run: say it in the debug console.")
         if target.stops.is_moving:
             raise DapRequestError("the run moves: pause it first.")
         self._begin(target, "step", 0, mends=call.mends)
@@ -529,6 +541,14 @@ class DebugAdapter:
 
     def _their_line(self, line: int) -> int:
         return line - 1 + self._first_line
+
+
+def _enter(folder: str) -> None:
+    """Relative paths, also those in the debug console, are of that folder."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise DapRequestError(f"cwd {folder!r} cannot be used: {error.strerror}. Give a folder.") from None
 
 
 def _rank(arguments: DapBody) -> int:

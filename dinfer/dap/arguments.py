@@ -1,8 +1,9 @@
 """The arguments of `launch` and `attach`, as a launch.json has them: checked before anything is started."""
 
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ KINDS: dict[str, tuple[type, str]] = {
 
 def launch_arguments(given: Mapping[str, Any]) -> TargetArguments:
     """Those of a launch. Raises ConfigError."""
-    found = _read(_with_file(given), "launch")
+    found = _in_its_folder(_read(_with_file(given), "launch"))
     if found.where == "ipyparallel" or found.where == "threads":
         place = found.where
     else:  # a profile by its name
@@ -101,6 +102,16 @@ def launch_arguments(given: Mapping[str, Any]) -> TargetArguments:
     profile = found.profile if found.where in ("ipyparallel", "threads") else found.where
     values = {one.name: getattr(found, one.name) for one in fields(found)}
     return TargetArguments(**{**values, "where": place, "profile": profile})
+
+
+def _in_its_folder(found: TargetArguments) -> TargetArguments:
+    """With `cwd` as an absolute path, and the model's, if it is a folder there; else it is "demo", or another name."""
+    if not found.cwd:
+        return found
+    cwd = os.path.abspath(found.cwd)
+    folder = os.path.join(cwd, os.path.expanduser(found.model))
+    is_there = found.model != "demo" and os.path.isdir(folder)
+    return replace(found, cwd=cwd, model=folder if is_there else found.model)
 
 
 def _with_file(given: Mapping[str, Any]) -> dict[str, Any]:

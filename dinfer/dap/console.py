@@ -28,6 +28,10 @@ MOVES = ("step", "step_back", "run_to", "resume_back", "undo", "decode", "restar
 """what moves it; the console does it as the buttons do"""
 
 CHANGES = ("inject", "break_at", "save", "report")
+"""what changes the run without a move, or writes files"""
+
+REMOVALS = ("remove", "clear")
+"""attributes of results that do so, too"""
 
 OF_SESSION = ("recover", "log")
 
@@ -38,8 +42,8 @@ BEYOND: Mapping[type, tuple[str, ...]] = {
     AttentionWeights: ("top", "heads"),
     Diff: ("equal", "verdict"),
     Trace: ("summary",),
-    Breakpoints: ("remove", "clear"),
-    Armed: ("remove", "clear"),
+    Breakpoints: REMOVALS,
+    Armed: REMOVALS,
 }
 """by type, the attributes of results"""
 
@@ -64,11 +68,12 @@ class ConsoleError(DinferError, ValueError):
 
 class ConsoleCall(NamedTuple):
     """A parsed expression. `moves`: it moves the run, so the client hears of it as of a step; `mends`: it ends a
-    failure; `do()`: the value."""
+    failure; `changes`: it changes the run in another way, or writes files; `do()`: the value."""
 
     moves: bool
     do: Callable[[], Any]
     mends: bool = False
+    changes: bool = False
 
 
 def parsed(text: str, run: Run, session: Session) -> ConsoleCall:
@@ -89,7 +94,12 @@ def parsed(text: str, run: Run, session: Session) -> ConsoleCall:
     if name == "recover":
         return ConsoleCall(True, run.mend, mends=True)
     root: Any = session if name in OF_SESSION else run
-    return ConsoleCall(name in MOVES, lambda: _called(_value(tree, root)), mends=name == "restart")
+    changes = name in CHANGES or any(
+        isinstance(one, ast.Attribute) and one.attr in REMOVALS for one in ast.walk(tree)
+    )
+    return ConsoleCall(
+        name in MOVES, lambda: _called(_value(tree, root)), mends=name == "restart", changes=changes
+    )
 
 
 def is_condition(text: str) -> bool:

@@ -24,7 +24,7 @@ def serve_stdio() -> None:
         os.dup2(null, 0)  # ranks and their launchers must not read the client's messages
         os.close(null)
         end_on_sigterm()
-        DebugAdapter(Wire(reader, writer)).serve()
+        DebugAdapter(Wire(reader, writer), enters=True).serve()
 
 
 def serve_port(port: int, say: Callable[[str], None]) -> None:

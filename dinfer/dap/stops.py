@@ -80,6 +80,8 @@ class StopTeller:
         self._changed, self._ended = threading.Event(), threading.Event()
         self.is_moving = True
         self._reason, self._rank, self._busy, self._mends = "entry", 0, 0, False
+        self.continues = True
+        """whether a run that moves goes on freely: what the client has asked for last is no step, jump or pause"""
         self._told: object = None
         self.stop: Stop | None = None
         """the stop that the client knows of; None while the run moves"""
@@ -96,6 +98,7 @@ class StopTeller:
         with self._lock:
             self.is_moving, self.stop, self._busy = True, None, self._busy + 1
             self._reason, self._rank, self._mends = reason, rank, mends
+            self.continues = reason == "continue"
             self._told = None  # trouble that is still there is told again
 
     def done(self) -> None:
@@ -108,7 +111,7 @@ class StopTeller:
     def pausing(self) -> None:
         """The client has asked for a pause: the next stand is one."""
         with self._lock:
-            self._reason = "pause"
+            self._reason, self.continues = "pause", False
 
     @contextmanager
     def aside(self) -> Iterator[None]:

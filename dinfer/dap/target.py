@@ -134,12 +134,17 @@ class DebugTarget:
         return self._replace("exceptions", [_read(BreakpointWords, when=one) for one in conditions])
 
     def _replace(self, owner: str, asked: Sequence[AskedBreakpoint]) -> list[SetBreakpoint]:
-        """Set what is new and remove what is gone. A run that moves is stopped for that, and goes on."""
-        before, wanted = self._set.get(owner, {}), {one.words for one in asked if one.words}
+        """Set what is new and remove what is gone. A run that goes on freely is stopped for that, and goes on; a step
+        is left alone, and ends before what is new is set."""
+        set_now = {one.number for one in self.run.breakpoints}  # the console removes some, too
+        before = {words: number for words, number in self._set.get(owner, {}).items() if number in set_now}
+        wanted = {one.words for one in asked if one.words}
         if before.keys() == wanted:
             return [self._outcome(before, one, {}) for one in asked]
         with self.stops.aside():
-            resumes = self.stops.is_moving and self.run.standing().state == State.RUNNING
+            resumes = (
+                self.stops.is_moving and self.stops.continues and self.run.standing().state == State.RUNNING
+            )
             if resumes:
                 self.run.pause()
             kept = {words: number for words, number in before.items() if words in wanted}
@@ -154,7 +159,7 @@ class DebugTarget:
                     except DinferError as error:
                         refusals[words] = str(error)
             self._set[owner] = kept
-            if resumes:
+            if resumes and self.stops.continues:
                 self.run.resume()
         return [self._outcome(kept, one, refusals) for one in asked]
 
@@ -170,7 +175,9 @@ class DebugTarget:
             return SetBreakpoint(None, refusals.get(one.words, "it cannot be set"))
         number = numbers[one.words]
         known = {each.number: str(each) for each in self.run.breakpoints}
-        return SetBreakpoint(number, known.get(number, "it has been removed"))
+        if number not in known:
+            return SetBreakpoint(None, "it has been removed")
+        return SetBreakpoint(number, known[number])
 
     def _about(self, numbers: tuple[int, ...]) -> tuple[str, int | None]:
         """Why editors say that these breakpoints have stopped the run, and on which rank."""
@@ -178,7 +185,8 @@ class DebugTarget:
         reason = "breakpoint" if owners - {"functions", "exceptions"} else "function breakpoint"
         if owners == {"exceptions"}:
             reason = "exception"
-        return reason, self._rank_of(self.run.breakpoints[numbers[0]])
+        first = next((one for one in self.run.breakpoints if one.number == numbers[0]), None)
+        return reason, self._rank_of(first) if first else None  # None: it was removed while a step went there
 
     def _rank_of(self, one: Breakpoint) -> int | None:
         if one.rank is not None:

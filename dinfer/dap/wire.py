@@ -12,6 +12,9 @@ DapMessage = dict[str, Any]
 MAX_HEADER, MAX_BODY = 1 << 12, 1 << 26
 """bytes of a header line, and of a message"""
 
+HEADERS = ("content-length", "content-type")
+"""of the protocol. Whoever sends others, such as those of HTTP, is no client: any web page can send a request here."""
+
 
 class WireError(DinferError, ValueError):
     """What was read is no message of the protocol."""
@@ -64,16 +67,17 @@ class Wire:
         """What the header says; None at the end."""
         length: int | None = None
         while line := self._reader.readline(MAX_HEADER):
-            name, colon, value = line.decode("ascii", "replace").partition(":")
+            name, _, value = line.decode("ascii", "replace").partition(":")
+            name = name.strip().lower()
             if not line.strip():
                 if length is not None:
                     return length
-            elif not colon:
+            elif name not in HEADERS:
                 raise WireError(
                     f"a header is {excerpt(line)}; it must read 'Content-Length: N'. Clients of the Debug Adapter "
                     "Protocol speak so."
                 )
-            elif name.strip().lower() == "content-length":
+            elif name == "content-length":
                 if not value.strip().isdecimal() or len(value) > 20:
                     raise WireError(f"Content-Length is {excerpt(value.strip())}; it must be a number.")
                 length = int(value)

@@ -148,9 +148,9 @@ class CodedBlocks:
             block = self._state.block(*key)
             # `data` counts no version up, by which the user's edits are found: this is none
             decode(self.codec, data, block.data)
-            if block.is_cuda:
-                torch.cuda.current_stream(block.device).synchronize()
             self._state.ledger.made(key, block, edited=key in self._edited)
+            if block.is_cuda:  # lanes read bytes and digests on streams of their own
+                torch.cuda.current_stream(block.device).synchronize()
             self._sealed.add(key)
             self._state.faults.in_memory(Op("layer", *key), block.data)
             return data

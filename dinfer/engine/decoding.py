@@ -230,6 +230,8 @@ class Decoding:
     def _compare(self, token: int, logits: Tensor) -> None:
         chosen = [_TOKEN.unpack(data)[0] for data in _gather(self._comm, _TOKEN.pack(token))]
         if NO_TOKEN in chosen:
+            if self._arrivals:
+                self._arrivals.end()  # where it is first can be said once all blocks are here
             mine = first_nan(self.cache, self.rows + bool(self.tokens), self._shape)
             found = [NanOrigin(*_PLACE.unpack(data)) for data in _gather(self._comm, _PLACE.pack(*mine))]
             places = {rank: found[rank] for rank, answer in enumerate(chosen) if answer == NO_TOKEN}

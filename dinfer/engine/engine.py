@@ -214,8 +214,10 @@ class Engine:
             self.prefill_phase()
             return self.decode_phase(on_token=on_token)
 
+        decoding: Decoding | None = None
+
         def check() -> None:
-            self.board.set_phase("decode", len(decoding.tokens))
+            self.board.set_phase("decode", len(decoding.tokens) if decoding else 0)
             self.recheck()
 
         executor, arrivals = self.executor, DecodeStart(self.executor, self._deadline.seconds, check)
@@ -224,15 +226,21 @@ class Engine:
         executor.set_limits([len(lane.ops) for lane in executor.plan.lanes[self.rank]])
         if not arrivals.final():
             self.prefill_phase()  # says that there is nothing to decode from
-        decoding = self._decoding(executor.state.final, executor.state, arrivals)
-        for token in decoding.run(self.config.max_new_tokens):
-            if executor.is_done():
-                self.board.set_phase("decode", len(decoding.tokens))
-            if on_token:
-                on_token(token)
-        arrivals.end()
-        self.prompt.edits.accept_all()
-        return decoding.tokens
+
+        def generate() -> list[int]:
+            nonlocal decoding
+            decoding = self._decoding(executor.state.final, executor.state, arrivals)
+            for token in decoding.run(self.config.max_new_tokens):
+                if executor.is_done():
+                    self.board.set_phase("decode", len(decoding.tokens))
+                if on_token:
+                    on_token(token)
+            arrivals.end()
+            self.prompt.edits.accept_all()
+            return decoding.tokens
+
+        tokens: list[int] = self._deadline.run("generate_phase", generate)
+        return tokens
 
     @property
     def _may_decode_early(self) -> bool:

@@ -1,5 +1,6 @@
 """Export: values of KV and hidden states as the rows of a table, and as a safetensors file."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -29,12 +30,18 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], about: Mapping
     """Write tensors by name, and what they are as the file's metadata; the path of the file, which is replaced. Raises
     OSError."""
     target = make_folder(path)
+    beside = target.with_name(
+        f"{target.name}.{os.getpid()}.part"
+    )  # what was there stays until all is written
     try:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
-            target,
+            beside,
             metadata={name: str(value) for name, value in about.items()},
         )
+        os.replace(beside, target)
     except SafetensorError as error:
         raise FolderError(None, f"{str(target)!r} cannot be written: {error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
     return WrittenPath(target)

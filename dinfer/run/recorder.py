@@ -282,18 +282,24 @@ class RunRecorder:
             with suppress(RankFailed, RankRefused, NoProgress, TimeoutError):
                 if ranks := self.reachable():
                     source = self.inspector.ending()
-                    digests = kept_digests(source, ranks)
-                    values_kept = self._kept_values(source, ranks, reporter) if values else None
-                    self.inspector.kept = values_kept or digests
+                    self.inspector.kept = kept_digests(source, ranks)
+                    if values and (kept := self._kept_values(source, ranks, reporter)):
+                        self.inspector.kept = kept
         self.last = last
 
     def _kept_values(self, source: Live, ranks: tuple[int, ...], reporter: Reporter | None) -> KeptKv | None:
-        """None where the disk is full; a line says so."""
+        """None where the disk is full or a rank does not answer; a line says so."""
         layers = tuple(range(self.state.plan.shape.layers))
-        sha256 = self.inspector.sha256() if self.state.now == State.DONE else []
         try:
+            sha256 = self.inspector.sha256() if self.state.now == State.DONE else []
             kept = kept_values(self._content(source, ranks, reporter, layers), self.inspector.name)
-        except (OSError, SavedError) as error:
+        except (
+            OSError,
+            SavedError,
+            RankFailed,
+            RankRefused,
+            NoProgress,
+        ) as error:  # TimeoutError is an OSError
             print(f"dinfer: the values of {self.inspector.name} could not be kept: {error}")
             return None
         return kept._replace(sha256=tuple(sha256))

@@ -146,11 +146,14 @@ class SessionRuns(Tidy, Tabular, Composed, called="session.runs"):
         return sum(one.nbytes for one in kept if one and not one.folder)
 
     def _line(self, number: int, run: Run) -> tuple[str, ...]:
-        if number in self._lines:
-            return self._lines[number]
+        with self._lock:
+            if number in self._lines:
+                return self._lines[number]
+        is_over = bool(run.closed)  # before its cells are made, which may be those of before it was
         line = _cells(run)
-        if run.closed:
-            self._lines[number] = line
+        with self._lock:
+            if is_over and number in self._runs:
+                self._lines[number] = line
         return line
 
 

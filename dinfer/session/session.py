@@ -65,10 +65,10 @@ PREPARE_S, LOAD_S, MEASURE_S = 120.0, 3600.0, 600.0
 GIVE_WAY_S, ALL_SAY_S = 5.0, 1.0
 
 OF_PREFILL = ("plan", "paused", "keep")
+"""parameters of `Session.prefill` that are not those of a run's config"""
 
 PAST = 32
 """how many runs that have ended have their figures in the reports of later ones"""
-"""parameters of `Session.prefill` that are not those of a run's config"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,8 +110,8 @@ class Session(Tidy, Announced, Closing):
         self._ended = 0
         """how many runs have come to their end"""
         self._past: deque[tuple[Sequence[int], str, dict[str, Any]]] = deque(maxlen=PAST)
-        """of the last of them: prompt, checkpoint and figures. Not the job, which has all ops of its plan"""
-        """earlier runs whose prefill is complete, and their figures, for reports"""
+        """earlier runs whose prefill is complete, for reports: prompt, checkpoint and figures. Not the job, which has
+        all ops of its plan"""
         self._run: Run | None = None
         self.runs = SessionRuns()
         self._config = Config(world_size=self.world_size, log_dir="", prompt_ids=(0,), backend="gloo")
@@ -302,6 +302,8 @@ class Session(Tidy, Announced, Closing):
         `run.restart()` begins this run again, and `session.prefill(…)` another one. Where only lanes are blocked, these
         two free them by themselves."""
         self._check_open()
+        if self._run and not self._run.closed:
+            self._run.last_call = "session.recover()"
         return self._recover(kill=True)
 
     def _recover(self, *, kill: bool) -> DisplayableText:

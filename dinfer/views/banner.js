@@ -9,6 +9,7 @@ class Banner {
     this.root = make("div", "banner", parent);
     this.root.setAttribute("role", "status");
     this.lines = make("div", "lines", this.root);
+    this.lines.tabIndex = 0; // to be scrolled by key
     this.remedy = make("div", "remedy", this.root);
     make("span", "", this.remedy, "to go on:");
     this.call = make("code", "", this.remedy);

@@ -28,8 +28,8 @@ const ASKING = ["diff", "why"]; // what a saved run answers, too
 const TABS = ["map", "KV", "communication", "runs"];
 // Controls that are disabled for a run that is over, and without a kernel.
 const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-verb :is(button, input, select), .dinfer-stops :is(button, input), "
-  + ".dinfer-faults button, [data-field], [data-show], .dinfer-moves button";
-const NEED_KERNEL = "[data-do=dismiss], [data-do=mend], [data-figure], [data-tool], [data-time], [data-runs], "
+  + ".dinfer-faults button, [data-field], [data-show], [data-tool], .dinfer-moves button";
+const NEED_KERNEL = "[data-do=dismiss], [data-do=mend], [data-figure], [data-time], [data-runs], "
   + ".dinfer-time :is(.dinfer-fields button, select), .dinfer-find input, .dinfer-log form :is(button, input)";
 const WHENS = ["nan", "inf", "absmax > 100", "digest differs", "slower than 5 ms"];
 
@@ -43,7 +43,8 @@ function make(tag, name, parent, text = "") {
 
 // A call that can be copied. Returns a function that shows another call.
 function copyable(parent, title) {
-  const label = title && make("span", "faint", parent, title), code = make("code", "", parent), button = make("button", "", parent, "copy");
+  const label = title && make("span", "faint", parent, title);
+  const code = make("code", "", parent), button = make("button", "", parent, "copy");
   button.onclick = async () => {
     try {
       await navigator.clipboard.writeText(code.textContent);

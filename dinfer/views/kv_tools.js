@@ -63,11 +63,11 @@ class KvTools {
     this.ask("difference", { at: this.at, forward });
   }
 
-  lead({ none, severity, place, a, b, which, count, chunk, text }) {
+  lead({ none, severity, place, a, b, show, which, count, chunk, text }) {
     if (none) return this.say(none, severity);
     this.at = [place.layer, place.tensor, place.token, place.head, place.dim];
     this.say(`${number(which)} of ${number(count)}: ${text}`);
-    this.inspector.go({ layer: place.layer, tensor: TENSOR_LETTERS[place.tensor], a, b, show: "a-b", chunk, head: null },
+    this.inspector.go({ layer: place.layer, tensor: TENSOR_LETTERS[place.tensor], a, b, show, chunk, head: null },
       [place.head, place.token, place.dim]);
   }
 

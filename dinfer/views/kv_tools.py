@@ -112,8 +112,14 @@ class KvTools:
         one = diff.differences[index]
         owner = shape.owners[one.layer]
         other = owner if owner != one.rank else (owner + 1) % shape.world_size
+        is_shared = len(set(self._values(place))) == 1  # what was passed on: A − B would be empty
+        sides = (
+            {"a": one.rank, "b": other, "show": "a"}
+            if is_shared
+            else {"a": other, "b": one.rank, "show": "a-b"}
+        )
         return {
-            "place": place._asdict(), "a": other, "b": one.rank, "which": which + 1, "count": len(places),
+            "place": place._asdict(), **sides, "which": which + 1, "count": len(places),
             "chunk": shape.chunk_of(place.token) if place.token < shape.tokens else len(shape.chunks) - 1,
             "text": str(one),
         }, ()  # fmt: skip

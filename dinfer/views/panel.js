@@ -62,7 +62,7 @@ class View {
     this.state = make("span", "state", this.tabs);
     make("span", "keys", this.tabs, "keys ⓘ").title = this.board.read_only ? READING_KEYS : KEYS;
     this.buildMap(make("div", "body", this.pages.map));
-    this.runs = new RunsView(this.pages.runs, this.name, send);
+    this.runs = new RunsView(this.pages.runs, this.name, send, (block) => this.lead(block));
     this.tabs.querySelector("[data-tab=runs]").hidden = !this.board.runs;
     this.inspector = new Inspector(this.pages.KV, this.root, this.board, this.name, send);
     this.communication = new Communication(this.pages.communication, this.root, this.board, this.name, send);
@@ -323,13 +323,14 @@ class View {
     const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     const button = BUTTONS.find((one) => one && one[3] && one[3] === event.key);
     const zoom = this.tab === "map" && ZOOMS.find(([text]) => text === (ZOOM_KEYS[event.key] ?? ""));
+    const tab = TABS[event.key - 1], isThere = tab && !this.tabs.querySelector(`[data-tab=${tab}]`).hidden;
     if (step) this.moveSelection(...step);
     else if (zoom) zoom[2](this.map, this.model.get("selected"));
     else if (button) this.press(button[1]);
     else if (event.key === "Enter") this.toggleBreakpoint(this.model.get("selected"));
     else if (event.key === "t") this.time.toggle();
     else if (event.key === "/") this.finder.focus();
-    else if (TABS[event.key - 1]) this.open(TABS[event.key - 1]);
+    else if (isThere) this.open(tab);
     else return;
     event.preventDefault();
     event.stopPropagation();

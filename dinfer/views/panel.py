@@ -4,6 +4,7 @@ This is the kernel's side: what is shown, and who does what a browser asks for. 
 panel.css.
 """
 
+from collections import deque
 from collections.abc import Callable
 from html import escape
 
@@ -147,6 +148,7 @@ class Panel(SlottedWidget):
         self._runs = RunsPage(run, self.send)
         self._why = Why(run, self.send)
         self._painted: object = None
+        self._before_paint = deque[Callable[[], None]]()
         self._answered = 0, ""
         """the number of actions done when the last one ended, and the stamp of the run then"""
         board = layout(run.plan, run.chunk_labels())
@@ -170,12 +172,21 @@ class Panel(SlottedWidget):
             self._kv_tools.close()
             self._scrubber.close()
             self._finder.close()
+            self._runs.close()
             self._why.close()
             self._painter.close()
         super().close()
 
+    def before_paint(self, do: Callable[[], None]) -> None:
+        """Call `do()` soon on the thread that sends the run's state: what it sends of that is never older than what was
+        sent before. It must not raise."""
+        self._before_paint.append(do)
+        self._painter.touch()
+
     def _paint(self) -> None:
         """Send the run as it is now; no other method does."""
+        while self._before_paint:
+            self._before_paint.popleft()()
         self._communication.touch()
         waiting = self._worker.waiting
         actions: Json = {

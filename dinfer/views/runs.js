@@ -1,9 +1,9 @@
 // The page of runs: the session's last runs, and two of them side by side. The kernel's side is runs.py.
 
 class RunsView {
-  // `send(message)` sends to the kernel, with this view's `name`.
-  constructor(parent, name, send) {
-    Object.assign(this, { name, send, chosen: [], asked: "" });
+  // `send(message)` sends to the kernel, with this view's `name`; `lead([layer, chunk])` shows a block on the map.
+  constructor(parent, name, send, lead) {
+    Object.assign(this, { name, send, lead, chosen: [], asked: "" });
     const bar = make("div", "fields", parent);
     this.compare = make("button", "", bar, "compare");
     this.compare.onclick = () => this.ask();
@@ -53,8 +53,25 @@ class RunsView {
   }
 
   hear({ runs, compared }, severities) {
-    if (runs?.view === this.name) this.list(runs);
-    if (compared?.view === this.name) this.show(compared, severities);
+    if (runs?.view === this.name) runs.error ? this.refuse(this.scroll, runs.error, severities) : this.list(runs);
+    if (compared?.view !== this.name) return;
+    if (compared.error) {
+      this.refuse(this.result, compared.error, severities);
+      this.call("");
+    } else this.show(compared, severities);
+  }
+
+  // What was asked could not be done.
+  refuse(parent, error, severities) {
+    parent.replaceChildren();
+    this.say(parent, "error", error, severities);
+  }
+
+  say(parent, severity, text, severities) {
+    const line = make("div", "line", parent);
+    line.dataset.severity = severity;
+    make("b", "", line, `${severities[severity]} ${severity}`);
+    make("span", "said", line, text);
   }
 
   list({ columns, rows, about, mine }) {
@@ -85,14 +102,13 @@ class RunsView {
     this.compare.title = this.compare.disabled ? "choose two runs" : `session.runs.compare("${this.chosen[0]}", "${this.chosen[1]}")`;
   }
 
-  show({ said, columns, rows, call }, severities) {
+  show({ said, columns, rows, call, block }, severities) {
     this.waits = false;
     this.result.replaceChildren();
-    for (const [severity, text] of said) {
-      const line = make("div", "line", this.result);
-      line.dataset.severity = severity;
-      make("b", "", line, `${severities[severity]} ${severity}`);
-      make("span", "said", line, text);
+    for (const [severity, text] of said) this.say(this.result, severity, text, severities);
+    if (block) {
+      const [chunk, layer] = block, button = make("button", "", this.result.firstChild, `show c${chunk} l${layer}`);
+      Object.assign(button, { title: "this block on the map", onclick: () => this.lead([layer, chunk]) });
     }
     if (rows.length) {
       const table = make("table", "", this.result), head = make("tr", "", make("thead", "", table)), body = make("tbody", "", table);

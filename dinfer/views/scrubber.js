@@ -35,7 +35,7 @@ class TimeStrip {
     const bar = make("div", "fields", this.box);
     this.picker = make("select", "", bar);
     this.picker.setAttribute("aria-label", "the rank whose lanes are shown");
-    fill(this.picker, [["", "lanes of"], ...Array.from({ length: this.board.ranks }, (_, rank) => [String(rank), `rank ${rank}`])]);
+    fill(this.picker, [["", "lanes of …"], ...Array.from({ length: this.board.ranks }, (_, rank) => [String(rank), `rank ${rank}`])]);
     this.picker.onchange = () => this.openRank(this.picker.value === "" ? null : Number(this.picker.value));
     this.selecting = this.act(bar, "select a stretch", "then drag; or drag with Shift: totals of what is between", () => this.select());
     this.act(bar, "+", "zoom in around the time", () => this.zoom(0.5));
@@ -174,8 +174,9 @@ class TimeStrip {
     this.ask();
   }
 
-  // Go to a hit or to something notable: its time, its rank, its block.
-  lead({ at, rank, layer, chunk }) {
+  // Go to a hit or to something notable: its time, its rank and lane, its block.
+  lead({ at, rank, lane, layer, chunk }) {
+    this.lane = lane || null;
     if (at !== null && at !== undefined && !this.ended) {
       if (!this.open) this.toggle();
       this.go(at);
@@ -376,13 +377,30 @@ class TimeStrip {
     this.lanes.head.textContent = this.at === null ? `lanes in an op now (${lanes.length})` : `lanes in an op (${lanes.length})`;
     list(this.lanes.list, lanes, (one) => [`rank ${one.rank} ${one.lane}: ${one.op}`, one.since === null ? one.phase : `${one.phase}, ${timeText(one.since)}`],
       (one) => this.lead({ ...one, at: null }), "between two ops");
+    const led = this.lanes.list.children[lanes.findIndex((one) => one.rank === this.rank && one.lane === this.lane)];
+    led?.classList.add("dinfer-on");
+    if (led) this.lanes.list.scrollTop = led.offsetTop - this.lanes.list.offsetTop;
   }
 
+  // The link whose messages take longest on the wire is the first; its name leads to the longest of them.
   showLinks() {
-    const links = this.then?.links ?? [];
+    const slowest = new Map((this.strip?.slowest ?? []).map((one) => [`${one.source}→${one.target}`, one]));
+    const links = (this.then?.links ?? []).map(([source, target, ...rest]) => [`${source}→${target}`, ...rest]);
+    links.sort(([one], [other]) => (slowest.get(other)?.usual ?? 0) - (slowest.get(one)?.usual ?? 0));
     this.links.box.hidden = !this.then;
-    table(this.links.list, ["link", "MB", "messages", "on the wire", "waiting"],
-      links.map(([source, target, arrived, size, moving, waiting]) => [`${source}→${target}`, megabytes(size), number(arrived), number(moving), number(waiting)]));
+    table(this.links.list, ["link", "median wire", "MB", "messages", "on the wire", "waiting"],
+      links.map(([link, arrived, size, moving, waiting]) => [link, slowest.has(link) ? timeText(slowest.get(link).usual) : "",
+        megabytes(size), number(arrived), number(moving), number(waiting)]),
+      ["", "how long a message of the whole trace usually is on the wire"]);
+    [...this.links.list.querySelectorAll("tbody td:first-child")].forEach((cell, n) => {
+      const [link] = links[n], one = slowest.get(link);
+      if (!one) return;
+      cell.replaceChildren();
+      const button = make("button", "lead", cell, one.is_slow ? `⚠ ${link}` : link);
+      if (one.is_slow) button.dataset.severity = "warning";
+      button.title = `${one.is_slow ? "slow: " : ""}${one.text} took longest on the wire, ${timeText(one.took)}: go there`;
+      button.onclick = () => this.lead(one);
+    });
   }
 
   showTotals() {
@@ -403,7 +421,7 @@ class TimeStrip {
     if (!found || found === this.listed) return;
     this.listed = found;
     this.notable.head.textContent = `late, slow, bubbles (${found.length})`;
-    list(this.notable.list, [...found].sort((a, b) => b.end - b.begin - (a.end - a.begin)), (one) => [`${NOTABLE_SIGNS[one.kind]} ${one.text}`, timeText(one.begin)],
+    list(this.notable.list, [...found].sort((a, b) => b.end - b.begin - (a.end - a.begin)), (one) => [unbroken(`${NOTABLE_SIGNS[one.kind]} ${one.text}`), timeText(one.begin)],
       (one) => this.leadTo(one), "nothing took unusually long");
   }
 
@@ -459,7 +477,7 @@ class TimeStrip {
   drawNames(pen, colour, rows) {
     pen.textAlign = "right";
     for (const row of rows) {
-      pen.fillStyle = colour(row.lane ? "faint" : "text");
+      pen.fillStyle = colour(!row.lane ? "text" : row.rank === this.rank && row.lane === this.lane ? "cut" : "faint");
       pen.fillText(shortened(pen, row.lane || `rank ${row.rank}`, STRIP.left - 8), STRIP.left - 6, row.y + row.high / 2);
     }
   }
@@ -519,6 +537,11 @@ function bytesOf(view) {
 function timeText(nanoseconds) {
   if (Math.abs(nanoseconds) >= 1e9) return `${(nanoseconds / 1e9).toFixed(3)} s`;
   return nanoseconds >= 1e6 ? `${Number((nanoseconds / 1e6).toPrecision(4))} ms` : `${Math.round(nanoseconds / 1e3)} µs`;
+}
+
+// A number and its unit on one line.
+function unbroken(text) {
+  return text.replaceAll(/(\d) (ms|µs|s|×)/g, "$1\u00a0$2");
 }
 
 function megabytes(count) {

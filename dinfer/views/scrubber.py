@@ -17,6 +17,7 @@ from dinfer.views.cells import cut_line, marked
 from dinfer.views.desk import Painter, Wants
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.recorded import Recorded, RecordedRun
+from dinfer.views.slowest import slowest
 from dinfer.views.timeline import PARTS
 
 PERIOD_S = 0.03
@@ -189,6 +190,7 @@ def _strip(question: TimeQuestion, recorded: Recorded) -> tuple[Json, list[bytes
             {**one._asdict(), "begin": one.begin - began, "end": one.end - began}
             for one in notable(timeline.trace)
         ],
+        "slowest": [{**one._asdict(), "at": one.at - began} for one in slowest(timeline.trace)],
     }, [codes]
 
 

@@ -106,7 +106,7 @@ class Joined:
         self._folder, self._on_verdict = FolderHere(folder), on_verdict
         self._changes = Changes(folder)
         self._pulses: dict[str, ProcessPulse] = {}
-        self._closing, self._all_seen = threading.Event(), False
+        self._closing, self._all_seen, self._is_whole = threading.Event(), False, False
         self._flags = int(zmq.NOBLOCK)
         """of what is sent: while the job runs, what does not go at once is sent later"""
         self._context = zmq.Context()
@@ -144,14 +144,16 @@ class Joined:
         self._closing.set()
         self._thread.join(5)
         self._flags, self._socket.sndtimeo = 0, int(seconds * 1000)
-        with suppress(zmq.ZMQError):
-            self._look()
-            self._send(PartEnded(status))
-            deadline = time.monotonic() + seconds
-            while not self._all_seen and (left := deadline - time.monotonic()) > 0:
-                self._hear(min(left, 0.2))
-        self._context.destroy(linger=0)
-        return self._all_seen
+        try:
+            with suppress(zmq.ZMQError):
+                self._look()
+                self._send(PartEnded(status))
+                deadline = time.monotonic() + seconds
+                while not self._all_seen and (left := deadline - time.monotonic()) > 0:
+                    self._hear(min(left, 0.2))
+        finally:
+            self._context.destroy(linger=0)
+        return self._all_seen and self._is_whole
 
     def _serve(self) -> None:
         rest = TICK_S
@@ -169,13 +171,20 @@ class Joined:
         while self._socket.poll(0):
             match _to_host.decode(self._socket.recv()):
                 case StacksWanted(name, dump):
-                    for process in self._folder.read():
+                    for process in self._processes():
                         if process.name == name:
                             self._write_stacks(process, dump=dump)
                 case VerdictTold(text):
                     self._on_verdict(text)
-                case AllSeen():
-                    self._all_seen = True
+                case AllSeen(is_whole):
+                    self._all_seen, self._is_whole = True, is_whole
+
+    def _processes(self) -> list[WatchedProcess]:
+        """Those that can be read; none where the folder cannot be."""
+        try:
+            return self._folder.read()
+        except RecordsError:
+            return []
 
     def _write_stacks(self, process: WatchedProcess, *, dump: bool) -> None:
         with suppress(RecordsError):  # it is just ending
@@ -194,7 +203,7 @@ class Joined:
 
     def _lives(self) -> Iterator[ProcessLife]:
         now, now_ns = time.monotonic(), time.time_ns()
-        for process in self._folder.read():
+        for process in self._processes():
             pulse = self._pulses.get(process.name)
             if pulse is None:
                 pulse = self._pulses[process.name] = pulse_of(process)

@@ -99,7 +99,9 @@ class VerdictTold(msgspec.Struct, frozen=True, tag=True):
 
 
 class AllSeen(msgspec.Struct, frozen=True, tag=True):
-    """The end of the host's part has arrived."""
+    """The end of the host's part has arrived; `is_whole`: and all before it could be written."""
+
+    is_whole: bool
 
 
 FromHost = Joins | NewPieces | ProcessLives | PartEnded
@@ -156,6 +158,8 @@ class HostFolder(Folder):
         self.host, self.mirror, self._ask = host, mirror, ask
         self.heard = time.monotonic()
         self.status: int | None = None
+        self.trouble = ""
+        """why a part of its records could not be written, once one could not"""
         self._pulses: dict[str, DistantPulse] = {}
 
     def take(self, lives: list[ProcessLife]) -> None:
@@ -177,6 +181,8 @@ class HostFolder(Folder):
         return self.status is None and time.monotonic() - self.heard > SILENT_S
 
     def note(self) -> str:
+        if self.trouble:
+            return f"records of host {self.host} are missing: {self.trouble}"
         if not self.is_silent:
             return ""
         return f"nothing has been heard of host {self.host} for some seconds: it, or its network, may be down"
@@ -247,9 +253,8 @@ class Listener:
                 try:
                     self._take(identity, _from_host.decode(b"".join(frames)))
                 except (msgspec.DecodeError, MirrorError, OSError) as error:
-                    self._outbox.append(
-                        (identity, HostWelcome(refused=f"what was sent cannot be taken: {error}"))
-                    )
+                    if host := self._by_identity.get(identity):
+                        host.trouble = str(error)
 
     def _take(self, identity: bytes, message: FromHost) -> None:
         host = self._by_identity.get(identity)
@@ -266,7 +271,7 @@ class Listener:
             case ProcessLives(lives):
                 host.take(lives)
             case PartEnded(status):
-                self._outbox.append((identity, AllSeen()))
+                self._outbox.append((identity, AllSeen(not host.trouble)))
                 with self._changed:
                     host.status = status
                     self._changed.notify_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,15 +11,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import urlopen
 
 import pytest
 from typer.testing import CliRunner
 
 from dinfer.cli import app
+from dinfer.cli.desk import open_page
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.trace.simulated import paper_trace
 from dinfer.version import __version__
+from tests.support.runs import DEADLINE_S, wait_for
 from tests.support.tiny import tiny_checkpoint
 
 SIZES = ("--layers", "5", "--tokens", "10", "--chunk-size", "4")
@@ -496,3 +500,44 @@ def test_outputs_are_checked_before_any_work(
     assert words.format(here=tmp_path) in answer.err
     assert (tmp_path / "p.txt").read_text() == "a prompt"
     assert (tmp_path / "run.jsonl").read_text() == "a trace"
+
+
+# -- desk
+
+
+class BlockingBrowser:
+    """Opens a page and waits until it is loaded."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.pages = name, list[str]()
+
+    def open(self, address: str) -> bool:
+        with urlopen(address, timeout=DEADLINE_S) as page:
+            self.pages.append(page.read().decode())
+        return True
+
+
+def test_the_desk_answers_a_browser_that_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = build(partition(layers=4, tokens=16, world_size=2, chunk_size=8), "pipelined", "ring")
+    paper_trace(plan).export("jsonl", tmp_path / "a.jsonl")
+    browser = BlockingBrowser("/usr/bin/firefox")
+
+    async def until_it_is_seen() -> None:
+        await asyncio.to_thread(wait_for, lambda: browser.pages, "the browser has the page")
+
+    monkeypatch.setattr("webbrowser.get", lambda: browser)
+    monkeypatch.setattr("webbrowser.open", browser.open)
+    monkeypatch.setattr("dinfer.views.served.app.serve_forever", until_it_is_seen)
+    done = dinfer("desk", tmp_path / "a.jsonl")
+    assert done.status == 0, done
+    assert "a.jsonl" in browser.pages[0]
+
+
+@pytest.mark.parametrize("name", ["w3m", "/usr/bin/www-browser"])
+def test_no_browser_is_opened_in_the_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    browser = BlockingBrowser(name)
+    monkeypatch.setattr("webbrowser.get", lambda: browser)
+    open_page("http://127.0.0.1:1/")
+    assert browser.pages == []

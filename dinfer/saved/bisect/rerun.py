@@ -69,7 +69,7 @@ class Reruns:
         self.parts = parts_of(run)
         self._decoder, self._sampler = decoder, sampler
         self._ids = decoder.checked_ids(ids)
-        self._room = min(room, decoder.max_positions - len(ids))
+        self._room = min(room, decoder.max_positions - len(ids) + 1)  # the first new token takes no position
         self._shape = run.plan.shape
 
     def rows(self, part: RunPart) -> range:

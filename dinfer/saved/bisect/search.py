@@ -85,10 +85,11 @@ def bisect_run(
         )
     theirs, other = (None, None) if isinstance(against, str) else against.collected().ranks[0]
     mine, record = ranks[0]
-    if Codec.of(record.config.codec).is_lossy:
+    codecs = (record.config.codec, "none" if isinstance(against, str) else against.source().subject.codec)
+    if lossy := [codec for codec in codecs if Codec.of(codec).is_lossy]:
         raise PlanError(
-            f"codec {record.config.codec} changes the KV between prefill and decode, so blocks do not follow from one "
-            'another: bisect a run with codec="none". run.compare("reference") says what a codec has changed.'
+            f"codec {lossy[0]} changes the KV between prefill and decode, so blocks do not follow from one another: "
+            'bisect runs with codec="none". run.compare("reference") says what a codec has changed.'
         )
     model = decoder_of(record, model_path, device, decoder)
     with _threads(record.config.threads):

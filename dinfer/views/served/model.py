@@ -5,11 +5,12 @@ many binary ones follow it.
 """
 
 import json
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
-from ipywidgets import Widget
-
+from dinfer.views.panel import Panel
 from dinfer.views.protocol import Json
 
 OnMessage = Callable[[Json], object]
@@ -29,11 +30,14 @@ class WidgetBrowser(Protocol):
 class SocketComm:
     """See `comm.base_comm.BaseComm`, of which this is what a widget uses."""
 
-    def __init__(self, widget: Widget) -> None:
-        self.comm_id: str = widget.model_id
-        self._widget, self._on_message = widget, list[OnMessage]()
+    def __init__(self, panel: Panel) -> None:
+        self.comm_id: str = panel.model_id
+        self._panel, self._on_message = panel, list[OnMessage]()
+        self._lock = threading.Lock()
+        self._coming: tuple[WidgetBrowser, ...] = ()
+        """browsers without a state yet"""
         self._browsers: tuple[WidgetBrowser, ...] = ()
-        leads_elsewhere, widget.comm = widget.comm, self  # to a notebook, or nowhere without a kernel
+        leads_elsewhere, panel.comm = panel.comm, self  # to a notebook, or nowhere without a kernel
         leads_elsewhere.close()
 
     # -- the widget's end
@@ -54,14 +58,30 @@ class SocketComm:
     # -- the browsers' end
 
     def join(self, browser: WidgetBrowser) -> None:
-        """A browser has come: it gets the whole state, and from then on what changes."""
-        self._browsers = (*self._browsers, browser)
-        self._widget.send_state([name for name in self._widget.keys if name not in STYLE])
+        """A browser has come: it gets the whole state soon, and from then on what changes, all from one thread, so that
+        nothing old arrives last."""
+        with self._lock:
+            self._coming = (*self._coming, browser)
+        self._panel.before_paint(partial(self._welcome, browser))
 
     def leave(self, browser: WidgetBrowser) -> None:
-        self._browsers = tuple(one for one in self._browsers if one is not browser)
+        with self._lock:
+            self._coming = _without(browser, self._coming)
+            self._browsers = _without(browser, self._browsers)
 
     def receive(self, content: Json) -> None:
         """A message of a browser for the widget, which must not wait."""
         for callback in self._on_message:
             callback({"content": {"data": {"method": "custom", "content": content}}, "buffers": []})
+
+    def _welcome(self, browser: WidgetBrowser) -> None:
+        with self._lock:
+            if browser not in self._coming:  # it has left again
+                return
+            self._coming = _without(browser, self._coming)
+            self._browsers = (*self._browsers, browser)
+        self._panel.send_state([name for name in self._panel.keys if name not in STYLE])
+
+
+def _without(browser: WidgetBrowser, browsers: tuple[WidgetBrowser, ...]) -> tuple[WidgetBrowser, ...]:
+    return tuple(one for one in browsers if one is not browser)

@@ -17,7 +17,7 @@ from dinfer.dap.variables import figures, summary_of
 from dinfer.engine.ops import HANDLERS as OPS
 from dinfer.engine.ops import Outcome
 from tests.support.dap import Editor, editor_in_process
-from tests.support.runs import wait_for
+from tests.support.runs import DEADLINE_S, wait_for
 
 IDS = list(range(3, 25))
 """22 tokens: six chunks of 4, the last of 2"""
@@ -301,6 +301,70 @@ def test_a_breakpoint_that_is_set_while_the_run_moves_stops_it(
     assert started.waiting("stopped") == []
 
 
+def test_breakpoints_that_change_during_a_step_leave_it_a_step(
+    started: Editor, slow: threading.Event
+) -> None:
+    started.functions("chunk 5 layer 5")
+    for _ in range(2):
+        started.go("stepOut")
+    started.ask("stepOut", threadId=1)
+    wait_for(lambda: "under way" in str(started.names(1)), "rank 1 waits in the third chunk")
+    assert started.functions() == []  # and the step is still under way
+    asked = started.send("setFunctionBreakpoints", breakpoints=[{"name": "chunk 4 layer 5"}])
+    slow.set()
+    assert started.answer(asked)["breakpoints"][0]["verified"]
+    stop = started.event("stopped")
+    assert (stop["reason"], "block c2 l5" in started.output()) == ("step", True)
+    assert "hitBreakpointIds" not in stop
+    assert started.go("continue")["hitBreakpointIds"] == [2]
+
+
+def test_a_breakpoint_that_goes_while_a_step_is_on_its_way_there_hides_no_stop(
+    started: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken, reached, opened = OPS["layer"], threading.Event(), threading.Event()
+
+    def waits(state: Any, op: Any, comm: Any) -> Outcome:
+        if str(op) == "layer c0 l1":
+            reached.set()
+            opened.wait(DEADLINE_S)
+        return unbroken(state, op, comm)
+
+    monkeypatch.setitem(OPS, "layer", waits)
+    started.functions("chunk 0 layer 1")
+    started.ask("stepOut", threadId=1)
+    wait_for(reached.is_set, "the step is under way")
+    assert started.functions() == []
+    opened.set()
+    assert started.event("stopped")["hitBreakpointIds"] == [1]
+
+
+def test_a_breakpoint_that_the_console_has_removed_is_set_again(started: Editor) -> None:
+    assert started.functions("layer 5")[0]["id"] == 1
+    started.say("breakpoints.clear()")
+    again = started.functions("layer 5")[0]
+    assert (again["verified"], again["id"]) == (True, 2)
+    assert started.go("continue")["hitBreakpointIds"] == [2]
+    started.say("breakpoints.remove(2)")
+    assert [one["verified"] for one in started.functions("layer 5", "chunk 1 layer 3")] == [True, True]
+
+
+def test_watch_and_hover_change_nothing(started: Editor, tmp_path: Path) -> None:
+    started.say('inject("nan", layer=2, chunk=1, where="compute")')
+    started.functions("layer 5")
+    for text in (
+        "faults.clear", "faults.remove(1)", "breakpoints.clear()", "run.breakpoints.remove(1)", "break_at(layer=1)",
+        'inject("nan", rank=1, layer=2)', f"report({str(tmp_path / 'report.html')!r})", "report", "save",
+    ):  # fmt: skip
+        for context in ("watch", "hover", "variables"):
+            refusal = started.refused("evaluate", expression=text, context=context)
+            assert "changes something: say it in the debug console" in refusal, text
+    assert started.ask("evaluate", expression="where", context="hover")["result"].startswith("paused")
+    assert started.say("breakpoints").startswith("#1")
+    assert "nan" in started.say("faults")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_exception_stops_with_its_traceback_and_a_restart_goes_on(
     started: Editor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,6 +448,8 @@ def test_the_console_takes_what_is_listed_and_nothing_else(started: Editor) -> N
 
 
 def test_mistakes_in_a_launch_are_one_message(editor: Editor, launch: dict[str, Any]) -> None:
+    for request in ("launch", "attach"):
+        assert "send initialize first" in editor.refused(request, **launch)
     editor.ask("initialize", adapterID="dinfer")
     assert "send launch or attach first" in editor.refused("next", threadId=1)
     assert editor.ask("threads") == {"threads": []}
@@ -403,6 +469,15 @@ def test_mistakes_in_a_launch_are_one_message(editor: Editor, launch: dict[str, 
     assert "where nobody can attach" in editor.refused("attach", where="threads")
     assert 'is of "request": "launch"' in editor.refused("attach", model="demo")
     assert "does not know the request 'modules'" in editor.refused("modules")
+
+
+def test_a_relative_model_is_of_the_folder_cwd(
+    editor: Editor, launch: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint").symlink_to(model)
+    at_first = Path.cwd()
+    assert editor.start(**{**launch, "model": "checkpoint"}, cwd=str(tmp_path))["reason"] == "entry"
+    assert Path.cwd() == at_first  # a server at a port has more clients, and stays where it is
 
 
 def test_a_launch_that_does_not_stop_on_entry(editor: Editor, launch: dict[str, Any]) -> None:
@@ -426,9 +501,10 @@ def test_disconnect_ends_a_launched_session(started: Editor) -> None:
     started.wait_until_ended()
 
 
-def test_a_client_that_speaks_no_protocol_is_told_so() -> None:
+@pytest.mark.parametrize("line", ["GET / HTTP/1.1", "POST /a:b HTTP/1.1", "Content-Length: 2\r\nHost: x"])
+def test_a_client_that_speaks_no_protocol_is_told_so(line: str) -> None:
     with editor_in_process() as editor:
-        editor._writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        editor._writer.write(f"{line}\r\nContent-Length: 2\r\n\r\n{{}}".encode())
         editor._writer.flush()
         wait_for(lambda: "it must read 'Content-Length: N'" in editor.output(), "it is told")
 

@@ -55,6 +55,21 @@ def test_an_editor_starts_it_and_speaks_by_pipes(process: subprocess.Popen[bytes
     assert process.wait() == 0
 
 
+def test_relative_paths_are_of_the_folder_that_the_editor_names(
+    process: subprocess.Popen[bytes], model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint").symlink_to(model)
+    writer, reader, _ = streams(process)
+    editor = Editor(reader, writer)  # type: ignore[arg-type]
+    editor.ask("initialize", adapterID="dinfer")
+    given = {**launch(model), "model": "checkpoint"}
+    refusal = editor.refused("launch", **given, cwd=str(tmp_path / "none"))
+    assert "none' cannot be used: No such file or directory" in refusal
+    assert editor.start(**given, cwd=str(tmp_path))["reason"] == "entry"
+    editor.say('save("saved")')
+    assert (tmp_path / "saved").is_dir()
+
+
 def test_sigterm_ends_it_as_vs_code_does(process: subprocess.Popen[bytes], model: Path) -> None:
     writer, reader, _ = streams(process)
     editor = Editor(reader, writer)  # type: ignore[arg-type]

@@ -59,6 +59,10 @@ def test_a_layer_that_makes_nan_is_named_with_its_rank_and_chunk(
     monkeypatch.setattr(Decoder, "layer", spoilt)
     with twin(small, world_size=3, chunk_size=CHUNK) as made:
         error = told(made, lambda _: None)
+    # Though blocks are on their way when the first token is chosen:
+    with twin(small, world_size=3, chunk_size=CHUNK) as made, pytest.raises(NotANumber) as early:
+        made.all(lambda engine: engine.generate_phase(IDS))
+    assert early.value.places == error.places
     assert error.places == dict.fromkeys(range(3), NanOrigin(CHUNK + 2, 2))
     assert (
         "NaN or Inf) on all ranks. The first NaN or Inf is in layer 2, chunk 1 (token 6) of the KV on all ranks: "

@@ -14,9 +14,9 @@ from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
 SOURCE = str(Path(dinfer.__file__).parent)
-PASSED = 21
+PASSED = 24
 """functions that `run.kv().diff()` enters before the first request of the diff leaves for a rank, half of them to see
-whether and where the run stands; it was 42"""
+whether and where the run stands, and three to answer for a run that is over; it was 42"""
 OF_KV = 4
 """those of them in dinfer/kv; it was 12"""
 DEEPEST = 8

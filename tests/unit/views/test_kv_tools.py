@@ -64,12 +64,23 @@ def test_differences_follow_one_another_and_begin_anew(asked: Asked) -> None:
     for _ in [*expected, None]:
         found, _ = asked.ask("difference", at=at, forward=True)
         assert (found["a"], found["b"]) == (run.plan.shape.owners[found["place"]["layer"]], 2)
+        assert found["show"] == "a-b"
         place = found["place"]
         at = [place[name] for name in KvPin._fields]
         seen.append(tuple(at))
     assert seen == [*expected, expected[0]]
     found, _ = asked.ask("difference", at=at, forward=False)
     assert found["which"] == found["count"] == len(expected)
+
+
+def test_a_change_that_was_passed_on_is_shown_by_its_values(session: Session) -> None:
+    run = session.prefill(PROMPT, chunk_size=8, paused=True)
+    run.inject("stale", rank=0, layer=0, chunk=1, tensor="V", where="memory")
+    run.resume()
+    run.wait(60)
+    found, _ = Asked(run).ask("difference", at=None)
+    assert (found["a"], found["show"], found["chunk"]) == (0, "a", 1)
+    assert "stale" in found["text"]
 
 
 def test_where_nothing_differs_it_says_so(session: Session) -> None:

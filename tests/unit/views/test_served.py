@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
+from dinfer.views.panel import Panel
 from dinfer.views.served.app import DeskServer, ServeError, is_anywhere, is_loopback
 from dinfer.views.served.detached import DetachedDesk
+from dinfer.views.served.model import Buffer, SocketComm
 from tests.support.doubles import PaperRun, paper_plan
+from tests.support.runs import wait_for
 
 
 class Served:
@@ -75,9 +80,7 @@ def test_without_the_token_there_is_nothing(served: Served) -> None:
         await served.started()
         for path in ("/", "/desk.js", "/desk.css", "/socket"):
             for token in ("", "wrong", "é", served.server.token[:-1]):
-                assert (
-                    await served.ask(path, token=token.encode().hex() if token == "é" else token)
-                ).code == 403
+                assert (await served.ask(path, token=quote(token))).code == 403
         for token in ("", "wrong"):
             with pytest.raises(HTTPClientError, match="403"):
                 await served.talk(token=token)
@@ -147,6 +150,32 @@ def test_a_browser_gets_the_whole_state_and_then_what_changes(served: Served) ->
             message, _ = await heard(browser)
 
     served.within(looks)
+
+
+def test_all_state_is_sent_by_one_thread_so_that_nothing_old_arrives_last() -> None:
+    panel = Panel(PaperRun(paper_plan()))
+    comm = SocketComm(panel)
+
+    class Browser:
+        def __init__(self) -> None:
+            self.heard: list[dict[str, Any]] = []
+            self.on = set[str]()
+
+        def hear(self, text: str, buffers: Sequence[Buffer]) -> None:  # noqa: ARG002
+            self.on.add(threading.current_thread().name)
+            self.heard.append(json.loads(text)["state"])
+
+    gone, stays, may_paint = Browser(), Browser(), threading.Event()
+    panel.before_paint(lambda: wait_for(may_paint.is_set, "both have come"))
+    comm.join(gone)
+    comm.leave(gone)
+    comm.join(stays)
+    may_paint.set()
+    wait_for(lambda: stays.heard, "a browser hears the state")
+    panel.close()
+    assert stays.heard[0].keys() >= {"board", "shown", "marks", "log"}
+    assert stays.on == {"dinfer panel painter"}
+    assert gone.heard == []
 
 
 def test_a_browser_is_answered_and_what_is_no_message_ends_its_connection(served: Served) -> None:

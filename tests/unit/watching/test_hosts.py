@@ -127,6 +127,24 @@ def test_a_host_that_falls_silent_is_named(
     assert joined.end(0)
 
 
+def test_records_that_cannot_be_written_are_missed_on_both_hosts(
+    tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Mirror, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    written = Records(tmp_path / "there", "kernels")
+    joined = Joined(listener.address, tmp_path / "there", lambda _: None, 20)
+    wait_for(lambda: listener.hosts[0].trouble, "a piece has come")
+    assert "are missing: [Errno 28] No space left" in listener.hosts[0].note()
+    assert not joined.end(0)
+    written.close()
+
+
+def test_a_folder_that_is_removed_ends_nothing(tmp_path: Path, listener: Listener) -> None:
+    joined = Joined(listener.address, tmp_path / "never made", lambda _: None, 20)
+    assert joined.end(0)
+    assert listener.hosts[0].status == 0
+
+
 @pytest.mark.parametrize("address", ["", "host", "host:x/00", "host:70000/" + "0" * 64, ":1/" + "0" * 64])
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(JoinError, match=r"it must be ADDRESS:PORT/KEY, as `dinfer watch --listen"):
