@@ -55,6 +55,7 @@ class RunsView {
   hear({ runs, compared }, severities) {
     if (runs?.view === this.name) runs.error ? this.refuse(this.scroll, runs.error, severities) : this.list(runs);
     if (compared?.view !== this.name) return;
+    this.waits = false;
     if (compared.error) {
       this.refuse(this.result, compared.error, severities);
       this.call("");
@@ -103,7 +104,6 @@ class RunsView {
   }
 
   show({ said, columns, rows, call, block }, severities) {
-    this.waits = false;
     this.result.replaceChildren();
     for (const [severity, text] of said) this.say(this.result, severity, text, severities);
     if (block) {
