@@ -9,9 +9,10 @@ the contract for import-linter; imports in functions and for types count too):
 - `watch`: what runs inside other people's processes, and what it writes; standard library and torch only.
 - `severity`, `version`; `errors`, `messages`: how grave a message is, the base of all errors, the messages between
   session and rank; standard library only.
-- `files`, `arguments`, `codec`; `tabular`; `config`, `display`: files that are read within bounds and written beside
-  others; what a call takes; how K and V are written on the wire; tables as DataFrames and CSV; a run's parameters,
-  validated; how values are shown as text and HTML. `progress`: bars.
+- `files`, `temporary`, `arguments`, `codec`; `tabular`; `config`, `display`: files that are read within bounds and
+  written beside others; folders that go with whoever uses them; what a call takes; how K and V are written on the
+  wire; tables as DataFrames and CSV; a run's parameters, validated; how values are shown as text and HTML. `progress`:
+  bars.
 - `plan`, `model`: what will be done: ops, lanes, schedules, proofs, simulated time; and transformers' layers one by
   one, without ranks. `planner`: what layers and links cost, and which plan to run.
 - `results`, `trace`, `kv`, `history`: what happened: results of calls, events and figures; whose KV differs, where and

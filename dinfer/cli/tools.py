@@ -134,10 +134,7 @@ def _between(paths: Sequence[str]) -> list[tuple[Severity, str]]:
         found = compare_runs(open_saved(paths[0]), open_saved(paths[1]))
     except SavedError as error:  # for example, no rank answered when it was saved
         return [(Severity.NOTE, f"KV was not compared: {error}")]
-    kv = Severity.NOTE if found.kv is None else found.kv.severity
-    tokens = Severity.OK if found.first_token is None else Severity.ERROR
-    told = [(kv, found.kv_text()), (tokens, found.token_text())]
-    return [(severity, text) for severity, text in told if text]
+    return found.said()
 
 
 def _trace_of(path: str) -> Path:

@@ -88,12 +88,13 @@ class RunComparison(Tidy, Tabular, Composed):
 
     @property
     def severity(self) -> Severity:
-        if self.kv is None:
-            return Severity.NOTE
-        if self.equal:
-            return Severity.OK
-        # A loss that was chosen is no fault, unless it has changed the answer.
-        return self.kv.severity if self.kv.chosen and self.first_token is None else Severity.ERROR
+        # A loss of KV that was chosen is no fault, unless it has changed the answer.
+        return max(severity for severity, _ in self._found())
+
+    def said(self) -> list[tuple[Severity, str]]:
+        """What is to be said of KV, then of new tokens, each with how grave it is; nothing of tokens where one of the
+        runs has none."""
+        return [(severity, text) for severity, text in self._found() if text]
 
     def table(self) -> Table:
         """What the runs are, made and took; `≠` marks what differs."""
@@ -128,6 +129,11 @@ class RunComparison(Tidy, Tabular, Composed):
             return f"the same new tokens, the first {common}" if common else ""
         at = self.first_token
         return f"new token {at + 1} is the first that differs: {one.tokens[at]} and {other.tokens[at]}"
+
+    def _found(self) -> tuple[tuple[Severity, str], tuple[Severity, str]]:
+        kv = Severity.NOTE if self.kv is None else self.kv.severity
+        tokens = Severity.OK if self.first_token is None else Severity.ERROR
+        return (kv, self.kv_text()), (tokens, self.token_text())
 
 
 def compare_runs(one: "HeldRun | Saved", other: "HeldRun | Saved") -> RunComparison:

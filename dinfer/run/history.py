@@ -34,7 +34,13 @@ class MoveHistory:
         stepper.heading = None
         try:
             yield
+        except KeyboardInterrupt:
+            made.cut_short = True
+            raise
         finally:
+            gained = len(self._state.tokens) - tokens
+            if made.cut_short and gained >= 0:
+                made.tokens = gained
             end = stepper.cuts.end
             start, target = stepper.heading or (end, end)
             if stepper.heading:

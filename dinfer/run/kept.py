@@ -5,11 +5,11 @@ temporary folder.
 """
 
 import shutil
-import tempfile
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from dinfer.saved.about import read_about
 from dinfer.saved.format import first_holder
 from dinfer.saved.read import read_source
 from dinfer.saved.write import Content, write
+from dinfer.temporary import new_folder
 
 PREFIX = "dinfer-run-"
 
@@ -144,19 +145,26 @@ def kept_digests(source: Source, ranks: Sequence[int]) -> KeptKv:
 
 
 def kept_values(content: Content, name: str) -> KeptKv:
-    """Write a run with its values to a temporary folder, which goes with the source, or when this process ends."""
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    """Write a run with its values to a temporary folder, which goes with the source, or when this process ends; or, if
+    it is killed, when the next one is made."""
+    place, held = new_folder(PREFIX)
+    folder = place / "kept"
     try:
         write(content, folder)
         source = read_source(folder, read_about(folder))
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(place, held)
         raise
     source.subject = content.source.subject
-    weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(source, _remove, place, held)
     size = sum(one.stat().st_size for one in folder.iterdir())
     print(f"dinfer: {name} keeps its KV, {size_text(size)}, in {folder}", flush=True)
     return KeptKv(source, size, folder)
+
+
+def _remove(place: Path, held: BinaryIO | None) -> None:
+    with held or nullcontext():
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def size_text(count: int) -> str:

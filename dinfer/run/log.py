@@ -24,6 +24,13 @@ MOST = 10_000
 SHOWN = 40
 """how many a cell shows"""
 
+PAUSE, RECOVERY, AGAIN = "run.pause()", "session.recover()", "run.restart()"
+
+OTHER_RUN = "session.runs["
+"""in calls that take another run of the session, which the session of a cell has not"""
+
+OTHER_NEEDED = "the other run is needed for it, and is not made here"
+
 GOING = ("run.resume(", "run.play(")
 """calls that return while the run still moves"""
 
@@ -34,8 +41,9 @@ RAISES = "raises-exception"
 @dataclass
 class LoggedCall:
     """One call. `before`, `after`: the cut at which the run stood when it began and ended, None if it moved; `start`,
-    `target`: where its move began, and where it was to go; `tokens`: how many new tokens it made, if a pause cut it
-    short; `error`: why it was refused; `broke`: whether that was a failure of the run."""
+    `target`: where its move began, and where it was to go; `cut_short`: whether a pause, in decode, or an
+    interrupt ended it, and `tokens`: how many new tokens it had made then; `undid`: the call that it was to undo;
+    `error`: why it was refused; `broke`: whether that was a failure of the run."""
 
     number: int
     at: str
@@ -44,7 +52,9 @@ class LoggedCall:
     after: Cut | None = None
     start: Cut | None = None
     target: Cut | None = None
+    cut_short: bool = False
     tokens: int | None = None
+    undid: str = ""
     error: str = ""
     broke: bool = False
 
@@ -162,16 +172,21 @@ class CallLog(Tidy, Displayable, called="run.calls"):
     def _final(self, later: Sequence[LoggedCall]) -> Cut | None:
         """Where the call before these left the run; None if that is not known."""
         for one in later:
-            if one.start or one.before or one.after:
-                return one.start or one.before or one.after
+            if one.text in (RECOVERY, AGAIN):
+                return one.before  # None: it had failed, and what follows is not where it stopped
+            if found := one.start or one.before or (one.after if one.text == PAUSE else None):
+                return found
         return self.standing()
 
 
 def _again(one: LoggedCall, final: Cut | None) -> Iterator[Replayed]:
     """What makes a call again, given where the run was after it."""
     text, is_going = one.text, one.text.startswith(GOING)
-    if text == "run.pause()":
+    if text == PAUSE:
         return  # the call that it stopped has become run.go_to(…)
+    if OTHER_RUN in text or OTHER_RUN in one.undid:
+        yield Replayed(f"# {text}  was left out: {f'it undid {one.undid}' if one.undid else OTHER_NEEDED}")
+        return
     if one.error and not one.broke and one.after == (one.start or one.after):
         yield Replayed(f"# {text}  was refused: {one.error}")
         return
@@ -180,7 +195,7 @@ def _again(one: LoggedCall, final: Cut | None) -> Iterator[Replayed]:
         yield Replayed(f"{verb.format(one.tokens)}  # {text}, which was stopped")
         return
     stopped = final if is_going else one.after
-    if one.target is not None and stopped is not None and stopped != one.target:
+    if stopped is not None and (one.tokens == 0 or one.target not in (None, stopped)):
         yield Replayed(f"run.go_to({_written(stopped)})  # {text}, which stopped there")
         return
     failed = one.broke or (is_going and stopped is None)  # it has not been seen to stand since

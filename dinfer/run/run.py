@@ -116,11 +116,12 @@ def action(*, alone: bool = True, moves: bool = False) -> Callable[[RunMethod[P,
             call = call_text(name, args, kwargs)
             if moves:
                 run._end_play()
-            with run._actions.taken(call, alone=alone) as made:
-                with run._moving.moving(made) if moves else nullcontext():
-                    found = method(run, *args, **kwargs)
-                if isinstance(found, Decoded) and found.stopped == "user":
-                    made.tokens = len(found.tokens)
+            with (
+                run._actions.taken(call, alone=alone) as made,
+                run._moving.moving(made) if moves else nullcontext(),
+            ):
+                found = method(run, *args, **kwargs)
+                made.cut_short = isinstance(found, Decoded) and found.stopped == "user"
                 return found
 
         setattr(called, CHECKED, True)
@@ -225,6 +226,7 @@ class Run(Tidy, Displayable):
         faults. The next undo goes further back. What was edited by hand stays as it is."""
         self._end_play()
         with self._actions.taken("run.undo()") as made, self._moving.undoing(made):
+            made.undid = self.undoable
             return self._history.undo()
 
     @action(moves=True)
@@ -296,7 +298,6 @@ class Run(Tidy, Displayable):
         if remedy not in (RECOVER, RESTART) or (remedy == RECOVER and recover is None):
             raise NotPossible(f"nothing here can be mended: {remedy or f'the run is {self._state.now}'}")
         if remedy == RECOVER and recover:
-            self._state.note_call("session.recover()")
             recover()
         where = self.restart()
         self._state.last_call = remedy

@@ -302,6 +302,8 @@ class Session(Tidy, Announced, Closing):
         `run.restart()` begins this run again, and `session.prefill(…)` another one. Where only lanes are blocked, these
         two free them by themselves."""
         self._check_open()
+        if self._run and not self._run.closed:
+            self._run.last_call = "session.recover()"
         return self._recover(kill=True)
 
     def _recover(self, *, kill: bool) -> DisplayableText:

@@ -102,5 +102,4 @@ def _action(run: Any, name: str, given: Mapping[str, object]) -> Action:
 def _recover(run: Any) -> object:
     if run.recover is None:
         raise ValueError("this run has no session to recover.")
-    run.last_call = "session.recover()"
     return run.recover()

@@ -29,7 +29,8 @@ const TABS = ["map", "KV", "communication", "runs"];
 // Controls that are disabled for a run that is over, and without a kernel.
 const NEED_RANKS = ".dinfer-bar :is(button, select), .dinfer-verb :is(button, input, select), .dinfer-stops :is(button, input), "
   + ".dinfer-faults button, [data-field], [data-show], [data-tool], .dinfer-moves button";
-const NEED_KERNEL = "[data-do=dismiss], [data-do=mend], [data-figure]";
+const NEED_KERNEL = "[data-do=dismiss], [data-do=mend], [data-figure], [data-time], [data-runs], "
+  + ".dinfer-time :is(.dinfer-fields button, select), .dinfer-find input, .dinfer-log form :is(button, input)";
 const WHENS = ["nan", "inf", "absmax > 100", "digest differs", "slower than 5 ms"];
 
 function make(tag, name, parent, text = "") {

@@ -4,6 +4,7 @@ No browser callback may wait for ranks, so actions and painting have their own t
 work: an idle or closed panel has none.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,7 +93,8 @@ class Painter:
     """Calls `paint` soon after each `touch`, at most once per `period` seconds, and always after the last.
 
     After a slow `paint`, it rests `rest` times as long, so that the kernel stays responsive, but no longer than
-    `longest` seconds, so that what is shown does not fall behind.
+    `longest` seconds, so that what is shown does not fall behind. An error that `paint` raises goes where errors of
+    threads go, once until there is another, and the next touch paints again.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Painter:
         self._closing = threading.Event()
         self._dirty = False
         self._thread: threading.Thread | None = None
+        self._failure = ""
 
     def touch(self) -> None:
         """Request painting; returns at once."""
@@ -135,9 +138,17 @@ class Painter:
                     self._thread = None
                     return
             began = time.monotonic()
-            self._paint()
+            try:
+                self._paint()
+            except Exception as error:
+                self._tell(error)
             rest = min(self._longest, self._rest * (time.monotonic() - began))
             self._closing.wait(max(self._period, rest))
+
+    def _tell(self, error: Exception) -> None:
+        failure, self._failure = self._failure, repr(error)
+        if failure != self._failure:
+            threading.excepthook(threading.ExceptHookArgs([*sys.exc_info(), threading.current_thread()]))
 
 
 VIEWS = 8

@@ -2,7 +2,7 @@
 
 const FIND_MS = 200; // after the last key
 const FIND_HINT = 'text of the prompt; layer 5, chunk 2, rank 1 (l5 c2 r1); a link 0→1 (or 0>1); recv kv, send hidden, layer, …; differs, nan, '
-  + 'armed; slowest, slow, late, bubble, waiting. Words add up: slowest recv kv 0>1 layer 5  [/]';
+  + 'armed; slowest, slow, late, bubble, waiting. All words must hold: slowest recv kv 0>1 layer 5  [/]';
 
 class FindBox {
   // `panel`: { send(message), lead(hit), found(blocks), leave() }.
@@ -53,13 +53,14 @@ class FindBox {
   }
 
   hear({ found }) {
-    if (found?.view === this.name && found.number === this.number) this.show(found.hits, found.count, found.said);
+    if (found?.view === this.name && found.number === this.number) this.show(found.hits, found.count, found.said, found.more);
   }
 
-  show(hits, count, said) {
+  // `isMore`: there are more than `count`.
+  show(hits, count, said, isMore = false) {
     this.hits = hits;
     const first = count > hits.length ? `, the first ${hits.length} are listed` : "";
-    const text = said ?? (count ? `${number(count)} found${first}` : "nothing found");
+    const text = said ?? (count ? `${isMore ? "more than " : ""}${number(count)} found${first}` : "nothing found");
     this.said.textContent = text;
     this.said.hidden = !text;
     this.list.hidden = !hits.length;

@@ -1,12 +1,12 @@
 """Find: what a search box of the panel finds in a run. Pure: a query and what is known of the run in, hits out.
 
 A query is words, all of which must hold: places (`layer 5`, `c2`, `rank 1`, `0→1`), ops (`recv kv`), what is wrong
-(`differs`, `nan`, `late`), an order (`slowest`), and text of the prompt.
+(`differs`, `nan`, `late`), an order (`slowest`), and text of the prompt. Words that cannot all hold are refused.
 """
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import islice
@@ -26,6 +26,9 @@ from dinfer.views.timeline import Timeline
 MOST = 100
 """hits that are listed; the others are counted"""
 
+COUNTED = 10_000
+"""hits at most; of more, it is known that there are more"""
+
 AROUND = 24
 """characters of the prompt beside those that were found"""
 
@@ -42,13 +45,24 @@ MARKS: dict[str, tuple[str, ...]] = {
 }
 """kinds of marks on blocks, by word"""
 
-NOTABLE: dict[str, NotableKind] = {"slow": "slow op", "late": "late", "bubble": "bubble", "bubbles": "bubble"}
+NOTABLE: dict[str, tuple[NotableKind, ...]] = {
+    "slow": ("slow op",),
+    "late": ("late",),
+    "bubble": ("bubble",),
+    "bubbles": ("bubble",),
+}
 
 ALLOWED = (
     "text of the prompt; layer 5, chunk 2 or rank 1 (l5, c2, r1, l5-9); a link, 0→1 or 0>1; ops: "
     f"{', '.join(KINDS)}, {', '.join(WHATS)}; {', '.join(MARKS)}; slowest, slow, late, bubble, waiting"
 )
 """what may be searched for"""
+
+TOGETHER = (
+    "layers, chunks and ranks go with everything; a link with ops, slow, late, bubble, slowest and waiting; ops with "
+    "slowest and waiting; text in quotes is text, whatever it says"
+)
+"""what may be searched for at once"""
 
 _PLACE = re.compile(r"(layer|chunk|rank|l|c|r)[=:]?(\d{1,9})(?:[-–](\d{1,9}))?")
 _LINK = re.compile(r"(\d{1,9})(?:→|->|>)(\d{1,9})")
@@ -120,7 +134,7 @@ class Searched(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The first hits, and how many there are."""
+    """The first hits, and how many there are; COUNTED + 1: more than COUNTED."""
 
     hits: list[FindHit]
     total: int
@@ -163,10 +177,30 @@ def find(text: str, run: Searched) -> Found:
     if query.text and not any(True for _ in _texts(Query(text=query.text), run)):
         known = "the prompt's text is not known here" if not any(run.labels) else "it is not in the prompt"
         raise FindError(f"{excerpt(query.text)}: {known}. Search for {ALLOWED}.")
+    if apart := _apart(query):
+        raise FindError(f"{' and '.join(map(excerpt, apart))} do not hold of one thing: {TOGETHER}.")
     if query.has("slowest"):
         return _slowest(query, run)
-    hits = list(islice(_hits(query, run), 100 * MOST))
+    hits = list(islice(_hits(query, run), COUNTED + 1))
     return Found(hits[:MOST], len(hits))
+
+
+def _apart(query: Query) -> list[str]:
+    """Two parts of a query that nothing can be at once; empty if all can hold together."""
+    subjects = [query.text] if query.text else []
+    for group in (MARKS, NOTABLE):
+        named = [word for word in query.words if word in group]
+        subjects += named[:1] + [word for word in named if not {*group[word]} & {*group[named[0]]}]
+    subjects += [word for word in ("slowest", "waiting") if query.has(word)]
+    if len(subjects) > 1:
+        return subjects[:2]
+    ops = [word for word in query.words if word in (*KINDS, *WHATS)]
+    has_ops = not query.text and (not subjects or query.has("slowest", "waiting"))
+    if subjects and ops and not has_ops:
+        return [subjects[0], ops[0]]
+    if query.link and subjects and not has_ops and not query.has(*NOTABLE):
+        return [subjects[0], "→".join(map(str, query.link))]
+    return []
 
 
 def _check(query: Query, run: Searched) -> None:
@@ -198,11 +232,11 @@ def _hits(query: Query, run: Searched) -> Iterator[FindHit]:
 
 def _texts(query: Query, run: Searched) -> Iterator[FindHit]:
     """Where the prompt has the text, also across two chunks: with the chunk in which it begins."""
-    whole, wanted = "".join(run.labels), query.text.lower()
+    whole, low, wanted = "".join(run.labels), _small("".join(run.labels)), _small(query.text)
     starts = [0]
     for label in run.labels:
         starts.append(starts[-1] + len(label))
-    at, chunk, low = whole.lower().find(wanted), 0, whole.lower()
+    at, chunk = low.find(wanted), 0
     layer = query.places.get("layer", (0, 0))[0]
     while at >= 0:
         while starts[chunk + 1] <= at:
@@ -213,8 +247,18 @@ def _texts(query: Query, run: Searched) -> Iterator[FindHit]:
         at = low.find(wanted, at + 1)
 
 
+def _small(text: str) -> str:
+    """In small letters, each at its place: "İ" stays, whose small form is two characters."""
+    return "".join(low if len(low := letter.lower()) == 1 else letter for letter in text)
+
+
+def _kinds(query: Query, group: Mapping[str, Iterable[str]]) -> set[str]:
+    """What all words of this group name."""
+    return set.intersection(*({*group[word]} for word in query.words if word in group))
+
+
 def _marks(query: Query, marks: Iterable[Mark]) -> Iterator[FindHit]:
-    kinds = {kind for word in query.words for kind in MARKS.get(word, ())}
+    kinds = _kinds(query, MARKS)
     for mark in marks:
         if mark.kind in kinds and query.is_inside(mark.layer, mark.chunk, mark.rank):
             text = f"c{mark.chunk} l{mark.layer}, rank {mark.rank}: {mark.text}"
@@ -222,7 +266,7 @@ def _marks(query: Query, marks: Iterable[Mark]) -> Iterator[FindHit]:
 
 
 def _notables(query: Query, timeline: Timeline) -> Iterator[FindHit]:
-    kinds = {NOTABLE[word] for word in query.words if word in NOTABLE}
+    kinds = _kinds(query, NOTABLE)
     for one in sorted(notable(timeline.trace), key=lambda one: -one.took):
         places = (one.layer, one.chunk)
         ranks = (one.rank,) if one.peer is None else (one.rank, one.peer)
@@ -290,7 +334,8 @@ def _slowest(query: Query, run: Searched) -> Found:
     ]
     moved = [(one.latency, _hit_of_transfer, one) for one in transfers(trace) if _moves(query, one)]
     longest = nlargest(MOST, [*some, *moved], key=itemgetter(0))
-    return Found([made(one, began) for _, made, one in longest], len(some) + len(moved))  # type: ignore[operator]
+    total = min(len(some) + len(moved), COUNTED + 1)
+    return Found([made(one, began) for _, made, one in longest], total)  # type: ignore[operator]
 
 
 def _moves(query: Query, one: Transfer) -> bool:

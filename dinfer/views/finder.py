@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dinfer.views.desk import Painter, Wants
-from dinfer.views.find import FindError, Searched, find
+from dinfer.views.find import COUNTED, FindError, Searched, find
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.recorded import RecordedRun
 
@@ -42,7 +42,8 @@ class Finder:
             found: Json = {"view": question.view, "number": question.number, "hits": [], "count": 0}
             try:
                 hits, count = find(question.query, self._searched())
-                found |= {"hits": [hit.as_dict() for hit in hits], "count": count}
+                found |= {"hits": [hit.as_dict() for hit in hits], "count": min(count, COUNTED)}
+                found["more"] = count > COUNTED
             except FindError as error:
                 found["said"] = str(error)
             except Exception as error:  # nothing else would report it

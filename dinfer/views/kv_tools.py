@@ -6,6 +6,7 @@ watched, so that this goes on while a comparison takes long.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from safetensors.torch import save
@@ -18,7 +19,7 @@ from dinfer.kv.view import KV
 from dinfer.plan.ops import PlanError
 from dinfer.run.state import MOVING
 from dinfer.severity import Severity
-from dinfer.views.desk import Action, Painter, Worker
+from dinfer.views.desk import Action, Painter, Worker, keep_newest
 from dinfer.views.protocol import InspectableRun, Json
 
 MOST_PINS = 12
@@ -55,7 +56,9 @@ class KvTools:
         """A browser asks. Returns at once."""
         tool, view = str(message.get("tool")), str(message.get("view"))
         if tool == "pins":
-            self._pins = {**self._pins, view: pins_of(self._run, message.get("pins"))}
+            pins = dict(self._pins)  # another thread goes through the old ones
+            keep_newest(pins, view, pins_of(self._run, message.get("pins")))
+            self._pins = pins
             self._painter.touch()
             return
         tools: Mapping[str, Callable[[Json], tuple[Json, Sequence[bytes]]]] = {
@@ -185,10 +188,12 @@ class KvTools:
         standing = self._run.standing()
         if standing.state in MOVING:
             return
-        for view, pins in list(self._pins.items()):
-            values = [self._values(pin) for pin in pins]
-            told = {"pins": [[*pin] for pin in pins], "values": values, "call": standing.last_call}
-            self._send({"kv_tool": {"view": view, "tool": "pins", **told}})
+        for view, pins in self._pins.items():
+            self._answer(partial(self._watched, pins, standing.last_call), {}, view, "pins")
+
+    def _watched(self, pins: Sequence[KvPin], call: str, _: Json) -> tuple[Json, Sequence[bytes]]:
+        values = [self._values(pin) for pin in pins]
+        return {"pins": [[*pin] for pin in pins], "values": values, "call": call}, ()
 
     def _values(self, pin: KvPin) -> list[str]:
         """A value on each rank, as text."""

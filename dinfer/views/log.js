@@ -30,6 +30,9 @@ class CallLogView {
       event.stopPropagation();
       form.requestSubmit();
     };
+    this.refused = make("div", "refused", this.box);
+    this.refused.hidden = true;
+    this.refused.setAttribute("role", "status");
     this.text = make("textarea", "", this.box);
     Object.assign(this.text, { readOnly: true, hidden: true });
     this.text.setAttribute("aria-label", "the cell");
@@ -54,6 +57,12 @@ class CallLogView {
 
   async hear({ cell }) {
     if (cell?.view !== this.name) return;
+    this.refused.hidden = !cell.error;
+    this.refused.textContent = cell.error ?? "";
+    if (cell.error) {
+      this.text.hidden = true;
+      return;
+    }
     this.text.value = cell.text;
     try {
       await navigator.clipboard.writeText(cell.text);

@@ -195,7 +195,12 @@ class View {
     this.lost = true;
     this.hint = "";
     this.silent.forEach(clearTimeout);
-    this.keepFocus(() => this.update());
+    this.keepFocus(() => {
+      this.time.end();
+      this.runs.end(this.ended);
+      this.finder.close();
+      this.update();
+    });
   }
 
   get ended() {
@@ -318,13 +323,14 @@ class View {
     const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     const button = BUTTONS.find((one) => one && one[3] && one[3] === event.key);
     const zoom = this.tab === "map" && ZOOMS.find(([text]) => text === (ZOOM_KEYS[event.key] ?? ""));
+    const tab = TABS[event.key - 1], isThere = tab && !this.tabs.querySelector(`[data-tab=${tab}]`).hidden;
     if (step) this.moveSelection(...step);
     else if (zoom) zoom[2](this.map, this.model.get("selected"));
     else if (button) this.press(button[1]);
     else if (event.key === "Enter") this.toggleBreakpoint(this.model.get("selected"));
     else if (event.key === "t") this.time.toggle();
     else if (event.key === "/") this.finder.focus();
-    else if (TABS[event.key - 1]) this.open(TABS[event.key - 1]);
+    else if (isThere) this.open(tab);
     else return;
     event.preventDefault();
     event.stopPropagation();
@@ -425,7 +431,8 @@ class View {
     make("b", "", line, `block c${chunk} l${layer}`);
     line.append(` · tokens ${begin}–${end - 1} · owner rank ${owners[layer]}${this.hover ? "" : " · selected"}`);
     make("div", "", this.block, holders(bytes.map((byte) => byte & BASE)));
-    const notes = this.model.get("marks")[`${layer} ${chunk}`] ?? marksOf(bytes, this.board); // not all notes are sent
+    const told = this.time.cells ? null : this.model.get("marks")[`${layer} ${chunk}`]; // notes are of now, and not all are sent
+    const notes = told ?? marksOf(bytes, this.board);
     for (const text of notes) make("div", "mark", this.block, text);
     if (labels[chunk]) make("q", "", this.block, shorten(labels[chunk]));
   }

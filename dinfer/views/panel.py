@@ -172,6 +172,7 @@ class Panel(SlottedWidget):
             self._kv_tools.close()
             self._scrubber.close()
             self._finder.close()
+            self._runs.close()
             self._why.close()
             self._painter.close()
         super().close()

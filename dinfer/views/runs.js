@@ -7,6 +7,7 @@ class RunsView {
     const bar = make("div", "fields", parent);
     this.compare = make("button", "", bar, "compare");
     this.compare.onclick = () => this.ask();
+    this.compare.dataset.runs = "compare";
     make("span", "faint", bar, "two runs of the list, live or over; all of a run that is over answers, but what needs values");
     this.scroll = make("div", "runs", parent);
     this.result = make("div", "sides", parent);
@@ -25,6 +26,13 @@ class RunsView {
     this.isOpen = false;
   }
 
+  // The kernel is gone: what it has told stays, and where it has not, `why` is shown.
+  end(why) {
+    if (this.scroll.hasChildNodes() && !this.waits) return;
+    this.result.replaceChildren();
+    make("span", "faint", this.result, why);
+  }
+
   // The panel shows another moment of its run: its line may be another.
   follow(shown) {
     const key = `${shown.state} ${shown.done} ${shown.decoded} ${shown.call}`;
@@ -38,14 +46,33 @@ class RunsView {
   }
 
   ask() {
+    this.waits = true;
     this.result.replaceChildren();
     make("span", "faint", this.result, "comparing …");
     this.send({ do: "compare_runs", view: this.name, names: this.chosen });
   }
 
   hear({ runs, compared }, severities) {
-    if (runs?.view === this.name) this.list(runs);
-    if (compared?.view === this.name) this.show(compared, severities);
+    if (runs?.view === this.name) runs.error ? this.refuse(this.scroll, runs.error, severities) : this.list(runs);
+    if (compared?.view !== this.name) return;
+    this.waits = false;
+    if (compared.error) {
+      this.refuse(this.result, compared.error, severities);
+      this.call("");
+    } else this.show(compared, severities);
+  }
+
+  // What was asked could not be done.
+  refuse(parent, error, severities) {
+    parent.replaceChildren();
+    this.say(parent, "error", error, severities);
+  }
+
+  say(parent, severity, text, severities) {
+    const line = make("div", "line", parent);
+    line.dataset.severity = severity;
+    make("b", "", line, `${severities[severity]} ${severity}`);
+    make("span", "said", line, text);
   }
 
   list({ columns, rows, about, mine }) {
@@ -59,6 +86,7 @@ class RunsView {
     for (const cells of rows) {
       const [name] = cells, line = make("tr", name === mine ? "mine" : "", body), box = make("input", "", make("td", "", line));
       Object.assign(box, { type: "checkbox", checked: this.chosen.includes(name), onchange: () => this.choose(name, box.checked) });
+      box.dataset.runs = "choose";
       box.setAttribute("aria-label", `compare ${name}`);
       cells.forEach((cell, n) => make("td", "", line, n || name !== mine ? cell : `${cell} (here)`));
     }
@@ -77,12 +105,7 @@ class RunsView {
 
   show({ said, columns, rows, call, block }, severities) {
     this.result.replaceChildren();
-    for (const [severity, text] of said) {
-      const line = make("div", "line", this.result);
-      line.dataset.severity = severity;
-      make("b", "", line, `${severities[severity]} ${severity}`);
-      make("span", "said", line, text);
-    }
+    for (const [severity, text] of said) this.say(this.result, severity, text, severities);
     if (block) {
       const [chunk, layer] = block, button = make("button", "", this.result.firstChild, `show c${chunk} l${layer}`);
       Object.assign(button, { title: "this block on the map", onclick: () => this.lead([layer, chunk]) });

@@ -1,10 +1,11 @@
 """Runs: the list of a session's runs, and two of them side by side, as a panel shows them. The browser's side is
 runs.js."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from dinfer.display import Table
+from dinfer.run.comparison import RunComparison
 from dinfer.severity import Severity
 from dinfer.views.desk import Action, Worker
 from dinfer.views.protocol import Json
@@ -13,49 +14,52 @@ Send = Callable[[Json], object]
 
 
 class RunsPage:
-    """Answers what browsers ask of a session's runs, and for the cell of this run's calls, on a thread of its own."""
+    """Answers what browsers ask of a session's runs, and for the cell of this run's calls, on threads of its own: the
+    list, which is asked for whenever the run changes, displaces no click."""
 
     def __init__(self, run: object, send: Send) -> None:
         self._run: Any = run
         self._runs: Any = getattr(run, "runs", None)
         self._name = str(getattr(run, "name", ""))
         self._send = send
-        self._worker = Worker("dinfer panel runs", lambda: None)
+        self._workers = {
+            do: Worker(f"dinfer panel {do}", lambda: None) for do in ("runs", "compare_runs", "cell")
+        }
 
     def ask(self, message: Json) -> None:
         """Answer a message; returns at once."""
-        self._worker.ask(Action("runs", lambda: self._answer(message)))
+        do = str(message.get("do"))
+        self._workers[do].ask(Action(do, lambda: self._answer(do, message)))
 
     def close(self) -> None:
         """Answer nothing more."""
-        self._worker.close()
+        for worker in self._workers.values():
+            worker.close()
 
-    def _answer(self, message: Json) -> None:
-        view = message.get("view")
+    def _answer(self, do: str, message: Json) -> None:
+        """Under the key of what was asked, also that it could not be done."""
+        key = {"compare_runs": "compared"}.get(do, do)
         try:
-            match message:
-                case {"do": "compare_runs", "names": [str(one), str(other)]}:
-                    self._send({"compared": {"view": view, **compared(self._runs, one, other)}})
-                case {"do": "cell"}:
-                    self._send({"cell": {"view": view, "text": self._run.calls.cell()}})
-                case _:
-                    table: Table = self._runs.table()
-                    found = {"columns": table.columns, "rows": table.rows, "about": dict(table.about)}
-                    self._send({"runs": {"view": view, "mine": self._name, **found}})
+            found = self._found(do, message)
         except Exception as error:  # nothing else would report it
-            self._send(
-                {"compared": {"view": view, "said": [["error", str(error)]], "columns": [], "rows": []}}
-            )
+            found = {"error": str(error)}
+        self._send({key: {"view": message.get("view"), **found}})
+
+    def _found(self, do: str, message: Json) -> Json:
+        if do == "compare_runs":
+            one, other = message["names"]
+            return compared(self._runs, one, other)
+        if do == "cell":
+            return {"text": self._run.calls.cell()}
+        table: Table = self._runs.table()
+        listed = {"columns": table.columns, "rows": table.rows, "about": dict(table.about)}
+        return {"mine": self._name, **listed}
 
 
 def compared(runs: Any, one: str, other: str) -> Json:
     """Two runs side by side: sentences with their severity, the table, and the call."""
-    found = runs.compare(one, other)
-    kv = Severity.NOTE if found.kv is None else found.kv.severity
-    tokens = Severity.OK if found.first_token is None else Severity.ERROR
-    said: Sequence[tuple[Severity, str]] = [
-        (kv, found.kv_text()), (tokens, found.token_text()), (Severity.NOTE, found.time),
-    ]  # fmt: skip
+    found: RunComparison = runs.compare(one, other)
+    said = [*found.said(), (Severity.NOTE, found.time)]
     table = found.table()
     return {
         "call": f'session.runs.compare("{one}", "{other}")',

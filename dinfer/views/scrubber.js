@@ -81,7 +81,15 @@ class TimeStrip {
     this.resized.disconnect();
   }
 
+  // The kernel is gone: what is shown of another time would never become that of now. The strip stays, and does not move.
+  end() {
+    if (!this.then?.now) this.then = null;
+    Object.assign(this, { ended: true, asked: false, again: false, dragged: null });
+    this.go(null);
+  }
+
   toggle() {
+    if (this.ended) return;
     this.box.hidden = this.open;
     this.button.classList.toggle("dinfer-on", this.open);
     this.button.setAttribute("aria-expanded", this.open);
@@ -99,6 +107,10 @@ class TimeStrip {
   }
 
   ask() {
+    if (this.ended) {
+      this.draw();
+      return;
+    }
     if (this.asked) {
       this.again = true;
       return;
@@ -111,7 +123,7 @@ class TimeStrip {
   }
 
   hear({ time }, buffers) {
-    if (time?.view !== this.name) return;
+    if (time?.view !== this.name || this.ended) return;
     this.asked = false;
     this.take(time, buffers);
     if (this.again) {
@@ -148,7 +160,7 @@ class TimeStrip {
 
   go(at) {
     const [begin, end] = this.seen(), last = this.span - (end - begin) / (10 * STEPS); // the last pixels are now
-    this.at = at === null || at >= last ? null : Math.max(0, Math.round(at));
+    this.at = at === null || at >= last || this.ended ? null : Math.max(0, Math.round(at));
     if (this.at === null) [this.cells, this.cut] = [null, null];
     if (this.at !== null) this.reveal(this.at);
     if (this.open) this.ask();
@@ -165,12 +177,12 @@ class TimeStrip {
   // Go to a hit or to something notable: its time, its rank and lane, its block.
   lead({ at, rank, lane, layer, chunk }) {
     this.lane = lane || null;
-    if (at !== null && at !== undefined) {
+    if (at !== null && at !== undefined && !this.ended) {
       if (!this.open) this.toggle();
       this.go(at);
     }
     if (rank !== null && rank !== undefined) {
-      if (this.open) this.openRank(rank);
+      if (this.open && !this.ended) this.openRank(rank);
       this.panel.rank(rank);
     }
     if (layer !== null && chunk !== null && layer !== undefined && chunk !== undefined) this.panel.select([layer, chunk]);
@@ -207,7 +219,7 @@ class TimeStrip {
   }
 
   scrolled() {
-    if (!this.window || this.isPanning) return;
+    if (!this.window || this.isPanning || this.ended) return;
     const [begin, end] = this.window, size = end - begin, most = this.pan.scrollWidth - this.pan.clientWidth;
     const first = Math.round((this.pan.scrollLeft / Math.max(1, most)) * (this.span - size));
     if (Math.abs(first - begin) < size / 500) return;
@@ -216,6 +228,7 @@ class TimeStrip {
   }
 
   press(event) {
+    if (this.ended) return;
     const { offsetX: x, offsetY: y } = event;
     this.canvas.focus({ preventScroll: true });
     if (x < STRIP.left) {
@@ -247,7 +260,7 @@ class TimeStrip {
   }
 
   key(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || !this.span) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || !this.span || this.ended) return;
     const [begin, end] = this.seen(), step = (end - begin) / STEPS, at = this.at ?? this.span;
     const to = { ArrowLeft: at - step, ArrowRight: at + step, ArrowDown: at - step, ArrowUp: at + step, PageDown: at - 20 * step,
       PageUp: at + 20 * step, Home: 0, End: this.span }[event.key];
@@ -374,6 +387,7 @@ class TimeStrip {
     const slowest = new Map((this.strip?.slowest ?? []).map((one) => [`${one.source}→${one.target}`, one]));
     const links = (this.then?.links ?? []).map(([source, target, ...rest]) => [`${source}→${target}`, ...rest]);
     links.sort(([one], [other]) => (slowest.get(other)?.usual ?? 0) - (slowest.get(one)?.usual ?? 0));
+    this.links.box.hidden = !this.then;
     table(this.links.list, ["link", "median wire", "MB", "messages", "on the wire", "waiting"],
       links.map(([link, arrived, size, moving, waiting]) => [link, slowest.has(link) ? timeText(slowest.get(link).usual) : "",
         megabytes(size), number(arrived), number(moving), number(waiting)]),
@@ -412,8 +426,8 @@ class TimeStrip {
   }
 
   showPan() {
-    this.pan.hidden = !this.window;
-    if (!this.window) return;
+    this.pan.hidden = !this.window || this.ended;
+    if (this.pan.hidden) return;
     const [begin, end] = this.window, size = end - begin;
     this.isPanning = true;
     this.panned.style.width = `${Math.min(200000, this.pan.clientWidth * (this.span / size))}px`;

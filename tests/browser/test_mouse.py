@@ -28,7 +28,7 @@ CELLS = [
     "hung",
 ]
 PLAYED = """() => {
-    const map = document.querySelector(".dinfer-panel canvas");
+    const map = document.querySelector(".dinfer-panel canvas[data-cells]");
     window.played = [];
     new MutationObserver(() => window.played.push(map.dataset.cells))
         .observe(map, { attributes: true, attributeFilter: ["data-cells"] });

@@ -182,6 +182,28 @@ def test_the_log_is_copied_as_a_cell_and_saved_as_a_notebook(
 # -- runs
 
 
+def test_without_a_kernel_no_runs_are_compared_and_no_call_has_no_label(session: Session, page: Page) -> None:
+    finished(session)
+    panel = LinkedPanel(page, session.prefill(PROMPT, chunk_size=8, paused=True))
+    try:
+        label = panel.root.get_by_text("last call", exact=True)
+        assert label.is_visible() == bool(panel.panel.shown["call"])
+        page.evaluate("window.model.set('shown', { ...window.model.get('shown'), call: '' })")
+        assert label.is_hidden()
+        page.evaluate("window.model.set('shown', { ...window.model.get('shown'), call: 'run.pause()' })")
+        assert label.is_visible()
+        panel.root.locator("[data-tab=runs]").click()
+        panel.says(panel.root.locator(".dinfer-runs tbody tr"), "(here)")
+        compare = panel.root.get_by_role("button", name="compare", exact=True)
+        compare.click()  # is asked, and never answered
+        page.evaluate("window.lose()")
+        assert compare.is_disabled()
+        assert panel.root.locator(".dinfer-runs input").first.is_disabled()
+        assert "comparing" not in panel.root.locator(".dinfer-sides").inner_text()
+    finally:
+        panel.close()
+
+
 def test_runs_are_listed_and_two_are_compared(session: Session, page: Page, shot: Shot) -> None:
     broken = session.prefill(PROMPT, chunk_size=8, max_new_tokens=4, paused=True)
     broken.inject("bitflip", rank=2, layer=3, chunk=1, token=9)

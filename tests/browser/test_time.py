@@ -55,9 +55,11 @@ class TracedPanel:
             self.answered += len(messages)
             for message in messages:
                 self.reply(message)
-            self.page.evaluate(
-                "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
-            )
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until what has changed is drawn."""
+        self.page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def reply(self, message: dict[str, Any]) -> None:
         if message["do"] == "time":
@@ -221,6 +223,55 @@ def test_what_took_long_leads_to_its_block_lane_and_rank(page: Page, shot: Shot)
     )
     traced.serve()
     assert slow.begin - traced.timeline.began <= traced.at() <= slow.end - traced.timeline.began
+
+
+def test_without_a_kernel_there_is_only_now(page: Page, shot: Shot) -> None:
+    traced = TracedPanel(page)
+    traced.open()
+    now = traced.panel.drawn()
+    clock, notable_ones = traced.root.locator(".dinfer-clock"), traced.root.locator("section.dinfer-notable")
+    traced.strip.focus()
+    page.keyboard.press("Home")
+    traced.serve()
+    expect(clock).to_have_text(re.compile(r"^0 µs of "))
+    page.keyboard.press("PageUp")  # is asked, and never answered
+    page.evaluate("window.lose()")
+    expect(clock).to_have_text(re.compile("^now of "))
+    expect(traced.root).to_have_attribute("data-past", "")
+    traced.settle()
+    assert np.array_equal(traced.panel.drawn(), now)
+    expect(traced.root.locator("section.dinfer-links")).to_be_hidden()
+    sent = page.evaluate("window.sent.length")
+    traced.strip.focus()
+    for key in ("Home", "PageUp", "n"):
+        page.keyboard.press(key)
+    notable_ones.get_by_role("button").first.click()
+    box = traced.strip.bounding_box()
+    assert box
+    page.mouse.click(box["x"] + traced.spot(traced.timeline.span // 3), box["y"] + 6)
+    traced.settle()
+    expect(traced.strip).to_have_attribute("data-at", "now")
+    expect(clock).to_have_text(re.compile("^now of "))
+    assert np.array_equal(traced.panel.drawn(), now)
+    assert page.evaluate("window.sent.length") == sent
+    for control in ("time", "select a stretch", "all"):
+        expect(traced.root.get_by_role("button", name=control, exact=True).first).to_be_disabled()
+    expect(traced.search).to_be_disabled()
+    shot("time-lost-light")
+
+
+def test_a_block_is_described_as_it_was_then(page: Page) -> None:
+    traced = TracedPanel(page)
+    traced.panel.click(FAULT.layer, FAULT.chunk)
+    mark = traced.panel.block.locator(".dinfer-mark")
+    expect(mark).to_have_text(FAULT.text)
+    traced.open()
+    traced.strip.focus()
+    page.keyboard.press("Home")
+    traced.serve()
+    page.mouse.move(1, 1)
+    expect(traced.panel.block).to_contain_text("not computed yet")
+    expect(mark).to_have_count(0)
 
 
 def test_find_lists_what_there_is_and_leads_there(page: Page, shot: Shot) -> None:

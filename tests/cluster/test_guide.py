@@ -19,8 +19,8 @@ from tests.support.kernels import Kernel, kernel
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
-LEFT_OUT = ("bash env/test", "bash env/demo", "env/launch", "ipcluster start")
-"""this very test run; what needs several machines, does not end by itself or has tests of its own"""
+LEFT_OUT = ("bash env/test", "bash env/demo", "env/launch", "ipcluster start", "dinfer vscode --install")
+"""this very test run; what needs several machines or an editor, does not end by itself or has tests of its own"""
 
 
 def commands() -> list[ParameterSet]:

@@ -178,6 +178,8 @@ class Notebook:
         )
         light = "true" if theme == "light" else "false"
         self.page.wait_for_selector(f"body[data-jp-theme-light={light}]", state="attached")
+        # Lab's splash fades for 0.2 s: another change meanwhile would have it removed twice, which is an error.
+        self.page.wait_for_selector("#jupyterlab-splash", state="detached")
 
     def output(self, cell: int) -> Locator:
         """What the page shows under a cell."""

@@ -27,6 +27,7 @@ SHOW = """async (given) => {
   window.sent = [];
   const view = (text) => new DataView(bytes(text).buffer);
   window.hear = (content, ...texts) => fire("msg:custom", content, texts.filter(Boolean).map(view));
+  window.lose = () => fire("comm_live_update");
   window.model = {
     get: (name) => values[name],
     set: (name, value) => { values[name] = value; fire(`change:${name}`); },

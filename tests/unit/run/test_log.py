@@ -13,9 +13,11 @@ import pytest
 import dinfer
 from dinfer.errors import NotPossible
 from dinfer.plan.ops import PlanError
+from dinfer.results import Decoded
 from dinfer.run import log
 from dinfer.run.run import Run
 from dinfer.session.session import Session
+from dinfer.views.actions import verb_of
 from tests.support.runs import wait_for
 from tests.support.twin import prompt
 
@@ -203,6 +205,77 @@ def test_a_decode_that_was_stopped_makes_as_many_tokens(session: Session) -> Non
     assert calls_of(run) == [f"run.decode(max_new_tokens={count})  # run.decode(2000), which was stopped"]
 
 
+def test_a_decode_that_was_stopped_before_its_first_token_makes_none(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.decode(2)
+    go = run._generation.go
+
+    def stopped(*args: Any) -> Decoded:
+        run._generation.stop()
+        return go(*args)
+
+    monkeypatch.setattr(run._generation, "go", stopped)
+    run.step("token", 3)
+    monkeypatch.undo()
+    run.step("token")
+    first, second, third = calls_of(run)
+    assert (first, third) == ("run.decode(2)", 'run.step("token")')
+    assert second.startswith("run.go_to([[")
+    assert second.endswith('# run.step("token", 3), which stopped there')
+    assert len(check_again(run).tokens) == 3
+
+
+def test_a_decode_that_was_interrupted_makes_as_many_tokens(session: Session) -> None:
+    run = session.prefill(IDS, chunk_size=8, max_new_tokens=2000, paused=True)
+    for host in session.ranks.hosts:  # type: ignore[attr-defined]
+        host.decoder.eos_ids = frozenset()
+    pieces = list[str]()
+
+    def interrupted(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.decode(2000, interrupted)
+    count = len(run.tokens)
+    assert 0 < count < 2000
+    assert calls_of(run) == [f"run.decode(max_new_tokens={count})  # run.decode(2000), which was stopped"]
+
+
+def test_a_step_that_was_interrupted_is_gone_to(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper, reach = run._moves.stepper, run._moves.stepper.step
+
+    def interrupted(*args: Any) -> Any:
+        reach(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stepper, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.step("layer", 2)
+    monkeypatch.undo()
+    check_again(run)
+
+
+def test_what_needs_another_run_is_left_out(session: Session, tmp_path: Path) -> None:
+    other = session.prefill(IDS, chunk_size=8, keep=True)
+    other.wait(DEADLINE_S)
+    run = session.prefill(IDS, chunk_size=8, paused=True)
+    run.inject("bitflip", rank=1, layer=2, chunk=1)
+    run.resume()
+    run.wait(DEADLINE_S)
+    run.graft(layer=2, chunk=1, source=other, rank=1)
+    run.undo()
+    graft, undo = calls_of(run)[-2:]
+    call = f'run.graft(layer=2, chunk=1, source=session.runs["{other.name}"], rank=1)'
+    assert graft == f"# {call}  was left out: the other run is needed for it, and is not made here"
+    assert undo == f"# run.undo()  was left out: it undid {call}"
+    book = nbformat.read(run.calls.save(tmp_path / "graft.ipynb"), as_version=4)  # type: ignore[no-untyped-call]
+    assert [cell.source for cell in book.cells[-3:]] == [graft, undo, "run.where()"]
+    check_again(run)
+
+
 def test_a_restart_is_made_again(run: Run) -> None:
     run.step("chunk")
     run.restart()
@@ -262,6 +335,51 @@ def test_a_notebook_goes_on_where_the_run_hung(session: Session, tmp_path: Path)
     book = nbformat.read(run.calls.save(tmp_path / "hang.ipynb"), as_version=4)  # type: ignore[no-untyped-call]
     cell = next(cell for cell in book.cells if cell.source.startswith("run.resume()"))
     assert cell.metadata["tags"] == ["raises-exception"]
+
+
+@pytest.mark.parametrize("by", ["session", "mend", "panel"])
+def test_a_run_that_hung_and_began_again_is_made_again(session: Session, tmp_path: Path, by: str) -> None:
+    run = session.prefill(IDS, chunk_size=8, schedule="batched", unsafe=True)
+    with pytest.raises(RuntimeError, match="deadlock"):
+        run.wait(DEADLINE_S)
+    if by == "mend":
+        run.mend()
+    else:
+        recover = verb_of(run, {"do": "recover"})
+        assert recover
+        recover.do() if by == "panel" else session.recover()
+        run.restart()
+    run.inject("bitflip", rank=1, layer=1, chunk=1)
+    run.resume()
+    with pytest.raises(RuntimeError, match="deadlock"):
+        run.wait(DEADLINE_S)
+    book = nbformat.read(run.calls.save(tmp_path / "again.ipynb"), as_version=4)  # type: ignore[no-untyped-call]
+    assert [(cell.source, cell.metadata.get("tags", [])) for cell in book.cells[3:]] == [
+        ("run.resume()\nrun.wait()", ["raises-exception"]),
+        ("session.recover()", []),
+        ("run.restart()", []),
+        ('run.inject("bitflip", rank=1, layer=1, chunk=1)', []),
+        ("run.resume()\nrun.wait()", ["raises-exception"]),
+        ("run.where()", []),
+    ]
+
+
+def test_a_failure_that_was_mended_is_not_where_it_stopped(session: Session) -> None:
+    run = session.prefill(IDS, chunk_size=8, paused=True)
+    resumed = run.calls.add("run.resume()")
+    cuts = run._moves.stepper.cuts
+    resumed.start, resumed.target = cuts.start, cuts.end
+    run.calls.add("session.recover()").before = None
+    restarted = run.calls.add("run.restart()")
+    restarted.before, restarted.after = None, cuts.start
+    run.step("chunk")
+    assert calls_of(run) == [
+        "run.resume()",
+        "run.wait()",
+        "session.recover()",
+        "run.restart()",
+        'run.step("chunk")',
+    ]
 
 
 def test_what_is_no_notebook(run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from dinfer.cli import app
 from dinfer.cluster.lease import RunOver
 from dinfer.errors import NoSuch
 from dinfer.plan.ops import PlanError
+from dinfer.run.kept import PREFIX
 from dinfer.run.run import Run
 from dinfer.session.runs import SessionRuns
 from dinfer.session.session import Session
+from dinfer.severity import Severity
+from dinfer.temporary import LOCK
 from tests.support.fixtures import fresh_session
 from tests.support.threads import session_on_threads
 from tests.support.twin import prompt
@@ -102,6 +107,25 @@ def test_values_are_kept_where_asked_for(session: Session, capsys: pytest.Captur
     del old
     gc.collect()
     assert not folder.exists(), "its folder goes with the run"
+
+
+def test_what_a_killed_session_has_kept_goes_and_what_is_held_stays(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / f"{PREFIX}left"
+    left.mkdir()
+    (left / LOCK).touch()
+    runs = [done(session, keep=True) for _ in range(2)]
+    done(session)
+    assert not left.exists()
+    folders = [run.kept.folder for run in runs if run.kept and run.kept.folder]
+    assert {folder.parent for folder in folders} == set(tmp_path.iterdir())
+    assert len(folders) == 2
+    session.runs.limit = 1
+    del runs
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_hung_keeps_its_verdict(session: Session) -> None:
@@ -295,6 +319,20 @@ def test_what_cannot_be_compared_with(session: Session) -> None:
     run = done(session)
     with pytest.raises(PlanError, match=r"'run 1' cannot be compared with: .*session\.runs\[1\]"):
         run.compare("run 1")
+
+
+def test_other_new_tokens_are_an_error_where_kv_cannot_be_compared(session: Session) -> None:
+    old = done(session)
+    old.decode(3)
+    new = session.prefill(OTHER, chunk_size=8, max_new_tokens=3)
+    new.decode(3)
+    found = new.compare(old)
+    assert found.kv is None
+    assert found.first_token is not None
+    assert found.severity == Severity.ERROR
+    assert [severity for severity, _ in found.said()] == [Severity.NOTE, Severity.ERROR]
+    alike = replace(found, first_token=None)
+    assert alike.severity == Severity.NOTE
 
 
 def test_a_report_of_two_saved_runs_says_where_their_kv_differs(session: Session, tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dinfer.display import Table
+from dinfer.run.comparison import RunComparison
+from dinfer.run.log import CallLog
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views.actions import board_of, is_edit, log_of, verb_of
+from dinfer.views.panel import Panel
 from dinfer.views.runs import RunsPage
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.runs import wait_for
@@ -106,8 +111,59 @@ def test_runs_are_listed_and_compared(session: Session, run: Run) -> None:
     assert "KV was not compared" in said["said"][0][1]
     page.ask({"do": "compare_runs", "view": "here", "names": [run.name, "run 99"]})
     wait_for(lambda: len(sent) == 3, "it is answered")
-    assert "there is no run 'run 99'" in sent[2]["compared"]["said"][0][1]
+    assert "there is no run 'run 99'" in sent[2]["compared"]["error"]
     page.close()
+
+
+class ListedSlowly:
+    """The runs of a session, whose list waits for `door`."""
+
+    def __init__(self) -> None:
+        self.door = threading.Event()
+
+    def table(self) -> Table:
+        assert self.door.wait(DEADLINE_S)
+        return Table(("name",), [("run 1",)], about={})
+
+    def compare(self, one: str, other: str) -> RunComparison:
+        raise ValueError(f"{one} cannot be compared with {other}")
+
+
+class Unknown:
+    """A run whose calls are not known, of such a session."""
+
+    name = "run 1"
+
+    def __init__(self) -> None:
+        self.runs, self.calls = ListedSlowly(), CallLog()
+
+
+def test_lists_displace_no_click_and_what_is_refused_is_said_where_it_was_asked() -> None:
+    run, sent = Unknown(), list[Any]()
+    page = RunsPage(run, sent.append)
+    page.ask({"do": "runs", "view": "here"})
+    page.ask({"do": "compare_runs", "view": "here", "names": ["run 1", "run 2"]})
+    page.ask({"do": "cell", "view": "here"})
+    for _ in range(3):
+        page.ask({"do": "runs", "view": "here"})
+    wait_for(lambda: len(sent) == 2, "both clicks are answered while the list is made")
+    found = {key: one for message in sent for key, one in message.items()}
+    assert found["compared"] == {"view": "here", "error": "run 1 cannot be compared with run 2"}
+    assert found["cell"]["error"].startswith("how this run was made is not known")
+    run.runs.door.set()
+    wait_for(lambda: len(sent) == 4, "the lists follow, the waiting ones as one")
+    assert [list(one) for one in sent[2:]] == [["runs"], ["runs"]]
+    page.close()
+
+
+def test_a_panel_that_is_closed_answers_nothing_more_of_runs(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel = Panel(run)
+    closed = list[RunsPage]()
+    monkeypatch.setattr(RunsPage, "close", lambda page: closed.append(page))
+    panel.close()
+    assert closed == [panel._runs]
 
 
 # -- breakpoints

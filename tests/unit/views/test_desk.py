@@ -119,6 +119,25 @@ def test_many_touches_are_few_pictures_and_the_last_is_painted() -> None:
     assert panel_threads() == []
 
 
+def test_a_picture_that_fails_is_told_once_and_the_next_touch_paints(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, painted = list[str](), list[str]()
+    monkeypatch.setattr(threading, "excepthook", lambda failure: told.append(str(failure.exc_value)))
+    errors = iter(["a rank went", "a rank went", "another", ""])
+
+    def paint() -> None:
+        error = next(errors)
+        painted.append(error)
+        if error:
+            raise RuntimeError(error)
+
+    painter = Painter(paint, period=0.001)
+    for _ in range(4):
+        painter.touch()
+        wait_for(lambda: not panel_threads(), "the painter rests")
+    assert painted == ["a rank went", "a rank went", "another", ""]
+    assert told == ["a rank went", "another"]
+
+
 def test_however_long_a_picture_takes_the_rest_after_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, rests = itertools.count(), list[float | None]()
 

@@ -10,7 +10,7 @@ from dinfer.run.state import Mark
 from dinfer.trace.simulated import Machine, paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
-from dinfer.views.find import ALLOWED, MOST, FindError, Query, Searched, find, parsed
+from dinfer.views.find import ALLOWED, COUNTED, MOST, TOGETHER, FindError, Query, Searched, find, parsed
 from dinfer.views.finder import Finder
 from dinfer.views.recorded import RecordedRun
 from dinfer.views.timeline import Timeline
@@ -66,7 +66,7 @@ def test_any_text_is_found_or_answered_with_what_is_allowed(text: str) -> None:
     except FindError as error:
         hits, total, said = [], 0, str(error)
     assert len(hits) == min(total, MOST)
-    assert not said or ALLOWED in said or "there are" in said
+    assert not said or ALLOWED in said or TOGETHER in said or "there are" in said
 
 
 def test_the_prompt_is_searched_across_chunks() -> None:
@@ -131,6 +131,53 @@ def test_what_there_is_not_is_refused_with_what_there_is() -> None:
         find("Lima", RUN._replace(labels=["", "", "", ""]))
     with pytest.raises(FindError, match="the run moves: pause it"):
         find("slowest", RUN._replace(timeline=None))
+
+
+@pytest.mark.parametrize(
+    ("query", "one", "other"),
+    [
+        ("slowest lima", "Lima", "slowest"),
+        ("lima recv kv", "Lima", "recv"),
+        ("lima 0>1", "Lima", "0→1"),
+        ("lima nan", "Lima", "nan"),
+        ("nan slow", "nan", "slow"),
+        ("nan armed inf", "nan", "armed"),
+        ("slow late", "slow", "late"),
+        ("slow recv", "slow", "recv"),
+        ("differs 0>1", "differs", "0→1"),
+        ("slowest waiting", "slowest", "waiting"),
+    ],
+)
+def test_words_that_cannot_all_hold_are_refused_with_what_can(query: str, one: str, other: str) -> None:
+    with pytest.raises(FindError) as caught:
+        find(query, RUN)
+    assert str(caught.value).lower() == f"'{one}' and '{other}' do not hold of one thing: {TOGETHER}.".lower()
+
+
+def test_words_of_one_kind_all_hold() -> None:
+    assert find("nan inf layer 1", RUN).total == 1
+    assert find("differs", RUN).total == 1
+    assert find("differs corrupt", RUN).total == 0
+    assert find("bubble bubbles", RUN).hits == find("bubble", RUN).hits
+
+
+def test_text_is_found_at_its_place_whatever_its_small_letters_are() -> None:
+    labels = ["İ" * 20, "and LIMA are", " of İzmir, in that order", ""]
+    run = RUN._replace(labels=labels)
+    [hit] = find("lima", run).hits
+    assert (hit.chunk, "and LIMA are" in hit.text) == (1, True)
+    assert [hit.chunk for hit in find("İZmir", run).hits] == [2]
+
+
+@pytest.mark.parametrize("count", [COUNTED, COUNTED + 1])
+def test_more_hits_than_are_counted_are_told_as_more(count: int) -> None:
+    run, heard = paper_run(), []
+    run.labels = ["a" * count, "", "", ""]
+    finder = Finder(run, RecordedRun(run), lambda content: heard.append(content["found"]))
+    finder.ask({"view": "a", "number": 1, "query": '"a"'})
+    wait_for(lambda: heard, "an answer")
+    assert (heard[0]["count"], heard[0]["more"]) == (COUNTED, count > COUNTED)
+    finder.close()
 
 
 def test_ops_that_have_not_run_are_found_too() -> None:

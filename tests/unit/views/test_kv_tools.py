@@ -14,6 +14,7 @@ from safetensors.torch import load
 from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views import kv_tools
+from dinfer.views.desk import VIEWS
 from dinfer.views.kv_tools import MOST_PINS, KvPin, KvTools, pins_of
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.runs import wait_for
@@ -103,6 +104,30 @@ def test_watched_values_are_those_of_each_rank_after_each_change(session: Sessio
         [exact] * 3
     )
     forget()
+    asked.tools.close()
+
+
+def test_what_fails_while_values_are_watched_is_said_and_they_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = PaperRun(paper_plan())
+    asked, values = Asked(run), KvTools._values
+
+    def fail(_: object, __: KvPin) -> list[str]:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(KvTools, "_values", fail)
+    found, _ = asked.ask("pins", pins=[[0, 0, 0, 0, 0]])
+    assert (found["tool"], found["error"]) == ("pins", "the device is gone")
+    monkeypatch.setattr(KvTools, "_values", values)
+    asked.tools.touch()
+    wait_for(lambda: "values" in asked.heard[-1][0], "values come")
+    asked.tools.close()
+
+
+def test_only_the_newest_pages_watch_values() -> None:
+    asked = Asked(PaperRun(paper_plan()))
+    for n in range(3 * VIEWS):
+        asked.tools.ask({"tool": "pins", "view": str(n), "pins": []})
+    assert list(asked.tools._pins) == [str(n) for n in range(2 * VIEWS, 3 * VIEWS)]
     asked.tools.close()
 
 

@@ -13,10 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from dinfer.engine.board import Stand
+from dinfer.run.state import Mark
 from dinfer.trace.events import Event
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
-from dinfer.views.cells import COMPUTING, CellMap, held_states
+from dinfer.views.cells import (
+    ARMED,
+    COMPUTING,
+    DIFFERS,
+    NONFINITE,
+    CellMap,
+    held_states,
+)
 from dinfer.views.recorded import RecordedRun
 from dinfer.views.scrubber import MOST_BINS, Scrubber, TimeQuestion, answer
 from dinfer.views.timeline import PARTS, Timeline
@@ -139,6 +147,20 @@ def test_the_answer_has_strip_map_ranks_lanes_and_links(page: Page) -> None:
     again, buffers = page.ask(at=at, rank=1, have=found["key"])
     assert "strip" not in again
     assert len(buffers) == 1
+
+
+def test_a_block_that_is_not_there_yet_has_no_mark_but_of_an_armed_fault(page: Page, run: PaperRun) -> None:
+    run.marks = [
+        Mark(0, 0, 0, "differs", "differs"),
+        Mark(0, 0, 0, "nonfinite", "NaN"),
+        Mark(1, 0, 0, "armed", "armed"),
+    ]
+    found, buffers = page.ask(at=1)
+    early = unpacked(buffers[found["cells"]], SIZE)
+    assert not (early & (DIFFERS | NONFINITE)).any()
+    assert early[0, 0, 1] & ARMED
+    found, buffers = page.ask(at=TIMELINE.span - 1)
+    assert unpacked(buffers[found["cells"]], SIZE)[0, 0, 0] & (DIFFERS | NONFINITE) == DIFFERS | NONFINITE
 
 
 def test_the_end_is_now(page: Page) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dinfer.temporary import LOCK
 from dinfer.watch.probe.writing import host_in_names
-from dinfer.watching.temporary import LOCK, PREFIX, TemporaryFolder, is_job_over
+from dinfer.watching.temporary import PREFIX, TemporaryFolder, is_job_over
 
 
 @pytest.fixture(autouse=True)
