@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from dinfer.cli.root import BAD_INPUT, FAILED, app, check_outputs, keep_json, log, stop
+from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, keep_json, log, stop
 from dinfer.config import Config, ConfigError, whole_numbers
 from dinfer.errors import DinferError
 
@@ -51,11 +51,14 @@ def bench(
     ] = False,
 ) -> None:
     """Time pairwise, ring, lockstep, no sync and one process on this machine, or --compare two strategies."""
+    from dinfer.launch.processes import interrupt_as_error
+
     sizes = {"world_size": world_size, "threads": threads}
     try:
         if repeats < 1:
             raise ConfigError(f"repeats is {repeats}; it must be at least 1.")
         check_outputs({"--json": json_path, "--plot": plot}, overwrite=overwrite)
+        interrupt_as_error()  # or ranks would go on where `timeout` or a scheduler ends this process
         match what:
             case "prefill":
                 if plot and not compare:
@@ -114,6 +117,8 @@ def bench(
                 raise ConfigError(
                     f"bench {what!r} is unknown; use prefill, links, planner, growth, digests, gpu, session or views."
                 )
+    except KeyboardInterrupt:
+        stop("interrupted; all ranks were ended.", INTERRUPTED)
     except (DinferError, RuntimeError) as error:
         stop(error, BAD_INPUT if isinstance(error, ValueError) else FAILED)
     print(text)
