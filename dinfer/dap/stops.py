@@ -1,6 +1,7 @@
 """When a run has come to a stand that its client does not know of, and why: the events `stopped` and `continued`."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +14,9 @@ from dinfer.verdict.verdict import Verdict
 
 LOOK_S = 0.2
 """how often to look, also without news"""
+
+REASON_S = 1.0
+"""for so long the reason of a stop may be on its way from the ranks"""
 
 TITLES = {
     State.HUNG: "Hung",
@@ -80,6 +84,8 @@ class StopTeller:
         self._changed, self._ended = threading.Event(), threading.Event()
         self.is_moving = True
         self._reason, self._rank, self._busy, self._mends = "entry", 0, 0, False
+        self._stood_at: float | None = None
+        """when the run was first seen to stand without a reason"""
         self.continues = True
         """whether a run that moves goes on freely: what the client has asked for last is no step, jump or pause"""
         self._told: object = None
@@ -159,8 +165,10 @@ class StopTeller:
             stands = standing.state in STANDING and not standing.playing and not self._busy
             if not trouble and not (self.is_moving and stands):
                 return
-            self._told, self.is_moving = key, False
             numbers = () if trouble else self._run.met
+            if not trouble and not numbers and self._may_say_more(standing):
+                return
+            self._told, self.is_moving = key, False
             self.stop = stop = trouble or self._stand(standing, numbers)
         if trouble or numbers or standing.severity > Severity.NOTE:
             self._client.say("stderr" if trouble else "console", stop.whole or standing.message)
@@ -170,6 +178,16 @@ class StopTeller:
             "stopped", reason=stop.reason, description=stop.title, text=stop.text, threadId=rank + 1,
             allThreadsStopped=True, **hits,
         )  # fmt: skip
+
+    def _may_say_more(self, standing: Standing) -> bool:
+        """Whether a run that was let go on has only just come to stand, and does not say yet why: what stopped it comes
+        from the ranks a moment later."""
+        if self._reason != "continue" or standing.message or standing.state != State.PAUSED:
+            self._stood_at = None
+            return False
+        now = time.monotonic()
+        self._stood_at = now if self._stood_at is None else self._stood_at
+        return now - self._stood_at < REASON_S
 
     def _has_gone_on(self, standing: Standing) -> bool:
         """Whether the run moves, or has moved, without having been asked to by the client: for example a hang is

@@ -76,6 +76,7 @@ def test_an_editor_attaches_steps_and_is_told_of_a_hang_and_a_killed_rank(
     stuck_in(notebook, tmp_path)
     rank_2 = notebook.ranks.cluster.facts[2].pid  # type: ignore[attr-defined]
 
+    editor.ask("initialize", adapterID="dinfer")
     held = editor.refused("attach")
     assert "is in use: its ranks are held by the session of" in held
     assert held.endswith('In the launch entry: "take": true.')
