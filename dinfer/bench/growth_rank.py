@@ -1,19 +1,17 @@
 """What each rank of `dinfer bench growth` runs: prefills, and beside each the layers of its stage alone."""
 
-import sys
 from collections.abc import Sequence
 from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
-import msgspec
 import torch
 
-from dinfer.bench.rank import START_S, result_key
+from dinfer.bench.rank import work_as_rank
 from dinfer.config import Config, Schedule
 from dinfer.engine.engine import Engine
 from dinfer.model.decoder import Decoder
 from dinfer.plan.plan import Plan
-from dinfer.transport.gloo import Comm, GlooComm, join_store
+from dinfer.transport.gloo import Comm
 
 
 class GrowthCase(NamedTuple):
@@ -43,28 +41,20 @@ class GrowthTimes(NamedTuple):
     layers_cpu_s: list[float]
 
 
-def main() -> None:
-    """Time all cases in turn, as the job in standard input says; all ranks make the same calls."""
-    rank, job = msgspec.json.decode(sys.stdin.buffer.read(), type=tuple[int, GrowthJob])
-    config = Config.of(job.config)
-    torch.set_num_threads(config.threads)
-    store = join_store(config.master_addr, config.master_port, START_S)
-    decoder = Decoder.load(config.model_path, config.dtype)
-    comm = GlooComm(rank, config.world_size, store, START_S)
+def measure(job: GrowthJob, decoder: Decoder, comm: Comm, config: Config) -> list[GrowthTimes]:
+    """Time all cases in turn; all ranks make the same calls."""
     found = [GrowthTimes(0, [], [], []) for _ in job.cases]
     for repeat in range(job.repeats + 1):
         for number, case in enumerate(job.cases):
             settings = config.with_(chunk_size=case.chunk_size, schedule=case.schedule)
             plan, took, cpu = _prefill(decoder, comm, settings, job.ids[: case.tokens])
-            alone = _layers_alone(decoder, plan, rank, job.ids)
+            alone = _layers_alone(decoder, plan, comm.rank, job.ids)
             if repeat:  # the first round warms up
-                ops = sum(len(lane.ops) for lane in plan.lanes[rank])
+                ops = sum(len(lane.ops) for lane in plan.lanes[comm.rank])
                 one = found[number] = found[number]._replace(ops=ops)
                 for values, value in zip(one[1:], (took, cpu, alone), strict=True):
                     values.append(value)
-    comm.all_gather(b"d")
-    comm.close()
-    store.set(result_key(rank), msgspec.json.encode(found).decode())
+    return found
 
 
 def _prefill(decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int]) -> tuple[Plan, float, float]:
@@ -101,4 +91,4 @@ def _layers_alone(decoder: Decoder, plan: Plan, rank: int, ids: Sequence[int]) -
 
 
 if __name__ == "__main__":
-    main()
+    work_as_rank(GrowthJob, measure)

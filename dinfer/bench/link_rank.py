@@ -1,16 +1,12 @@
 """What each rank of `dinfer bench links` and `dinfer bench planner` runs: measure, then several plans in turn, each
 with its trace."""
 
-import sys
 from collections.abc import Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import msgspec
-import torch
-
-from dinfer.bench.rank import START_S, result_key
+from dinfer.bench.rank import work_as_rank
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
 from dinfer.engine.measure import time_codecs, time_layers, time_links, token_bytes
@@ -20,7 +16,7 @@ from dinfer.plan.plan import parse_plan
 from dinfer.planner.costs import LayerTime
 from dinfer.planner.machine import CodecCost, LinkSpeed
 from dinfer.trace.events import Event
-from dinfer.transport.gloo import Comm, GlooComm, join_store
+from dinfer.transport.gloo import Comm
 
 
 class LinksJob(NamedTuple):
@@ -66,24 +62,10 @@ class RankLinks(NamedTuple):
     codecs: list[CodecCost]
 
 
-def main() -> None:
-    """Measure, then time all plans in turn, as the job in standard input says; all ranks make the same calls."""
-    rank, job = msgspec.json.decode(sys.stdin.buffer.read(), type=tuple[int, LinksJob])
-    config = Config.of(job.config)
-    torch.set_num_threads(config.threads)
-    store = join_store(config.master_addr, config.master_port, START_S)
-    decoder = Decoder.load(config.model_path, config.dtype)
-    comm = GlooComm(rank, config.world_size, store, START_S)
+def measure(job: LinksJob, decoder: Decoder, comm: Comm, config: Config) -> RankLinks:
+    """Measure, then time all plans in turn; all ranks make the same calls."""
     if job.slow:
-        make_slow(decoder, job.slow[rank])
-    found = measure(decoder, comm, config, job)
-    comm.all_gather(b"d")
-    comm.close()
-    store.set(result_key(rank), msgspec.json.encode(found).decode())
-
-
-def measure(decoder: Decoder, comm: Comm, config: Config, job: LinksJob) -> RankLinks:
-    """Everything of one rank."""
+        make_slow(decoder, job.slow[comm.rank])
     hidden, block = token_bytes(decoder)
     comm.all_gather(b"m")
     layers, links, costs = list[LayerTime](), list[LinkSpeed](), list[CodecCost]()
@@ -143,4 +125,4 @@ def _prefill(decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int], t
 
 
 if __name__ == "__main__":
-    main()
+    work_as_rank(LinksJob, measure)

@@ -1,10 +1,10 @@
 """What each rank of `dinfer bench` runs: several plans in turn on the same ranks, so that times can be compared."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter, process_time
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import torch
@@ -88,24 +88,41 @@ class BenchJob(NamedTuple):
     repeats: int
 
 
-def main() -> None:
-    """Time all cases in turn, as the job in standard input says; all ranks make the same calls. The times, by case and
-    round, go to the store at which the ranks meet."""
-    rank, job = msgspec.json.decode(sys.stdin.buffer.read(), type=tuple[int, BenchJob])
+JobT = TypeVar("JobT", bound="RankWork")
+
+
+class RankWork(Protocol):
+    """What every rank of a benchmark is started with: among others, the fields of its Config."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+
+def work_as_rank(kind: type[JobT], work: Callable[[JobT, Decoder, Comm, Config], object]) -> None:
+    """Be the rank that standard input says: load, meet the others, `work`, and leave what that returns at the store
+    where the ranks have met."""
+    number, given = msgspec.json.decode(sys.stdin.buffer.read(), type=tuple[int, Any])
+    job = msgspec.convert(given, kind)
     config = Config.of(job.config)
     torch.set_num_threads(config.threads)
     store = join_store(config.master_addr, config.master_port, START_S)
     decoder = Decoder.load(config.model_path, config.dtype)
-    comm = GlooComm(rank, config.world_size, store, START_S)
+    comm = GlooComm(number, config.world_size, store, START_S)
+    found = work(job, decoder, comm, config)
+    comm.all_gather(b"d")  # nobody leaves while another still needs it
+    comm.close()
+    store.set(result_key(number), msgspec.json.encode(found).decode())
+
+
+def measure(job: BenchJob, decoder: Decoder, comm: Comm, config: Config) -> list[list[TimedPrefill]]:
+    """Time all cases in turn; all ranks make the same calls. The times, by case and round."""
     timed: list[list[TimedPrefill]] = [[] for _ in job.cases]
     for repeat in range(job.repeats + 1):
         for case, kept in zip(job.cases, timed, strict=True):
             took = _time(case, decoder, comm, config, job.ids[: case.tokens])
             if repeat:  # the first round warms up
                 kept.append(took)
-    comm.all_gather(b"d")
-    comm.close()
-    store.set(result_key(rank), msgspec.json.encode(timed).decode())
+    return timed
 
 
 def _time(case: BenchCase, decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int]) -> TimedPrefill:
@@ -148,4 +165,4 @@ def _prefill(engine: Engine, ids: Sequence[int], *, sync: bool) -> TimedPrefill:
 
 
 if __name__ == "__main__":
-    main()
+    work_as_rank(BenchJob, measure)
