@@ -1,7 +1,7 @@
 """The rows of KV that watched ranks hold: digests, as the probe took them when rows were added to caches."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -73,9 +73,16 @@ class HeldRows(Mapping[int, RowDigests]):
 
     def before(self, position: int) -> "HeldRows":
         """A copy of those before a position."""
+        return self._those(lambda at: at < position)
+
+    def since(self, position: int) -> "HeldRows":
+        """A copy of those from a position on."""
+        return self._those(lambda at: at >= position)
+
+    def _those(self, is_meant: Callable[[int], bool]) -> "HeldRows":
         made = HeldRows()
         for at, row in self.items():
-            if at < position:
+            if is_meant(at):
                 made.put(at, [row])
         return made
 
@@ -100,10 +107,22 @@ class LayerRows(NamedTuple):
     shape: tuple[int, ...]
     starts: dict[int, int | None]
     """by the first position of what was added at a time, its chunk; rows that came one by one count as one piece"""
+    is_paged: bool = False
+    """what is before its first row may lie in blocks of another sequence, which has computed it"""
+
+    @property
+    def begin(self) -> int:
+        """The position of its first row."""
+        return next(iter(self.rows), 0)
 
     def copy(self) -> "LayerRows":
         """The same, that no later rows change."""
-        return LayerRows(self.rows.copy(), [*self.repeated], self.shape, {**self.starts})
+        return self._replace(rows=self.rows.copy(), repeated=[*self.repeated], starts={**self.starts})
+
+    def since(self, position: int) -> "LayerRows":
+        """Of its rows those from a position on."""
+        starts = {max(start, position): self.chunk_of(max(start, position)) for start in self.starts}
+        return self._replace(rows=self.rows.since(position), starts=starts)
 
     def before(self, position: int) -> "LayerRows":
         """Of its rows those before a position."""
@@ -136,7 +155,8 @@ class _Store:
             if not digests:  # rows of another request
                 continue
             key = (layer, sequence)
-            held = self.layers.setdefault(key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:], {}))
+            shape = one.shape[:-2] + one.shape[-1:]
+            held = self.layers.setdefault(key, LayerRows(HeldRows(), [], shape, {}, one.is_paged))
             at, last, chunk = self._before.get(key, (-1, (), None))
             is_new = one.start not in held.rows and len(held.repeated) < MOST_REPEATED
             if digests == last and is_new:
