@@ -1,4 +1,4 @@
-"""Ranks that share one GPU, KV encoded on its way: ranks hold the same bytes, under transformers' kernels and as graphs.
+"""Ranks that share one GPU, KV encoded on its way: all hold the same bytes, with each kind of kernels.
 
 Skipped where there is no CUDA device.
 """
