@@ -100,6 +100,7 @@ def open(path: str | Path) -> "Saved":
     return open_saved(path, _write, _show)
 
 
+@checked
 def _watch(
     command: "str | Sequence[str]",
     folder: "str | Path | None" = None,
