@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from dinfer.errors import NotPossible
 from dinfer.job import Job
 from dinfer.messages import Failed
 from dinfer.model.checkpoint import check
+from dinfer.model.mapped import WeightsChanged
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
@@ -150,6 +152,25 @@ def test_a_rank_that_raised_has_failed_the_run(scene: Scene) -> None:
     assert scene.seen() == (State.FAILED, RECOVER)
     scene.state.note_hang(DEADLOCK)
     assert scene.seen()[0] == State.FAILED, "the cause of the failure, not what came of it"
+
+
+@pytest.mark.parametrize("ranks", [(1,), (0, 1)])
+def test_weights_that_were_overwritten_are_loaded_again_not_recovered(
+    scene: Scene, ranks: tuple[int, ...]
+) -> None:
+    for rank in ranks:
+        scene.ranks.ranks[rank].error = Failed("the weight files were overwritten", WeightsChanged.__name__)
+    load = "session.load('demo', threads=2)"
+    scene.state.job = replace(scene.state.job, config=scene.state.job.config.with_(threads=2))
+    assert scene.seen() == (State.FAILED, load)
+    scene.state.note_recovery(ended=True)
+    assert scene.seen() == (State.FAILED, load), "what frees lanes has not loaded anything"
+    with pytest.raises(RankFailed, match=r"to go on: session\.load\('demo', threads=2\)"):
+        scene.health.check()
+    for state in scene.ranks.ranks:
+        state.error = None
+    scene.state.begin()
+    assert scene.seen() == (State.RUNNING, ""), "a run that begins again knows nothing of it"
 
 
 def test_engines_that_were_taken_over_are_not_recovered(scene: Scene) -> None:
