@@ -19,7 +19,6 @@ from tests.support.runs import DEADLINE_S
 pytestmark = pytest.mark.browser
 
 PROMPT = "The code of Lima is 471. The code of Oslo is 306. What is the code of Lima? The code of Lima is"
-MODEL = "demo"
 
 
 @pytest.fixture
