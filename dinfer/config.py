@@ -41,6 +41,8 @@ LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 LARGEST = 2**31 - 1
 """of a number of tokens"""
 
+MOST_RANKS = 9_999
+
 LONGEST_S = 31_536_000.0
 """a year: threads cannot wait for centuries"""
 
@@ -67,14 +69,14 @@ class Config:
         (), "the prompt as token ids, such as 5,17,3; needs no tokenizer"
     )
     chat: bool = _parameter(False, "apply the checkpoint's chat template to the prompt")
-    world_size: int = _parameter(3, "number of ranks", low=1, high=9_999)
+    world_size: int = _parameter(3, "number of ranks", low=1, high=MOST_RANKS)
     layer_split: tuple[int, ...] = _parameter(
         (), "first layer of each stage from the second on, such as 14,28 for 3 ranks; default: even"
     )
     chunk_size: int = _parameter(128, "tokens per chunk of the prompt", low=1, high=LARGEST)
     sync_strategy: SyncStrategy = _parameter(
         "pairwise",
-        "how a block gets to every rank: pairwise: its owner sends it to each; ring: each rank passes it on to the next",
+        "how blocks reach every rank: pairwise: the owner sends to each; ring: each rank passes them on to the next",
     )
     schedule: Schedule = _parameter(
         "pipelined",
