@@ -24,7 +24,9 @@ from dinfer.messages import (
     HandedOn,
     Lanes,
     Loading,
+    MeasuredForRun,
     Note,
+    RankMeasured,
     RankReport,
     Refused,
     Reply,
@@ -93,6 +95,8 @@ class RankState:
     comparing: Comparing | None = None
     struck: Struck | None = None
     store: StoreOpened | None = None
+    measured: RankMeasured | None = None
+    """of a run whose parameters are to be chosen"""
     result: BatchResult | None = None
     told_to_end: bool = False
 
@@ -241,6 +245,8 @@ class RankStates:
                     state.struck = report
                 case StoreOpened():
                     state.store = report
+                case MeasuredForRun():
+                    state.measured = report.found
                 case BatchResult():
                     state.result = report
                 case ToldToEnd():
