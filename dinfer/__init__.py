@@ -100,6 +100,7 @@ def open(path: str | Path) -> "Saved":
     return open_saved(path, _write, _show)
 
 
+@checked
 def _watch(
     command: "str | Sequence[str]",
     folder: "str | Path | None" = None,
@@ -144,10 +145,10 @@ def _show(shown: "Run | Watch | Saved", *, detached: bool = False) -> Any:
     from dinfer.watching.live import Watch
 
     if isinstance(shown, Watch):
-        from dinfer.views.watched import WatchPanel
+        from dinfer.views.panel.watched import WatchPanel
 
         return WatchPanel(shown)
-    from dinfer.views.panel import Panel
+    from dinfer.views.panel.panel import Panel
 
     if isinstance(shown, Saved):
         from dinfer.views.read_only import ReadOnlyRun

@@ -15,7 +15,7 @@ from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError, check_known, whole_numbers
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
 from dinfer.errors import DinferError, NotPossible, excerpt
-from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
+from dinfer.job import OF_LOAD, Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
 from dinfer.messages import GetHeld, Holdings, Loading, LoadModel, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
@@ -419,6 +419,8 @@ class Session(Tidy, Announced, Closing):
             job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan), left
         )
         run.show, run.recover = self._show, self.recover
+        as_loaded = {name: getattr(job.config, name) for name in OF_LOAD}
+        run.load_again = partial(self.load, job.config.model_path, **as_loaded)
         run.calls.opening = lambda: opening(job.config, self.connected_by, plan, keep=run.keeps)
         run.runs = self.runs
         self.runs.add(run)
