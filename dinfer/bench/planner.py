@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import permutations
 from statistics import median
+from textwrap import indent
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dinfer.bench.links import machine_of
@@ -27,7 +28,7 @@ from dinfer.planner.choose import (
     quadratic_lengths,
     sized_lengths,
 )
-from dinfer.run.prediction import figures_beside, predicted_figures
+from dinfer.run.prediction import HEADS, figures_beside, predicted_figures, rows_beside
 from dinfer.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ SLOW_LINK_BITS, LINK_BITS = 50_000_000, 500_000_000
 NEAR, CLOSE = 0.05, 0.10
 """targets: the choice within so much of the best of the sweep, the prediction within so much of what was measured"""
 
-MODEL, TOKENS = BenchModel(hidden_size=512, heads=8, kv_heads=4, intermediate_size=1536), 1024
-"""by default: some 20 plans, each run four times, in a minute or so on two cores"""
+MODEL, TOKENS = BenchModel(hidden_size=512, heads=8, kv_heads=2, head_dim=64, intermediate_size=1536), 768
+"""by default: three times up to 20 plans, each run four times, in less than four minutes on two cores"""
 
 CHOSEN = "chosen"
 
@@ -92,7 +93,7 @@ def candidates_of(planner: Planner, default: Candidate) -> dict[str, Candidate]:
     return {name: found[name] for name in first.values()}
 
 
-class Place(NamedTuple):
+class CasePlace(NamedTuple):
     """Where the ranks of a case run. `behind`: by rank, the command that runs it on its host; `pace`: links to slow
     down without hosts; `how`: what limits the links, in words."""
 
@@ -168,10 +169,10 @@ def case_figures(
 
 
 @contextmanager
-def _place(config: Config, case: PlannerCase) -> Iterator[Place]:
+def _place(config: Config, case: PlannerCase) -> Iterator[CasePlace]:
     """Where the ranks of a case run: here, or each on a host, with links of which one is slow."""
     if not case.link:
-        yield Place(config, [], [])
+        yield CasePlace(config, [], [])
         return
     bits = {
         pair: SLOW_LINK_BITS if pair == case.link else LINK_BITS
@@ -180,17 +181,19 @@ def _place(config: Config, case: PlannerCase) -> Iterator[Place]:
     speeds = f"{SLOW_LINK_BITS / 1e6:g} and {LINK_BITS / 1e6:g} Mbit/s"
     if reason := why_not():
         how = f"{speeds}: payloads are kept back by dinfer, since {reason}"
-        yield Place(config, [], [(*pair, one / 8) for pair, one in bits.items()], how)
+        yield CasePlace(config, [], [(*pair, one / 8) for pair, one in bits.items()], how)
         return
     with hosts(config.world_size) as network:
         for pair, one in bits.items():
             do(*network.slow(*pair, one))
         placed, behind = config.with_(master_addr=network.address), [one.inside() for one in network.hosts]
-        yield Place(placed, behind, [], f"{speeds}: each rank on a host of its own, in a network namespace")
+        yield CasePlace(
+            placed, behind, [], f"{speeds}: each rank on a host of its own, in a network namespace"
+        )
 
 
 def _run(
-    place: Place, case: PlannerCase, ids: Sequence[int], plans: Sequence[Plan], repeats: int
+    place: CasePlace, case: PlannerCase, ids: Sequence[int], plans: Sequence[Plan], repeats: int
 ) -> "list[RankLinks]":
     from dinfer.bench.link_rank import LinksJob, RankLinks
 
@@ -239,4 +242,6 @@ def table(result: dict[str, Any]) -> str:
         lines += [f"{one['case']}:", *(f"  {sentence}" for sentence in one["because"])]
         if one["links"]:
             lines.append(f"  links of {one['links']}")
+        figures = [(name, its["predicted_s"], its["measured_s"]) for name, its in one["beside"].items()]
+        lines.append(indent(str(Table(HEADS, rows_beside(figures))), "  "))
     return "\n".join(lines)

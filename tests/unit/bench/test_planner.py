@@ -53,9 +53,15 @@ def test_a_case_says_how_near_the_choice_is_and_how_far_the_prediction() -> None
     assert (found["near"], found["off"]) == (pytest.approx(0.1), pytest.approx(-0.1))
     assert found["swept"]["by 128"] == {"measured_s": 2.0, "predicted_s": 1.9}
     about = {"tokens": 300, "layers": 9, "world_size": 3, "threads": 1, "repeats": 2}
-    told = table({**about, "cases": [{**found, "because": ["so"], "links": "a network"}]})
+    more = {
+        "because": ["so"],
+        "links": "a net",
+        "beside": {"prefill": {"predicted_s": 0.99, "measured_s": 1.1}},
+    }
+    told = table({**about, "cases": [{**found, **more}]})
     assert "+10.0%" in told
-    assert told.endswith("even:\n  so\n  links of a network")
+    assert told.partition("even:\n")[2].splitlines()[:2] == ["  so", "  links of a net"]
+    assert told.splitlines()[-1].split() == ["prefill", "0.9900", "1.1000", "-10%"]
 
 
 def test_plans_that_are_the_same_are_swept_once() -> None:
