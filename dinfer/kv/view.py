@@ -169,7 +169,7 @@ class KV(Tidy, Tabular, Composed):
             held = source.held(ranks)
             lines = [
                 f"{subject.dtype_name}, K and V of each layer [{subject.kv_heads} heads, tokens, {subject.head_dim}]; "
-                f"{len(subject.prompt)} tokens in {len(shape.chunks)} chunks; {subject.row_nbytes:,} bytes a token and "
+                f"{shape.tokens_text}; {subject.row_nbytes:,} bytes a token and "
                 f"layer; layers {numbers_text(range(shape.layers))}"
             ]
             for layer in self._layers:
