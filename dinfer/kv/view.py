@@ -94,7 +94,8 @@ class KV(Tidy, Tabular, Composed):
         """
         if other is not None and not any(hasattr(other, name) for name in ("source", "subject")):
             raise CallError(
-                f"other is {excerpt(other)}; it must be another run, or a saved one: dinfer.open(…) opens it."
+                f"other is {excerpt(other)}; it must be another run, or a saved one: dinfer.open(…) opens it. "
+                'run.compare("reference") compares with transformers.'
             )
         hold_other: Hold | None = getattr(other, "hold", None)
         with ExitStack() as held:

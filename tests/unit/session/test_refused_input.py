@@ -36,6 +36,16 @@ CALLS: dict[str, tuple[Callable[[Run], Any], type[Exception], str]] = {
     "step n='2'": (lambda run: run.step(n="2"), CallError, "n is '2'; it must be a whole number"),  # type: ignore[arg-type]
     "step n=True": (lambda run: run.step(n=True), CallError, "n is True; it must be"),
     "decode": (lambda run: run.decode(2.5), CallError, "max_new_tokens is 2.5; it must be a whole number"),  # type: ignore[arg-type]
+    "run_to chunk='a'": (
+        lambda run: run.run_to("a", 1), PlanError, "chunk is 'a'; it must be a whole number from 0 to 1",  # type: ignore[arg-type]
+    ),
+    "run_to layer=1.5": (
+        lambda run: run.run_to(0, 1.5), PlanError, r"layer is 1\.5; it must be a whole number from 0 to 1",  # type: ignore[arg-type]
+    ),
+    "diff('reference')": (
+        lambda run: run.kv().diff("reference"), CallError,  # type: ignore[arg-type]
+        r'other is \'reference\'; .*run\.compare\("reference"\) compares with transformers',
+    ),
     "absmax": (
         lambda run: run.break_at(when="absmax > 1.2.3"), PlanError, "when is 'absmax > 1.2.3'; it must be one of",
     ),
