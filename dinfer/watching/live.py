@@ -29,6 +29,7 @@ from dinfer.watching.evidence import Evidence
 from dinfer.watching.figures import table_of
 from dinfer.watching.folders import RECORDS, Watched
 from dinfer.watching.kv import WatchedKv
+from dinfer.watching.pace import GLANCE_S, Pace
 from dinfer.watching.signs import MAIN
 from dinfer.watching.temporary import TemporaryFolder
 
@@ -399,14 +400,17 @@ class EnginesSource:
         self._thread.join(STOP_S)
 
     def _follow(self) -> None:
-        pause = LOOK_S
-        while not self._over.wait(pause):
-            began = time.monotonic()
+        pace = Pace()
+        while not self._over.wait(GLANCE_S):
             try:
-                self.look()
+                if pace.is_due(self._is_urgent):
+                    with pace.looking():
+                        self.look()
             except Exception as error:  # a later look may succeed
                 self.watched.trouble(error)
-            pause = max(LOOK_S, 10 * (time.monotonic() - began))
+
+    def _is_urgent(self) -> bool:
+        return self._alarm.is_deciding or self.watched.has_news()
 
 
 def of_cells(evidence: Evidence, over: Collection[RaisedError] = ()) -> Evidence:
