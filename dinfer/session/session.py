@@ -179,7 +179,8 @@ class Session(Tidy, Announced, Closing):
         keep: bool = False,
         **parameters: Any,
     ) -> Run:
-        """A run of this prompt, text or token ids (also as `prompt_ids`); with `paused` it stands before its first op.
+        """A run of this prompt, text or token ids (also as `prompt_ids`), or the text of `prompt_file`; with
+        `paused` it stands before its first op.
         The run before it is then over; if it has failed or hangs, and only lanes are blocked, they are freed, and a
         line says so. `runs` has it; it answers from the digests that were kept of it. `keep`: once this run is over,
         the values of its KV stay in a temporary folder.
@@ -207,11 +208,13 @@ class Session(Tidy, Announced, Closing):
         own = without_fixed(parameters, self._config, self.spec)
         if prompt is None and "prompt_ids" in own:  # the name that it has in `dinfer run`
             prompt = whole_numbers("prompt_ids", own.pop("prompt_ids"))
-        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
-            raise ConfigError(
-                f"prompt is {prompt!r}; it must be text, or a list of token ids such as [5, 17, 3]."
-            )
-        given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
+        given: dict[str, Any] = {}
+        if prompt is not None or "prompt_file" not in own:
+            if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+                raise ConfigError(
+                    f"prompt is {excerpt(prompt)}; it must be text, or a list of token ids such as [5, 17, 3]."
+                )
+            given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
         config = self._config.with_(**{"prompt_ids": (), **given, **own})
         check_auto(config, auto)
         job = prepare_loaded(config, self.spec, plan)
