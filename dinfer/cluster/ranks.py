@@ -25,7 +25,9 @@ from dinfer.messages import (
     HandedOn,
     Lanes,
     Loading,
+    MeasuredForRun,
     Note,
+    RankMeasured,
     RankReport,
     Refused,
     Reply,
@@ -94,6 +96,8 @@ class RankState:
     comparing: Comparing | None = None
     struck: Struck | None = None
     store: StoreOpened | None = None
+    measured: RankMeasured | None = None
+    """of a run whose parameters are to be chosen"""
     result: BatchResult | None = None
     told_to_end: bool = False
 
@@ -242,6 +246,8 @@ class RankStates(ABC):
                     state.struck = report
                 case StoreOpened():
                     state.store = report
+                case MeasuredForRun():
+                    state.measured = report.found
                 case BatchResult():
                     state.result = report
                 case ToldToEnd():
