@@ -145,10 +145,10 @@ def _show(shown: "Run | Watch | Saved", *, detached: bool = False) -> Any:
     from dinfer.watching.live import Watch
 
     if isinstance(shown, Watch):
-        from dinfer.views.watched import WatchPanel
+        from dinfer.views.panel.watched import WatchPanel
 
         return WatchPanel(shown)
-    from dinfer.views.panel import Panel
+    from dinfer.views.panel.panel import Panel
 
     if isinstance(shown, Saved):
         from dinfer.views.read_only import ReadOnlyRun

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -92,9 +93,9 @@ class Watch(Tidy, Displayable, Closing):
         self._source, self._write, self._show = source, write, show
 
     @property
+    @abstractmethod
     def is_over(self) -> bool:
         """Whether nothing will change any more."""
-        raise NotImplementedError
 
     def moment(self) -> WatchMoment:
         """What there is to show now; of KV, what can be read at once."""
@@ -112,9 +113,9 @@ class Watch(Tidy, Displayable, Closing):
             process for rank, process in found.processes.items() if not found.signs[rank].ended
         )
 
+    @abstractmethod
     def _title(self) -> str:
         """What is watched, in a line."""
-        raise NotImplementedError
 
     def debugger(self) -> Any:
         """A panel that follows the ranks, also while cells run: verdict, where each stands, layers and chunks where

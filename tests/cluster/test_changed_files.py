@@ -14,7 +14,7 @@ import dinfer
 from dinfer.errors import ModelError
 from dinfer.run.failure import RankFailed
 from dinfer.session.session import Session
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
