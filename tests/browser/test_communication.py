@@ -148,7 +148,7 @@ def test_the_figures_of_engines_on_busy_cores_are_complete_and_say_when_they_are
 def check(samples: list[tuple[float, str, int, str]], events: int) -> None:
     """Events came while the run moved, and whoever reads fewer than there are after its end reads that it is so."""
     moved = [count for _, state, count, _ in samples if state == "running"]
-    assert len(set(moved)) > 2, "it was drawn while the run moved"
+    assert len(set(moved)) > 1, "it was drawn while the run moved"
     last = max(n for n, (_, state, *_) in enumerate(samples) if state == "running")
     after = samples[last + 1 :]
     ended, complete = after[0][0], next(at for at, _, count, _ in after if count == events)
