@@ -163,7 +163,7 @@ class Free:
     def act(self, code: str) -> str:
         """A cell; what it said, or its error."""
         found = self.ask(f"act({code!r})")
-        return found["error"] or found["said"]
+        return str(found["error"] or found["said"])
 
     def press(self, action: str) -> str:
         """A button of the panel."""
