@@ -7,32 +7,12 @@ from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 from dinfer.codec.choice import BlockSize, Codec
-from dinfer.config import Config
 from dinfer.plan.graph import Channel
+from dinfer.plan.lower import by_stream, lower
 from dinfer.plan.ops import Op
 from dinfer.plan.partition import Shape
+from dinfer.plan.plan import Plan
 from dinfer.planner.costs import LayerCost
-
-
-class Unmeasured(NamedTuple):
-    """Why no measurement tells the times of a run: a parameter that would need another `value`."""
-
-    name: str
-    value: str
-    why: str
-
-    @property
-    def remedy(self) -> str:
-        return f'session.load(…, {self.name}="{self.value}")'
-
-
-def unmeasured(config: Config) -> Unmeasured | None:
-    """Why a run of this config, whose backend is chosen, is not among those that are measured; None if it is."""
-    if config.backend != "gloo":
-        return Unmeasured("backend", "gloo", f"how {config.backend} shares links is not measured")
-    if config.wants_graphs:
-        return Unmeasured("kernels", "exact", "graphs are not measured")
-    return None
 
 
 class CodecCost(NamedTuple):
@@ -121,7 +101,8 @@ def _most(speeds: Iterable[LinkSpeed]) -> float:
 class MeasuredMachine:
     """All that a simulation needs (`plan.timing.Timings`). `layers`: by rank; `hidden_bytes`, `block_bytes`: of one
     token's hidden state, and of its K and V in one layer; `measured`: by rank and op, seconds that count instead;
-    `codecs`: those that were measured; `codec`: what blocks are sent by, as in a config."""
+    `codecs`: those that were measured; `codec`: what blocks are sent by, as in a config; `padded`: a chunk takes as
+    long as the longest of its plan, as graphs do; `streams`: plans are lowered, and their ops issued to streams."""
 
     layers: tuple[LayerCost, ...]
     links: Links
@@ -130,6 +111,8 @@ class MeasuredMachine:
     measured: Mapping[tuple[int, Op], float] = field(default_factory=dict)
     codecs: tuple[CodecCost, ...] = ()
     codec: str = "none"
+    padded: bool = False
+    streams: bool = False
 
     @cached_property
     def _coding(self) -> CodecCost:
@@ -152,7 +135,12 @@ class MeasuredMachine:
         if op.kind != "layer":
             return 0.0
         rows = shape.chunks[op.chunk]
-        return self.layers[rank].seconds(rows.start, len(rows))
+        tokens = max(map(len, shape.chunks)) if self.padded else len(rows)
+        return self.layers[rank].seconds(rows.start, tokens)
+
+    def as_run(self, plan: Plan) -> Plan:
+        """The plan with the lanes in which its ops run here."""
+        return by_stream(lower(plan)) if self.streams else plan
 
     def message(self, op: Op) -> int:
         if op.what != "kv":
@@ -177,6 +165,8 @@ class MeasuredMachine:
             "block_bytes": self.block_bytes,
             "codecs": [one._asdict() for one in self.codecs],
             "codec": self.codec,
+            "padded": self.padded,
+            "streams": self.streams,
         }
 
     @classmethod
@@ -188,6 +178,7 @@ class MeasuredMachine:
         return cls(
             layers, links, values["hidden_bytes"], values["block_bytes"],
             codecs=codecs, codec=values.get("codec", "none"),
+            padded=values.get("padded", False), streams=values.get("streams", False),
         )  # fmt: skip
 
 
