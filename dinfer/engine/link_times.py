@@ -12,6 +12,7 @@ from torch import Tensor
 from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Value
 from dinfer.planner.machine import LinkSpeed
+from dinfer.trace.transfers import LinkRanks
 from dinfer.transport.gloo import Comm
 from dinfer.transport.header import Header
 from dinfer.transport.streams import Issued, StreamComm, Streams
@@ -33,11 +34,7 @@ STREAMED = 8
 CLOSE_S = 30.0
 
 
-Link = tuple[int, int]
-"""source and target"""
-
-
-def _pairs(comm: Comm) -> list[Link]:
+def _pairs(comm: Comm) -> list[LinkRanks]:
     return [(a, b) for a in range(comm.world_size) for b in range(comm.world_size) if a != b]
 
 
@@ -174,7 +171,7 @@ def time_stream_links(comm: StreamComm, device: torch.device, nbytes: int) -> li
     streams = comm.open_streams(device, max(nbytes, SMALL))
     try:
         probe = _StreamProbe(comm.rank, device, streams)
-        alone = dict[Link, tuple[float, float]]()
+        alone = dict[LinkRanks, tuple[float, float]]()
         for pair in pairs:
             comm.all_gather(b"l")  # the others are quiet
             small, large = (probe.periods([pair], size) for size in (SMALL, nbytes))
@@ -202,12 +199,12 @@ class _StreamProbe:
     def __init__(self, rank: int, device: torch.device, streams: Streams) -> None:
         self._rank, self._device, self._streams = rank, device, streams
 
-    def periods(self, pairs: Sequence[Link], nbytes: int) -> dict[Link, float]:
+    def periods(self, pairs: Sequence[LinkRanks], nbytes: int) -> dict[LinkRanks, float]:
         """Seconds from one message of so many bytes to the next on each of these links that leads here, with all of
         them busy. All ranks issue in the same order, so that none waits for another in a circle; the first messages
         connect and warm up."""
         payload, into = (torch.zeros(nbytes, dtype=torch.uint8, device=self._device) for _ in range(2))
-        issued: dict[Link, list[Issued]] = {pair: [] for pair in pairs if self._rank in pair}
+        issued: dict[LinkRanks, list[Issued]] = {pair: [] for pair in pairs if self._rank in pair}
         for _ in range(STREAMED + 1):
             for pair in issued:
                 channel = Channel("kv", *pair)

@@ -40,13 +40,14 @@ class LinkSpeed(NamedTuple):
 @dataclass(frozen=True)
 class Links:
     """All links of a machine, and what messages get of them that travel at the same time: hidden states go first
-    (`transport.precedence`), blocks share what they leave.
+    (`transport.precedence`), blocks share what they leave; without `hidden_first`, as on streams, all share alike.
 
     Four things bound a message: its link; what its source can send and its target receive; and what the whole network
     carries. Each was seen at its largest in one of two measurements: a link alone, and all links together.
     """
 
     speeds: tuple[LinkSpeed, ...]
+    hidden_first: bool = True
 
     @cached_property
     def by_link(self) -> dict[tuple[int, int], LinkSpeed]:
@@ -76,8 +77,8 @@ class Links:
         """Rates grow alike until a bound is reached; those that it does not bind go on."""
         needed = [((c.source, c.target), ("from", c.source), ("to", c.target), "all") for c in moving]
         left, rates = dict(self._bounds), [0.0] * len(moving)
-        for communicator in ("hidden", "kv"):
-            growing = {n for n, channel in enumerate(moving) if channel.communicator == communicator}
+        for communicators in (("hidden",), ("kv",)) if self.hidden_first else (("hidden", "kv"),):
+            growing = {n for n, channel in enumerate(moving) if channel.communicator in communicators}
             while growing:
                 users = Counter[object](one for n in growing for one in needed[n])
                 tight = min(users, key=lambda one: left[one] / users[one])
@@ -173,12 +174,13 @@ class MeasuredMachine:
     def of(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `as_dict`."""
         layers = tuple(LayerCost(**cost) for cost in values["layers"])
-        links = Links(tuple(LinkSpeed(**one) for one in values["links"]))
+        streams = values.get("streams", False)
+        links = Links(tuple(LinkSpeed(**one) for one in values["links"]), hidden_first=not streams)
         codecs = tuple(CodecCost(**one) for one in values.get("codecs", ()))
         return cls(
             layers, links, values["hidden_bytes"], values["block_bytes"],
             codecs=codecs, codec=values.get("codec", "none"),
-            padded=values.get("padded", False), streams=values.get("streams", False),
+            padded=values.get("padded", False), streams=streams,
         )  # fmt: skip
 
 

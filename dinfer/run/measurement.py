@@ -122,7 +122,7 @@ def measured(answers: Mapping[int, RankMeasured], tokens: int) -> Measurement:
         for rank in sorted(answers)
     )
     first = answers[0]
-    links = Links(tuple(LinkSpeed(*link) for link in first.links))
+    links = Links(tuple(LinkSpeed(*link) for link in first.links), hidden_first=not first.streams)
     codecs = tuple(CodecCost(*one) for one in first.codecs)
     machine = MeasuredMachine(
         costs, links, first.hidden_bytes, first.block_bytes,

@@ -57,6 +57,10 @@ def test_a_hidden_state_goes_first() -> None:
     assert links(100, 100).rates([hidden, kv(0, 2), kv(0, 1)]) == [100, 100, 0]
 
 
+def test_on_streams_a_hidden_state_shares_with_blocks() -> None:
+    assert replace(links(), hidden_first=False).rates([Channel("hidden", 0, 1), kv(0, 2)]) == [50, 50]
+
+
 def test_a_network_that_carries_less_than_its_links_is_shared_by_all() -> None:
     assert links(100, 20).rates([kv(0, 1), kv(1, 2), kv(2, 0)]) == [40, 40, 40]
 
@@ -108,7 +112,7 @@ LAYER = LayerCost(1e-3, 0, 1e-4, 0)
 
 
 def machine(*, padded: bool = False, streams: bool = False, speed: float = 1e9) -> MeasuredMachine:
-    alike = Links(tuple(LinkSpeed(*pair, 1e-5, speed, speed) for pair in PAIRS))
+    alike = Links(tuple(LinkSpeed(*pair, 1e-5, speed, speed) for pair in PAIRS), hidden_first=not streams)
     return MeasuredMachine((LAYER, LAYER, LAYER), alike, 64, 128, padded=padded, streams=streams)
 
 
