@@ -5,17 +5,16 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from dinfer.cluster.lease import RankLease
-from dinfer.cluster.ranks import LOST, Ranks
+from dinfer.cluster.ranks import LOST
 from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.errors import NotPossible
 from dinfer.job import Job
-from dinfer.messages import Command, Failed
+from dinfer.messages import Failed
 from dinfer.model.checkpoint import check
 from dinfer.model.mapped import WeightsChanged
 from dinfer.plan.partition import partition
@@ -28,6 +27,7 @@ from dinfer.session.session import Session
 from dinfer.severity import Severity
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import HangKind
+from tests.support.bare_ranks import BareRanks
 from tests.support.fixtures import fresh_session
 from tests.support.runs import wait_for
 from tests.support.twin import prompt
@@ -40,16 +40,13 @@ DEADLOCK = Verdict("cycle", "deadlock: ranks 0 and 1 wait for each other", (0, 1
 session = fresh_session
 
 
-class KnownRanks(Ranks):
+class KnownRanks(BareRanks):
     """Two ranks of which a test says what is known."""
 
     def __init__(self) -> None:
         super().__init__(2)
         self.ended: list[int | None] = [None, None]
         self.mute: list[int] = []
-
-    def _send(self, rank: int, command: Command[Any], number: int) -> None:
-        """Nobody receives it."""
 
     def exits(self) -> list[int | None]:
         return self.ended

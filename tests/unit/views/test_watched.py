@@ -181,8 +181,14 @@ class MadeWatch(Watch):
     def moment(self) -> WatchMoment:
         return WatchMoment("ended" if self.is_over else "runs", self.found, None)
 
-    def __str__(self) -> str:
+    def _title(self) -> str:
         return "a watch"
+
+    def __str__(self) -> str:
+        return self._title()
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 // Live figures of the links: the kernel makes figures, and plotly's own script, which it sends once, draws them. Nothing
 // here can upload data.
 
-const TITLES = { latency: "latency", distribution: "distribution", matrix: "rank × rank", gantt: "lanes", exposure: "exposed" };
+const TITLES = { latency: "latency", distribution: "distribution", matrix: "rank × rank", gantt: "lanes", exposure: "exposed", predicted: "predicted" };
 const TALLEST = 480; // of what is seen of a figure, as in panel.css; a taller one scrolls
 const TOOLS = 46; // the margin at the right, in which plotly's tools stand: above, they would lie over legends and titles
 const EXPLAINED = {
@@ -10,6 +10,7 @@ const EXPLAINED = {
   matrix: "bytes, bandwidth and latency from each rank to each other",
   gantt: "what each lane did when; bubble: there was nothing to do",
   exposure: "communication is exposed unless computing hides it",
+  predicted: "seconds that the planner predicted, beside those measured: a rank computes, a link carries data",
 };
 
 class Communication {
