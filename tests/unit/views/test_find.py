@@ -131,7 +131,7 @@ def test_messages_slow_on_the_wire_are_found_by_link_and_op() -> None:
     for query in ("slow kv 0>1", "slow recv kv 0>1", "slow send kv 0>1", "slow link 0>1 kv"):
         hits, total = find(query, RUN)
         assert total == len(expected) > 0, query
-        assert sorted((hit.layer, hit.chunk) for hit in hits) == expected  # type: ignore[type-var]
+        assert sorted((hit.layer, hit.chunk) for hit in hits) == expected
         assert {hit.rank for hit in hits} == {1}
     hit = find("slow kv 0>1", RUN).hits[0]
     assert hit.text.startswith("slow: kv c")
