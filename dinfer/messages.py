@@ -39,7 +39,7 @@ StackLine = tuple[str, int, str, str]
 Figures = dict[str, list[list[float]]]
 """`kv.measure.per_head`: each figure as [2, kv_heads]"""
 
-Phase = Literal["starting", "loading", "prefill", "decode", "done"]
+Phase = Literal["starting", "loading", "measuring", "prefill", "decode", "done"]
 
 
 class DeviceMemory(NamedTuple):
@@ -172,7 +172,7 @@ class KvHash(Answer, frozen=True):
 
 
 class RankMeasured(Answer, frozen=True):
-    """What layers take on this rank, fields of `planner.costs.LayerTime`; and each link, fields of
+    """What layers take on this rank, alone and `in_run`, fields of `planner.costs.LayerTime`; and each link, fields of
     `planner.machine.LinkSpeed`, the same on every rank. Bytes are of one token. `codecs`: fields of
     `planner.machine.CodecCost`."""
 
@@ -181,6 +181,7 @@ class RankMeasured(Answer, frozen=True):
     hidden_bytes: int
     block_bytes: int
     codecs: tuple[tuple[str, float, float, float], ...] = ()
+    in_run: tuple[tuple[int, int, float], ...] = ()
 
 
 class LeftGroup(Answer, frozen=True):
@@ -656,6 +657,14 @@ class MeetAt(Command[Ok], frozen=True):
     port: int
 
 
+class RunChosen(Command[Ok], frozen=True):
+    """To a rank of `dinfer run` that has measured: what the planner has chosen, by parameter of Config, and the plan's
+    text, "" where the parameters say it all. No reply."""
+
+    parameters: dict[str, Any]
+    plan: str
+
+
 class AllStands(Command[Ok], frozen=True):
     """Where all ranks stand, None where that is not known: answers a rank's `AskStands`. No reply."""
 
@@ -865,6 +874,12 @@ class StoreOpened(RankReport, frozen=True):
     port: int
 
 
+class MeasuredForRun(RankReport, frozen=True):
+    """What this rank has measured; it waits for RunChosen."""
+
+    found: RankMeasured
+
+
 class BatchResult(RankReport, frozen=True):
     """The rank is done: what it measured."""
 
@@ -934,12 +949,14 @@ class RankLink(Struct, frozen=True):
 
 
 class RankJob(Struct, frozen=True):
-    """What `dinfer.rank.worker` reads from its standard input. `config`: the fields of Config."""
+    """What `dinfer.rank.worker` reads from its standard input. `config`: the fields of Config; `to_measure`: what to
+    measure before the run, for the planner."""
 
     rank: int
     config: dict[str, Any]
     ids: tuple[int, ...]
     link: RankLink
+    to_measure: MeasureRank | None = None
 
 
 # -- encoding

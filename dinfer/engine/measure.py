@@ -6,15 +6,19 @@
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import pairwise
 from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dinfer.codec.choice import ABOUT, DTYPES, Codec
 from dinfer.codec.coding import decode, encode
+from dinfer.config import Config
 from dinfer.engine.corruption import Alarm
+from dinfer.engine.engine import Engine
 from dinfer.engine.finite import FiniteCheck
 from dinfer.engine.prefill import Prefill
 from dinfer.model.decoder import Decoder
@@ -24,11 +28,15 @@ from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.planner.costs import LayerTime
 from dinfer.planner.machine import CodecCost, LinkSpeed
+from dinfer.trace.events import Event
 from dinfer.transport.gloo import Comm
 from dinfer.transport.header import Header
 
 ROUNDS = 3
 """timed runs of a layer for each shape, after one that warms up"""
+
+MORE_CHUNKS = 3
+"""than ranks, in a run that is timed: so many chunks for which all ranks compute at once, and one on top"""
 
 CODEC_LAYERS = 6
 """from how many layers codecs get blocks"""
@@ -40,6 +48,82 @@ TOGETHER_S = 0.3
 
 LARGEST = 1 << 20
 """bytes of a message, at most"""
+
+
+class Measured(NamedTuple):
+    """What one rank has measured. `layers`: alone; `in_run`: among the other ops of a run. Bytes are of one token;
+    `links` are the same on every rank."""
+
+    layers: list[LayerTime]
+    in_run: list[LayerTime]
+    links: list[LinkSpeed]
+    hidden_bytes: int
+    block_bytes: int
+    codecs: list[CodecCost]
+
+
+def measure(
+    decoder: Decoder,
+    comm: Comm,
+    tokens: int,
+    lengths: Sequence[int],
+    link_tokens: int,
+    *,
+    digests: bool = True,
+) -> Measured:
+    """All that the planner needs: layers on all ranks at the same time, by themselves and in short runs; then one link
+    after another, and all, by blocks of `link_tokens` tokens; then codecs."""
+    comm.all_gather(b"m")
+    layers = time_layers(decoder, tokens, lengths, digests=digests)
+    in_run = [
+        time
+        for length in sorted({min(lengths), min(link_tokens, max(lengths))})
+        for time in time_layers_in_run(decoder, comm, tokens, length, digests=digests)
+    ]
+    hidden, block = token_bytes(decoder)
+    links = time_links(comm, block * link_tokens)
+    return Measured(layers, in_run, links, hidden, block, time_codecs(decoder, link_tokens))
+
+
+def time_layers_in_run(
+    decoder: Decoder, comm: Comm, tokens: int, length: int, *, digests: bool
+) -> list[LayerTime]:
+    """Times of a layer among the other ops of a run: from the end of one to the end of the next, so with what an op
+    costs beside its kernels, and with sync on the same cores. Of each chunk of `length` tokens the median; there are
+    a few chunks more than ranks, so that all ranks compute at once, but no more than `tokens` tokens."""
+    count = max(1, min(comm.world_size + MORE_CHUNKS, tokens // length))
+    config = Config(
+        world_size=comm.world_size, chunk_size=length, digests=digests, backend="gloo", log_dir=""
+    )
+    engine, events = Engine(decoder, comm, config), list[Event]()
+    for _ in range(2):  # the first warms up
+        comm.all_gather(b"r")  # if another rank has failed, this one raises here, before it has lanes
+        engine.prepare([0] * (count * length))
+        try:
+            comm.all_gather(b"s")
+            engine.prefill_phase()
+            comm.all_gather(b"e")
+            assert engine.recorder is not None
+            events = engine.recorder.events()
+        finally:
+            engine.release()
+    return in_run_times(events, length)
+
+
+def in_run_times(events: Sequence[Event], length: int) -> list[LayerTime]:
+    """By chunk, the median of its layers' times: from the end of the layer before on this rank, where it follows at
+    once, else from its own start."""
+    layers = [one for one in events if one.kind == "layer" and one.chunk is not None]
+    after = dict[int, list[float]]()
+    alone = dict[int, list[float]]()
+    for before, one in pairwise([None, *layers]):
+        assert one is not None
+        assert one.chunk is not None
+        if before and before.chunk == one.chunk:
+            after.setdefault(one.chunk, []).append((one.end - before.end) / 1e9)
+        else:
+            alone.setdefault(one.chunk, []).append((one.end - one.start) / 1e9)
+    return [LayerTime(chunk * length, length, median(times)) for chunk, times in (after or alone).items()]
 
 
 def time_layers(

@@ -107,6 +107,11 @@ class Planner:
             self._known[candidate] = timed(graph, self.machine).makespan
         return self._known[candidate]
 
+    def lanes(self, candidate: Candidate) -> tuple[object, ...]:
+        """What is the same for candidates that run the same ops: with two ranks both strategies do."""
+        plan = candidate.plan(self.layers)
+        return plan.shape, plan.lanes
+
     def choose(self, default: Candidate, free: Iterable[str]) -> Chosen:
         """The fastest plan that differs from `default` only in what is `free`: any of CHOICES. Raises PlanError."""
         wanted = tuple(name for name in CHOICES if name in set(free))

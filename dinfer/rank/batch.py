@@ -12,10 +12,21 @@ from dinfer.config import Config
 from dinfer.engine.engine import Engine
 from dinfer.engine.finite import largest_values
 from dinfer.engine.kernels import Graphs, Kernels, kernels_of
+from dinfer.engine.measure import measure
 from dinfer.kv.digests import block_digests, row_digests
-from dinfer.messages import BatchResult, BlockCorrupt, FirstNonFinite, TextPiece
+from dinfer.messages import (
+    BatchResult,
+    BlockCorrupt,
+    FirstNonFinite,
+    MeasuredForRun,
+    MeasureRank,
+    RankMeasured,
+    RunChosen,
+    TextPiece,
+)
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
+from dinfer.plan.plan import parse_plan
 from dinfer.rank.agreement import agree, facts_of
 from dinfer.rank.control import Control
 from dinfer.rank.failure import explained
@@ -27,9 +38,15 @@ log = logging.getLogger("dinfer")
 
 
 def run_rank(
-    rank: int, config: Config, ids: Sequence[int], control: Control, meet: Callable[[], Comm]
+    rank: int,
+    config: Config,
+    ids: Sequence[int],
+    control: Control,
+    meet: Callable[[], Comm],
+    to_measure: MeasureRank | None = None,
 ) -> BatchResult:
-    """Load, `meet()` the other ranks, prefill, decode; this rank's part of the result.
+    """Load, `meet()` the other ranks, prefill, decode; this rank's part of the result. `to_measure`: what to measure
+    first, so that the planner can choose; `control` must await RunChosen then.
 
     Raises OutOfMemory, with what to change, where memory runs out.
     """
@@ -41,15 +58,20 @@ def run_rank(
         log.info("loaded %s on %s, %d threads", config.model_path, decoder.device, config.threads)
         graphs = Kernels().prepare(decoder, config)
         warm_up(decoder, config, len(ids), graphs)
-        comm = meet()
+        comm, own = meet(), ""
+        if to_measure:  # who measures nothing would wait for another message
+            facts = facts_of(config, decoder.spec, ids, 0, kernels_of(graphs))
+            agree(comm, {**facts, "to be measured": str(to_measure)})
+            config, own = _chosen(decoder, comm, control, config, to_measure)
         engine = Engine(
             decoder, comm, config, graphs=graphs, board=board, memory=control.recorder_memory,
             on_op=OpLog(log, decoder.num_layers),
             on_corrupt=lambda found: control.report(BlockCorrupt(found.as_dict())),
             on_nonfinite=lambda found: control.report(FirstNonFinite(found.as_dict())),
         )  # fmt: skip
-        agree(comm, facts_of(config, decoder.spec, ids, engine.plan_for(len(ids)).id, kernels_of(graphs)))
-        plan = engine.prepare(ids).plan
+        plan = parse_plan(own) if own else engine.plan_for(len(ids))
+        agree(comm, facts_of(config, decoder.spec, ids, plan.id, kernels_of(graphs)))
+        plan = engine.prepare(ids, plan=plan).plan
         recorder = engine.recorder
         assert recorder is not None
         control.attach(rank, recorder.lanes)
@@ -76,6 +98,29 @@ def run_rank(
             log_trouble=log_trouble(log),
             stopped=_stopped(tokens, engine),
         )
+
+
+def measured(decoder: Decoder, comm: Comm, command: MeasureRank) -> RankMeasured:
+    """What layers and links take here; all ranks do this together."""
+    found = measure(
+        decoder, comm, command.tokens, command.lengths, command.link_tokens, digests=command.digests
+    )
+    return RankMeasured(
+        tuple(found.layers), tuple(found.links), found.hidden_bytes, found.block_bytes, tuple(found.codecs),
+        tuple(found.in_run),
+    )  # fmt: skip
+
+
+def _chosen(
+    decoder: Decoder, comm: Comm, control: Control, config: Config, command: MeasureRank
+) -> tuple[Config, str]:
+    """Measure, and wait for what the planner chooses by it: the config with its choices, and the plan's text, "" where
+    the config says it all. All ranks do this together."""
+    control.board.set_phase("measuring")
+    control.report(MeasuredForRun(measured(decoder, comm, command)))
+    chosen = control.wait_for(RunChosen, config.start_timeout)
+    log.info("chosen: %s", chosen.parameters)
+    return config.with_(**chosen.parameters), chosen.plan
 
 
 def warm_up(decoder: Decoder, config: Config, tokens: int, graphs: Graphs | None) -> None:

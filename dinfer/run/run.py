@@ -746,8 +746,8 @@ class Run(Tidy, Displayable):
         return self.told.sentence if self.told else ""
 
     def __str__(self) -> str:
-        plan, chunks = self.plan, len(self.plan.shape.chunks)
-        head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
+        plan = self.plan
+        head = f"{plan.shape.tokens_text}, {plan.schedule}, {plan.sync_strategy}"
         return f"run of {head}{self.job.config.codec_text}: {self.where()}"
 
     def _repr_mimebundle_(self, **_: Any) -> Any:

@@ -57,6 +57,16 @@ def connect(
         )
     ranks: Ranks
     if where == "threads":
+        for name, value, default in (
+            ("profile", profile, "default"),
+            ("cluster_id", cluster_id, None),
+            ("start", start, None),
+            ("take", take, False),
+        ):
+            if value != default:
+                raise ConfigError(
+                    f"{name} is {excerpt(value)}, but ranks that are threads have no cluster: leave {name} out."
+                )
         from dinfer.cluster.threads import LocalRanks
 
         ranks = LocalRanks(n or DEFAULT_N)

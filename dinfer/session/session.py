@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -16,36 +16,34 @@ from dinfer.config import Config, ConfigError, check_known, whole_numbers
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
 from dinfer.errors import DinferError, NotPossible, excerpt
 from dinfer.job import OF_LOAD, Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
-from dinfer.messages import GetHeld, Holdings, Loading, LoadModel, MeasureRank, PreparePrompt, UnloadModel
+from dinfer.messages import GetHeld, Holdings, Loading, LoadModel, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
 from dinfer.plan.custom import CustomSchedule
 from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
-from dinfer.planner.machine import unmeasured
 from dinfer.progress import rank_bars
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.run.failure import RankFailed
 from dinfer.run.hang import Hung
 from dinfer.run.left import LeftRun
+from dinfer.run.measurement import (
+    AUTO,
+    AUTOS,
+    TOKENS,
+    Measurement,
+    check_auto,
+    chosen_job,
+    measured,
+    measured_before,
+    predictable,
+    to_measure,
+    without_auto,
+)
 from dinfer.run.report import NO_VIEWS, Reporter, opening
 from dinfer.run.run import Run
 from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
-from dinfer.session.measure import (
-    AUTO,
-    AUTOS,
-    LENGTHS,
-    LINK_TOKENS,
-    TOKENS,
-    Measurement,
-    check_auto,
-    choose,
-    measured,
-    measured_before,
-    with_choice,
-    without_auto,
-)
 from dinfer.session.reattach import are_in_one_group, loaded_of, run_of
 from dinfer.session.runs import SessionRuns
 from dinfer.session.sweep import Sweep, sweep
@@ -158,7 +156,9 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         share = max(self.ranks.cores())
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
-        values.update(kernels=kernels, backend=self.ranks.backend if backend == "auto" else backend)
+        values.update(
+            kernels=kernels, backend=self.ranks.usual_backend(gpu_ids) if backend == "auto" else backend
+        )
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))
@@ -181,7 +181,8 @@ class Session(Tidy, Announced, Closing):
         keep: bool = False,
         **parameters: Any,
     ) -> Run:
-        """A run of this prompt, text or token ids (also as `prompt_ids`); with `paused` it stands before its first op.
+        """A run of this prompt, text or token ids (also as `prompt_ids`), or the text of `prompt_file`; with
+        `paused` it stands before its first op.
         The run before it is then over; if it has failed or hangs, and only lanes are blocked, they are freed, and a
         line says so. `runs` has it; it answers from the digests that were kept of it. `keep`: once this run is over,
         the values of its KV stay in a temporary folder.
@@ -209,28 +210,28 @@ class Session(Tidy, Announced, Closing):
         own = without_fixed(parameters, self._config, self.spec)
         if prompt is None and "prompt_ids" in own:  # the name that it has in `dinfer run`
             prompt = whole_numbers("prompt_ids", own.pop("prompt_ids"))
-        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
-            raise ConfigError(
-                f"prompt is {prompt!r}; it must be text, or a list of token ids such as [5, 17, 3]."
-            )
-        given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
+        given: dict[str, Any] = {}
+        if prompt is not None or "prompt_file" not in own:
+            if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+                raise ConfigError(
+                    f"prompt is {excerpt(prompt)}; it must be text, or a list of token ids such as [5, 17, 3]."
+                )
+            given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
         config = self._config.with_(**{"prompt_ids": (), **given, **own})
         check_auto(config, auto)
         job = prepare_loaded(config, self.spec, plan)
         if auto:
             if config.digests not in self._measured:
                 self._measure(self.spec, config.digests)
-            chosen = choose(self._measured[config.digests], job, auto)
-            print(chosen)
-            config, plan = with_choice(config, chosen, self.spec.layers)
-            job = replace(prepare_loaded(config, self.spec, plan or None), predicted_s=chosen.predicted_s)
-        if (found := self._measured.get(config.digests)) and not unmeasured(config):
-            job = replace(job, machine=replace(found.machine, codec=config.codec))
+            choice = chosen_job(job, self._measured[config.digests], auto)
+            print(choice.chosen)
+            job, plan = choice.job, choice.plan
+        job = predictable(job, self._measured.get(config.digests))
         text = "" if not plan else job.plan.text()
         self._end_run("another run has begun; session.debugger() shows it")
         run = self._new_run(job, text)
         run.keeps = keep
-        about = f"{job.plan.schedule}, {job.plan.sync_strategy}{config.codec_text}"
+        about = f"{job.plan.schedule}, {job.plan.sync_strategy}{job.config.codec_text}"
         self._note(f"run: {len(job.ids)} tokens, {about}", run)
         if not paused:
             run.resume()
@@ -486,14 +487,12 @@ class Session(Tidy, Announced, Closing):
         self._end_run("layers and links were measured; session.prefill(…) begins another run")
         self._free_lanes()
         self._ensure_whole()
-        tokens = min(TOKENS, spec.max_positions)
-        lengths = tuple(length for length in LENGTHS if length <= tokens) or (tokens,)
-        command = MeasureRank(tokens, lengths, min(LINK_TOKENS, tokens), digests)
+        command = to_measure(min(TOKENS, spec.max_positions), digests=digests)
         requests = dict.fromkeys(range(self.world_size), command)
         self._half_prepared = True  # where one rank refuses, the others wait for it
         answers = self.ranks.ask(requests, MEASURE_S, self._ensure_whole)
         self._half_prepared = False
-        self._measured[digests] = measured(answers, tokens)
+        self._measured[digests] = measured(answers, command.tokens)
         self._note("layers and links are measured")
 
     def _free_lanes(self) -> None:

@@ -1,6 +1,6 @@
 """ReadOnlyRun: a saved run, or a trace, as views hold a run: it answers what is known, and refuses to move."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NoReturn
 
@@ -101,6 +101,11 @@ class ReadOnlyRun:
         if not stands_in(self.plan, positions):  # not known
             positions = _ended_ops(self.plan, self._saved.trace)
         return tuple(Stand(tuple(at), (False,) * len(at), tuple(at)) for at in positions)
+
+    @property
+    def predicted(self) -> Mapping[str, float]:
+        """What the planner had predicted, seconds by name; empty where it had not."""
+        return self._saved.findings.predicted
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         self._listeners.append(callback)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dinfer.display import Closing, Displayable, DisplayableText, Table, Tidy, print_under_cell
-from dinfer.errors import DinferError, NotPossible
+from dinfer.errors import DinferError, NotPossible, excerpt
 from dinfer.files import free_path
 from dinfer.severity import Severity
 from dinfer.trace.trace import Trace
@@ -306,9 +306,16 @@ class CommandWatch(Watch):
 
 
 def _found(program: str) -> str:
-    """A program that is not on the path, as in kernels whose environment is not activated: that beside this Python."""
+    """A program, which is searched for on the path and then, as in kernels whose environment is not activated, beside
+    this Python. Raises NotPossible."""
     beside = Path(sys.executable).parent / program
-    return str(beside) if not shutil.which(program) and shutil.which(str(beside)) else program
+    if shutil.which(program):
+        return program
+    if shutil.which(str(beside)):
+        return str(beside)
+    raise NotPossible(
+        f"there is no program {excerpt(program)} to watch: it is not on the path, nor beside {sys.executable}."
+    )
 
 
 def _tell(verdict: Verdict) -> None:

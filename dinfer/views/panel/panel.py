@@ -16,7 +16,7 @@ from dinfer.run.state import MOVING, RECOVER, Standing, State
 from dinfer.severity import Severity
 from dinfer.views.cells import CellMap
 from dinfer.views.panel.actions import board_of, is_edit, log_of, verb_of
-from dinfer.views.panel.communication import FIGURES, Communication
+from dinfer.views.panel.communication import Communication
 from dinfer.views.panel.desk import Action, Painter, Worker
 from dinfer.views.panel.finder import Finder
 from dinfer.views.panel.inspector import Inspector, stamp_of
@@ -141,9 +141,9 @@ class Panel(SlottedWidget):
             for name in ("worker", "pauser", "editor")
         )
         self._workers = (self._pauser, self._editor, self._worker)
-        self._inspector, self._communication = Inspector(run, self.send), Communication(run, self.send)
+        self._inspector, recorded = Inspector(run, self.send), RecordedRun(run)
+        self._communication = Communication(run, self.send, recorded)
         self._kv_tools = KvTools(run, self.send)
-        recorded = RecordedRun(run)
         self._scrubber, self._finder = Scrubber(run, recorded, self.send), Finder(run, recorded, self.send)
         self._runs = RunsPage(run, self.send)
         self._why = Why(run, self.send)
@@ -153,7 +153,12 @@ class Panel(SlottedWidget):
         """the number of actions done when the last one ended, and the stamp of the run then"""
         board = layout(run.plan, run.chunk_labels())
         super().__init__(
-            board={**board, "figures": list(FIGURES), "read_only": read_only(run), **board_of(run)}
+            board={
+                **board,
+                "figures": self._communication.figures,
+                "read_only": read_only(run),
+                **board_of(run),
+            }
         )
         self._paint()
         self.on_msg(self._on_message)

@@ -22,7 +22,7 @@ from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.planner.costs import LayerCost
 from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine
-from dinfer.session.measure import Measurement, check_auto, measured_before
+from dinfer.run.measurement import Measurement, check_auto, measured_before
 from dinfer.session.session import Session
 from tests.support.facts import has_facts
 
@@ -249,7 +249,7 @@ def test_a_prediction_is_of_what_was_measured(
         asked.append(digests)
         return time_layers(*given, digests=digests)
 
-    monkeypatch.setattr("dinfer.rank.service.time_layers", timed)
+    monkeypatch.setattr("dinfer.engine.measure.time_layers", timed)
     session_of_one.measure(digests=False)
     assert asked == [False]
     assert session_of_one.prefill(IDS, digests=False, paused=True).job.machine
@@ -275,7 +275,7 @@ def test_where_a_rank_refuses_to_measure_the_next_run_just_works(
     with dinfer.connect("threads", n=3) as session:
         session.load("demo", threads=1)
         with monkeypatch.context() as patch:
-            patch.setattr("dinfer.rank.service.time_layers", timed)
+            patch.setattr("dinfer.engine.measure.time_layers", timed)
             with pytest.raises(RankRefused, match="on one rank only"):
                 session.measure()
         capsys.readouterr()

@@ -1,15 +1,17 @@
-"""What `session.measure` returns, and which plan `session.prefill(…, schedule="auto", …)` takes by it."""
+"""What `session.measure` returns, and which plan a run takes by it whose parameters are `auto`: in a session, or by
+`dinfer run`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from dinfer.config import Config, ConfigError
 from dinfer.display import Displayable, Table, Tidy
-from dinfer.job import Job
-from dinfer.messages import Holdings, RankMeasured
+from dinfer.job import Job, prepare_loaded
+from dinfer.messages import Holdings, MeasureRank, RankMeasured
+from dinfer.plan.partition import Shape
 from dinfer.planner.choose import CHOICES, SLACK, Candidate, Chosen, Planner, sized_lengths
-from dinfer.planner.costs import LayerTime, fit
+from dinfer.planner.costs import LayerTime, as_in_run, fit
 from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine, unmeasured
 from dinfer.planner.ranks import ranks_told
 from dinfer.tabular import TableRow, Tabular
@@ -88,9 +90,26 @@ class Measurement(Tidy, Tabular, Displayable):
         return "\n".join(map(str, [layers, links, codecs] if machine.links.speeds else [layers]))
 
 
+def to_measure(tokens: int, *, digests: bool) -> MeasureRank:
+    """What ranks are to measure for prompts of up to so many tokens."""
+    lengths = tuple(length for length in LENGTHS if length <= tokens) or (tokens,)
+    return MeasureRank(tokens, lengths, min(LINK_TOKENS, tokens), digests)
+
+
+def run_to_measure(job: Job) -> MeasureRank:
+    """What the ranks of one run are to measure: as much as its prompt needs."""
+    return to_measure(min(TOKENS, len(job.ids)), digests=job.config.digests)
+
+
 def measured(answers: Mapping[int, RankMeasured], tokens: int) -> Measurement:
     """The measurement of all ranks, from the answer of each."""
-    costs = tuple(fit([LayerTime(*time) for time in answers[rank].layers]) for rank in sorted(answers))
+    costs = tuple(
+        as_in_run(
+            fit([LayerTime(*time) for time in answers[rank].layers]),
+            [LayerTime(*time) for time in answers[rank].in_run],
+        )
+        for rank in sorted(answers)
+    )
     first = answers[0]
     links = Links(tuple(LinkSpeed(*link) for link in first.links))
     codecs = tuple(CodecCost(*one) for one in first.codecs)
@@ -114,23 +133,23 @@ def without_auto(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     return {name: value for name, value in parameters.items() if name not in auto}, auto
 
 
-def check_auto(config: Config, auto: Sequence[str]) -> None:
+def check_auto(config: Config, auto: Sequence[str], *, in_shell: bool = False) -> None:
     """Raises ConfigError where what is `auto` cannot be chosen, since runs of this config are not measured."""
     if auto and (found := unmeasured(config)):
+        remedy = f"--{found.name} {found.value}" if in_shell else found.remedy
         raise ConfigError(
-            f"{auto[0]} is auto, which needs {found.name} {found.value}: {found.why}. Give a value, or {found.remedy}."
+            f"{auto[0]} is auto, which needs {found.name} {found.value}: {found.why}. Give a value, or {remedy}."
         )
 
 
-def choose(measurement: Measurement, job: Job, auto: Sequence[str]) -> Chosen:
-    """The fastest plan for this job's prompt that differs from its own only in what is `auto`; see `check_auto`. Its
-    sentences end with one on the number of ranks. `codec` is set only where it is chosen, among LOSSLESS."""
-    config, shape = job.config, job.plan.shape
+def choose(machine: MeasuredMachine, config: Config, shape: Shape, auto: Sequence[str]) -> Chosen:
+    """The fastest plan for a prompt of this shape that differs from the config's only in what is `auto`; see
+    `check_auto`. Its sentences end with one on the number of ranks. `codec` is set only where it is chosen, among
+    LOSSLESS. Raises PlanError where another number of ranks was measured."""
     default = Candidate(
         shape.starts, sized_lengths(shape.tokens, config.chunk_size), config.schedule, config.sync_strategy
     )
-    machine, free = measurement.machine, [name for name in auto if name in CHOICES]
-    known = {one.name for one in machine.codecs}
+    free, known = [name for name in auto if name in CHOICES], {one.name for one in machine.codecs}
     codecs = [one for one in LOSSLESS if one == "none" or one in known] if "codec" in auto else [config.codec]
     found = []
     for codec in codecs:
@@ -157,15 +176,36 @@ def _codec_told(seconds: Mapping[str, float], chosen: Chosen) -> str:
     return f"codec {chosen.codec}: it takes {seconds[chosen.codec]:.4g} s, {', '.join(others)}; {lossy}."
 
 
-def with_choice(config: Config, chosen: Chosen, layers: int) -> tuple[Config, str]:
-    """The config of the chosen plan, and the plan's text if no config can say it: chunks of different lengths."""
-    found = chosen.candidate
+class ChosenJob(NamedTuple):
+    """A run whose parameters were chosen. `parameters`: these, as a config has them; `plan`: the plan's text if no
+    config can say it, since its chunks have different lengths, else ""."""
+
+    job: Job
+    parameters: dict[str, Any]
+    plan: str
+    chosen: Chosen
+
+
+def chosen_job(job: Job, measurement: Measurement, auto: Sequence[str]) -> ChosenJob:
+    """The job with what is `auto` chosen by the measurement; see `choose`."""
+    chosen = choose(measurement.machine, job.config, job.plan.shape, auto)
+    found, layers = chosen.candidate, job.plan.shape.layers
     shape = found.shape(layers)
-    config = config.with_(
-        schedule=found.schedule,
-        sync_strategy=found.sync_strategy,
-        layer_split=found.starts[1:],
-        chunk_size=shape.chunk_size,
-        codec=chosen.codec or config.codec,
-    )
-    return config, found.plan(layers).text() if shape.lengths else ""
+    parameters: dict[str, Any] = {
+        "schedule": found.schedule,
+        "sync_strategy": found.sync_strategy,
+        "layer_split": found.starts[1:],
+        "chunk_size": shape.chunk_size,
+        "codec": chosen.codec or job.config.codec,
+    }
+    plan = found.plan(layers).text() if shape.lengths else ""
+    made = prepare_loaded(job.config.with_(**parameters), job.spec, plan or None)
+    made = replace(made, predicted_s=chosen.predicted_s, because=chosen.because)
+    return ChosenJob(predictable(made, measurement), parameters, plan, chosen)
+
+
+def predictable(job: Job, measurement: Measurement | None) -> Job:
+    """The job with the machine as measured, by which its times are predicted, where that tells of such runs."""
+    if measurement is None or unmeasured(job.config):
+        return job
+    return replace(job, machine=replace(measurement.machine, codec=job.config.codec))
