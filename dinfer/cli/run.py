@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +15,12 @@ from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, 
 from dinfer.config import Config, ConfigError, read_toml
 from dinfer.errors import DinferError
 from dinfer.launch.environment import Launched, launched_as, speaks
+from dinfer.run.measurement import without_auto
 
 SILENCE_S = 5.0
+
+_METAVARS = {int: "<int>", float: "<float>", tuple: "<int,int,…>"}
+"""what `--help` calls the value of a parameter whose default is of this type; text is typer's `<str>`"""
 
 
 def run(**given: Any) -> None:
@@ -26,7 +31,8 @@ def run(**given: Any) -> None:
     )
     try:
         launched = launched_as(os.environ)
-        config = Config.of(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
+        values, auto = without_auto(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
+        config = Config.of(values)
         if launched is None or launched.rank == 0:
             outputs = {"--json": json_path or "", "--trace": trace_path or ""}
             inputs = {"--prompt-file": config.prompt_file, "--config": toml or ""}
@@ -34,9 +40,9 @@ def run(**given: Any) -> None:
         if launched:
             from dinfer.launch.join import join
 
-            result = join(config, launched, trace_path)
+            result = join(config, launched, trace_path, auto)
         else:
-            result = _run_here(config, trace_path)
+            result = _run_here(config, trace_path, auto)
     except KeyboardInterrupt:
         stop("interrupted; all ranks were ended.", INTERRUPTED)
     except BrokenPipeError:
@@ -53,7 +59,7 @@ def run(**given: Any) -> None:
         keep_json(result, json_path)
 
 
-def _run_here(config: Config, trace_path: str | None) -> dict[str, Any]:
+def _run_here(config: Config, trace_path: str | None, auto: Sequence[str]) -> dict[str, Any]:
     from dinfer.job import prepare
 
     job = prepare(config)  # before torch is imported, so that mistakes are reported at once
@@ -63,7 +69,7 @@ def _run_here(config: Config, trace_path: str | None) -> dict[str, Any]:
 
     interrupt_as_error()
     folder = new_run_folder(Path(config.log_dir))
-    return run_job(replace(job, config=job.config.with_(log_dir=str(folder))), trace_path)
+    return run_job(replace(job, config=job.config.with_(log_dir=str(folder))), trace_path, auto=auto)
 
 
 def _for_launched(values: dict[str, Any], launched: Launched | None) -> dict[str, Any]:
@@ -82,14 +88,16 @@ def _for_launched(values: dict[str, Any], launched: Launched | None) -> dict[str
 def _options() -> list[inspect.Parameter]:
     """Those of `run`: one for each parameter of Config, as text, since Config converts and checks values."""
 
-    def option(name: str, text: str, kind: Any, *flags: str) -> inspect.Parameter:
-        annotation: Any = Annotated[kind | None, Option(*flags, help=text, show_default=False)]
+    def option(name: str, text: str, kind: Any, *flags: str, metavar: str | None = None) -> inspect.Parameter:
+        annotation: Any = Annotated[
+            kind | None, Option(*flags, help=text, metavar=metavar, show_default=False)
+        ]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
     options = [
         option("config", "a TOML file with any of these parameters; flags override it", str, "--config"),
         option("json", "write the result to this file as JSON", str, "--json"),
-        option("trace", "write the trace to this file [default: beside the run's logs]", str, "--trace"),
+        option("trace", "write the trace to this file; default: beside the run's logs", str, "--trace"),
         option("overwrite", "replace the files of --json and --trace if they exist", bool, "--overwrite"),
     ]
     for item in fields(Config):
@@ -97,8 +105,10 @@ def _options() -> list[inspect.Parameter]:
         is_switch = isinstance(item.default, bool)
         flags = [f"{flag}/--no-{flag[2:]}" if is_switch else flag] + ["--model"] * (item.name == "model_path")
         shown = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
-        text = item.metadata["help"] + (f" [default: {shown}]" if shown not in ("", False) else "")
-        options.append(option(item.name, text, bool if is_switch else str, *flags))
+        # In brackets, the default would be taken for markup, and not be shown.
+        text = item.metadata["help"] + (f"; default: {shown}" if shown not in ("", False) else "")
+        kind, metavar = (bool, None) if is_switch else (str, _METAVARS.get(type(item.default)))
+        options.append(option(item.name, text, kind, *flags, metavar=metavar))
     return options
 
 

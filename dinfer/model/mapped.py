@@ -15,6 +15,10 @@ from dinfer.errors import ModelError
 from dinfer.model.checkpoint import sampled_spans
 
 
+class WeightsChanged(ModelError):
+    """Weights that are in use were overwritten: the checkpoint must be loaded again."""
+
+
 class MappedFiles:
     """The weight files in a checkpoint's `folder`, as they are now. Descriptors stay open for as long as this lives.
     Raises ModelError for a file that cannot be opened."""
@@ -33,14 +37,14 @@ class MappedFiles:
         self._changed = False
 
     def check(self) -> None:
-        """Raises ModelError once a file has been written to. Takes a microsecond for each file: it is called for each
-        layer."""
+        """Raises WeightsChanged once a file has been written to. Takes a microsecond for each file: it is called for
+        each layer."""
         if self._changed or any(
             self._known[n] != _written(descriptor) and not self._was_only_touched(n)
             for n, descriptor in enumerate(self._opened)
         ):
             self._changed = True
-            raise ModelError(
+            raise WeightsChanged(
                 f"the weight files in {self._folder} were overwritten after they were loaded, and a rank on a CPU "
                 f"computes with the files themselves: session.load({str(self._folder)!r}) loads what they hold now on "
                 "all ranks. (A file that is moved to the place of another leaves a loaded model as it is.)"
@@ -50,7 +54,7 @@ class MappedFiles:
         """Whether `check` raises nothing."""
         try:
             self.check()
-        except ModelError:
+        except WeightsChanged:
             return False
         return True
 

@@ -146,15 +146,17 @@ class Run(Tidy, Displayable):
 
     INTERNAL = frozenset({
         "INTERNAL", "call_name", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings",
-        "hold", "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "look", "mend", "met",
-        "met_on", "on_change", "recover", "recovering", "reporter", "runs", "said", "say", "show", "silence",
-        "step_to_stop", "story", "stuck_ranks", "told", "undoable",
+        "hold", "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "load_again", "look",
+        "mend", "met", "met_on", "on_change", "recover", "recovering", "reporter", "runs", "said", "say", "show",
+        "silence", "step_to_stop", "story", "stuck_ranks", "told", "undoable",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None
     recover: Callable[[], object] | None = None
     """frees the session's ranks and brings back lost ones"""
+    load_again: Callable[[], object] | None = None
+    """loads its checkpoint again on the session's ranks, as for this run"""
     runs: Any = None
     """the runs of its session"""
     keeps = False
@@ -292,9 +294,13 @@ class Run(Tidy, Displayable):
         return self.where()
 
     def mend(self) -> Where:
-        """Do what `standing().remedy` says: `session.recover()` if need be, and restart. Raises NotPossible where there
-        is nothing to mend, or only the user can."""
+        """Do what `standing().remedy` says: `session.recover()` if need be, and restart; or load the weights again that
+        were overwritten, after which this run is over. Raises NotPossible where there is nothing to mend, or only the
+        user can."""
         remedy, recover = self._state.remedy, self.recover
+        if self._state.is_outdated and self.load_again:
+            self.load_again()
+            return self.where()
         if remedy not in (RECOVER, RESTART) or (remedy == RECOVER and recover is None):
             raise NotPossible(f"nothing here can be mended: {remedy or f'the run is {self._state.now}'}")
         if remedy == RECOVER and recover:
@@ -314,14 +320,17 @@ class Run(Tidy, Displayable):
         rank: int | None = None,
         op: OpKind | None = None,
         when: str | None = None,
+        hit: int | None = None,
     ) -> Breakpoint:
         """Stop after ops of this layer, chunk and rank, each None for any, and of this kind ("layer" by default).
 
         `when`: only where that holds: "nan", "inf", "absmax > 100" (of what the op made), "digest differs" (bytes
-        changed on their way), "slower than 5 ms". Without it, the run stops as `run_to` would. Raises PlanError.
+        changed on their way), "slower than 5 ms". Without it, the run stops as `run_to` would. `hit`: only at its hit
+        of that number, from 1, in the order of steps by op; with `when`, each rank counts its own. Raises PlanError.
         """
         cuts = self._moves.stepper.cuts
-        return self._breakpoints.add(cuts, op, when, rank=rank, chunk=chunk, layer=layer)
+        number = None if hit is None else count_of(hit, "hit")
+        return self._breakpoints.add(cuts, op, when, rank=rank, chunk=chunk, layer=layer, hit=number)
 
     @property
     def breakpoints(self) -> Breakpoints:
@@ -740,8 +749,8 @@ class Run(Tidy, Displayable):
         return self.told.sentence if self.told else ""
 
     def __str__(self) -> str:
-        plan, chunks = self.plan, len(self.plan.shape.chunks)
-        head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
+        plan = self.plan
+        head = f"{plan.shape.tokens_text}, {plan.schedule}, {plan.sync_strategy}"
         return f"run of {head}{self.job.config.codec_text}: {self.where()}"
 
     def _repr_mimebundle_(self, **_: Any) -> Any:

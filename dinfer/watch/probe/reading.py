@@ -5,7 +5,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .records import (
     MOST_SEGMENTS,
     NOTHING,
     NOW_AT,
+    NOWHERE,
     RECORD,
     SEGMENT_BYTES,
     SEGMENTS_AT,
@@ -134,13 +135,13 @@ class _ProcessFiles:
         self._process: WatchedProcess | None = None
         self._offset = self._line = 0
         self._groups: dict[int, str] = {}
-        self._places: dict[int, tuple[str, int, str]] = {0: ("", 0, "")}
+        self._places: dict[int, tuple[str, int, str]] = {0: NOWHERE}
         self._forms: dict[int, tuple[tuple[int, ...], str, str]] = {0: ((), "", "")}
         self._backends: dict[tuple[int, str], str] = {}
         """by the group's number and the device"""
         self._threads: dict[int, str] = {}
         self._errors: dict[int, str] = {}
-        self._segments: list[tuple[bytes, list[WatchedOp]]] = []
+        self._segments: list[_SegmentOps] = []
         self._broken: RecordsError | None = None
 
     def read(self) -> WatchedProcess | None:
@@ -173,10 +174,9 @@ class _ProcessFiles:
         process = self._process
         for number, data in enumerate(segments):
             if number == len(self._segments):
-                self._segments.append((b"", []))
-            if data != self._segments[number][0]:
-                self._segments[number] = (data, self._ops_of(data, process.clock))
-        ops = [op for _, found in self._segments for op in found]
+                self._segments.append(_SegmentOps())
+            self._segments[number].take(data, lambda record: self._op(record, process.clock))
+        ops = [op for segment in self._segments for op in segment.ops]
         if len(self._segments) > 1:
             ops.sort(key=_seq)
         process.ops = ops
@@ -221,17 +221,6 @@ class _ProcessFiles:
                 segments.append(data)
             return header, segments
 
-    def _ops_of(self, data: bytes, clock: int) -> list[WatchedOp]:
-        found = []
-        for record in RECORD.iter_unpack(data):
-            commit = record[COMMIT]
-            if commit == 0:
-                continue
-            if commit == record[-1]:  # else it is being written
-                found.append(self._op(record, clock))
-        found.sort(key=_seq)
-        return found
-
     def _op(self, record: tuple[int, ...], clock: int) -> WatchedOp:
         (
             commit, issued, waited, done, number, kind, is_async, group, peer, tag, place, form, thread, nbytes,
@@ -240,8 +229,8 @@ class _ProcessFiles:
         failed, done = done < 0, abs(done)
         if kind >= len(KINDS) or commit < 0 or min(issued, waited, nbytes, number - UNNUMBERED) < 0:
             raise RecordsError(f"{self._ops_path}: the record of op {commit - 1} is damaged")
-        file, line, function = self._places.get(place, self._places[0])
-        waited_file, waited_line, _ = self._places.get(wait_place, self._places[0])
+        file, line, function = self._places.get(place, NOWHERE)
+        waited_file, waited_line, _ = self._places.get(wait_place, NOWHERE)
         shape, dtype, device = self._forms.get(form, self._forms[0])
         state = "failed" if done and failed else "done" if done else "waiting" if waited else "issued"
         return WatchedOp(
@@ -308,6 +297,7 @@ class _ProcessFiles:
             torch=line.text("torch", ""),
             parent=line.number("parent", 0),
             expected_rank=line.optional("expected_rank"),
+            places=self._places,
         )
 
     def _take_hook(self, line: "Fields", process: WatchedProcess) -> None:
@@ -389,6 +379,37 @@ class _ProcessFiles:
         )  # fmt: skip
         taken = StacksTaken(line.number("number"), line.number("at_ns") + process.clock, threads)
         process.stacks.append(taken)
+
+
+BLOCK_BYTES = 32 * RECORD.size
+"""of a segment, so many are compared at a time with what was read before"""
+
+
+class _SegmentOps:
+    """The ops of a segment. Of a long run most are over, so that a look finds few records that have changed."""
+
+    def __init__(self) -> None:
+        self.ops: list[WatchedOp] = []
+        self._data = b""
+        self._blocks: list[list[WatchedOp]] = []
+
+    def take(self, data: bytes, op: Callable[[tuple[int, ...]], WatchedOp]) -> None:
+        """The segment as it is now; `op`: makes one of a record. Raises RecordsError."""
+        if data == self._data:
+            return
+        before, self._data = self._data, b""
+        for number, start in enumerate(range(0, len(data), BLOCK_BYTES)):
+            block = data[start : start + BLOCK_BYTES]
+            if number == len(self._blocks):
+                self._blocks.append([])
+            if block != before[start : start + BLOCK_BYTES]:
+                # A record counts while its first and its last word name it: else it is empty, or being written.
+                self._blocks[number] = [
+                    op(record) for record in RECORD.iter_unpack(block) if record[COMMIT] == record[-1] != 0
+                ]
+        self.ops = [op for block in self._blocks for op in block]
+        self.ops.sort(key=_seq)
+        self._data = data
 
 
 _seq = attrgetter("seq")

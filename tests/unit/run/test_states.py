@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from dinfer.cluster.lease import RankLease
-from dinfer.cluster.ranks import LOST, Ranks
+from dinfer.cluster.ranks import LOST
 from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.errors import NotPossible
 from dinfer.job import Job
-from dinfer.messages import Command, Failed
+from dinfer.messages import Failed
 from dinfer.model.checkpoint import check
+from dinfer.model.decoder import Decoder
+from dinfer.model.mapped import WeightsChanged
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
@@ -26,6 +29,7 @@ from dinfer.session.session import Session
 from dinfer.severity import Severity
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import HangKind
+from tests.support.bare_ranks import BareRanks
 from tests.support.fixtures import fresh_session
 from tests.support.runs import wait_for
 from tests.support.twin import prompt
@@ -38,16 +42,13 @@ DEADLOCK = Verdict("cycle", "deadlock: ranks 0 and 1 wait for each other", (0, 1
 session = fresh_session
 
 
-class KnownRanks(Ranks):
+class KnownRanks(BareRanks):
     """Two ranks of which a test says what is known."""
 
     def __init__(self) -> None:
         super().__init__(2)
         self.ended: list[int | None] = [None, None]
         self.mute: list[int] = []
-
-    def _send(self, rank: int, command: Command[Any], number: int) -> None:
-        """Nobody receives it."""
 
     def exits(self) -> list[int | None]:
         return self.ended
@@ -155,6 +156,25 @@ def test_a_rank_that_raised_has_failed_the_run(scene: Scene) -> None:
     assert scene.seen()[0] == State.FAILED, "the cause of the failure, not what came of it"
 
 
+@pytest.mark.parametrize("ranks", [(1,), (0, 1)])
+def test_weights_that_were_overwritten_are_loaded_again_not_recovered(
+    scene: Scene, ranks: tuple[int, ...]
+) -> None:
+    for rank in ranks:
+        scene.ranks.ranks[rank].error = Failed("the weight files were overwritten", WeightsChanged.__name__)
+    load = "session.load('demo', threads=2)"
+    scene.state.job = replace(scene.state.job, config=scene.state.job.config.with_(threads=2))
+    assert scene.seen() == (State.FAILED, load)
+    scene.state.note_recovery(ended=True)
+    assert scene.seen() == (State.FAILED, load), "what frees lanes has not loaded anything"
+    with pytest.raises(RankFailed, match=r"to go on: session\.load\('demo', threads=2\)"):
+        scene.health.check()
+    for state in scene.ranks.ranks:
+        state.error = None
+    scene.state.begin()
+    assert scene.seen() == (State.RUNNING, ""), "a run that begins again knows nothing of it"
+
+
 def test_engines_that_were_taken_over_are_not_recovered(scene: Scene) -> None:
     scene.ranks.ranks[0].handed_on = "notebook b.ipynb"
     wait_for(lambda: scene.seen()[0] == State.TAKEN_OVER, "it is known")
@@ -235,6 +255,39 @@ def test_mending_a_hang_begins_the_run_again_without_a_word_of_it(session: Sessi
     assert (standing.last_call, standing.begun) == (RECOVER, begun + 1)
     assert str(where).startswith("paused\n")
     assert "deadlock" not in str(where)
+
+
+def test_a_run_whose_plan_has_no_cuts_is_paused_in_the_transfers_that_it_is_in(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 waits for what rank 0, which was told to stop, has not sent: nothing moves, and no hang is told."""
+    feed, go_on = Decoder.embed, threading.Event()
+
+    def late(decoder: Decoder, *given: Any) -> Any:
+        assert go_on.wait(60)
+        return feed(decoder, *given)
+
+    monkeypatch.setattr(Decoder, "embed", late)
+    run = session.prefill(IDS, chunk_size=4, schedule="batched", unsafe=True)
+    wait_for(lambda: any(any(stand.started) for stand in run.standing().stands), "a rank is in an op")
+    run.pause()
+    go_on.set()
+    wait_for(lambda: run.standing().state == "paused", "it stands")
+    assert any(any(stand.started) for stand in run.standing().stands), "in a transfer"
+    assert run.wait(60).state == "paused"
+    run.resume()
+    with pytest.raises(Hung, match="deadlock"):
+        run.wait(60)
+    with pytest.raises(Hung, match="deadlock"):
+        run.pause()
+    assert run.standing().state == "hung", "a pause mends no deadlock"
+
+
+def test_decode_of_a_plan_without_cuts_runs_prefill_first_or_says_why_it_hangs(session: Session) -> None:
+    run = session.prefill(IDS, chunk_size=4, schedule="batched", unsafe=True, paused=True)
+    with pytest.raises(Hung, match="deadlock"):
+        run.decode(2)
+    assert (run.standing().state, run.tokens) == ("hung", [])
 
 
 def test_what_needs_no_mending_is_refused(session: Session) -> None:
