@@ -422,6 +422,7 @@ def test_help_of_run_says_defaults_and_what_is_allowed() -> None:
         for allowed in get_args(kinds[item.name]):
             if isinstance(allowed, str):
                 assert allowed in shown, item.name
+    assert shown.count("auto: the fastest by what the ranks measure first") == 5
     for said in ("default: 128", "default: pairwise", "default: auto", "default: 60.0"):
         assert said in shown
 
