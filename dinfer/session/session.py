@@ -32,8 +32,8 @@ from dinfer.run.measurement import (
     AUTOS,
     TOKENS,
     Measurement,
-    check_auto,
     chosen_job,
+    kernels_asked,
     measured,
     measured_before,
     predictable,
@@ -218,11 +218,11 @@ class Session(Tidy, Announced, Closing):
                 )
             given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
         config = self._config.with_(**{"prompt_ids": (), **given, **own})
-        check_auto(config, auto)
         job = prepare_loaded(config, self.spec, plan)
         if auto:
-            if config.digests not in self._measured:
-                self._measure(self.spec, config.digests)
+            known = self._measured.get(config.digests)
+            if known is None or known.kernels != kernels_asked(config):
+                self._measure(self.spec, config)
             choice = chosen_job(job, self._measured[config.digests], auto)
             print(choice.chosen)
             job, plan = choice.job, choice.plan
@@ -244,12 +244,14 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         if self.spec is None:
             raise NotPossible("no checkpoint is loaded, so no layer can be measured: session.load(…) first.")
-        if again or digests not in self._measured:
+        config = self._config.with_(digests=digests)
+        known = self._measured.get(digests)
+        if again or known is None or known.kernels != kernels_asked(config):
             if self._run and self._run.standing().state in ("running", "decoding"):
                 raise NotPossible(
                     "a run is under way, which would be measured with: run.pause() or run.wait() first."
                 )
-            self._measure(self.spec, digests)
+            self._measure(self.spec, config)
         return self._measured[digests]
 
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
@@ -482,17 +484,17 @@ class Session(Tidy, Announced, Closing):
         self._half_prepared = False
         return {rank: answer.plan_id for rank, answer in answers.items()}
 
-    def _measure(self, spec: Spec, digests: bool) -> None:
+    def _measure(self, spec: Spec, config: Config) -> None:
         """Measure, whatever the run before is doing, which is then over."""
         self._end_run("layers and links were measured; session.prefill(…) begins another run")
         self._free_lanes()
         self._ensure_whole()
-        command = to_measure(min(TOKENS, spec.max_positions), digests=digests)
+        command = to_measure(min(TOKENS, spec.max_positions), config)
         requests = dict.fromkeys(range(self.world_size), command)
         self._half_prepared = True  # where one rank refuses, the others wait for it
         answers = self.ranks.ask(requests, MEASURE_S, self._ensure_whole)
         self._half_prepared = False
-        self._measured[digests] = measured(answers, command.tokens)
+        self._measured[config.digests] = measured(answers, command.tokens)
         self._note("layers and links are measured")
 
     def _free_lanes(self) -> None:

@@ -188,6 +188,7 @@ class ReadOnlyRun:
         chunk: int | None = None,  # noqa: ARG002
         rank: int | None = None,  # noqa: ARG002
         when: str | None = None,  # noqa: ARG002
+        hit: int | None = None,  # noqa: ARG002
     ) -> object:
         self._refuse()
 

@@ -62,7 +62,8 @@ class FigureRequest(NamedTuple):
 
 class Ring:
     """The newest events of prefill. `count`: how many have arrived of this run; `behind`: how many more ops are done,
-    whose events have not arrived; `seen`: grows with all that is new, also when the run begins again."""
+    whose events have not arrived; `ops`: how many are done whose events have; `seen`: grows with all that is new, also
+    when the run begins again."""
 
     def __init__(self, run: InspectableRun, most: int = EVENTS) -> None:
         self._run = run
@@ -71,7 +72,7 @@ class Ring:
         self._read: list[int] = []
         self._newest: dict[tuple[int, str], int] = {}
         """by rank and lane, the index of its newest event"""
-        self.seen = self.count = self.behind = 0
+        self.seen = self.count = self.behind = self.ops = 0
         self.caption = ""
         """from which events figures are drawn, in words"""
 
@@ -95,6 +96,7 @@ class Ring:
             for rank, (lanes, stand) in enumerate(zip(self._run.plan.lanes, standing.stands, strict=True))
             for lane, position in zip(lanes, stand.positions, strict=True)
         )
+        self.ops = sum(sum(stand.positions) for stand in standing.stands) - self.behind
         moves = standing.state in MOVING
         self.drawn = min(len(self._events), self._affordable if moves else self._most)
         caption = self._caption(may_come=moves or standing.state in STANDING)
@@ -172,7 +174,7 @@ class Communication:
         ring = self._ring
         for want in self._wants.taken(ring.seen):
             found = {"view": want.view, "name": want.name, "seen": ring.seen, "caption": ring.caption}
-            found |= {"events": ring.count, "behind": ring.behind}
+            found |= {"events": ring.count, "ops": ring.ops}
             if ring.count:
                 began = time.monotonic()
                 try:

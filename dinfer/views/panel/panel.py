@@ -90,10 +90,11 @@ def _noted(run: InspectableRun, call: str, do: Callable[[], object], *, asks: bo
 
 
 def _break_at(run: InspectableRun, message: Json) -> Action:
-    """Set a breakpoint; layer, chunk or rank is left out for any. `instead`: the breakpoint that it replaces, which
-    stays if the new one is refused."""
+    """Set a breakpoint; layer, chunk or rank is left out for any, hit for each. `instead`: the breakpoint that it
+    replaces, which stays if the new one is refused."""
     given = {name: message[name] for name in ("layer", "chunk", "rank") if isinstance(message.get(name), int)}
     given |= {"when": str(message["when"])} if message.get("when") else {}
+    given |= {"hit": message["hit"]} if isinstance(message.get("hit"), int) else {}
     call = f"run.break_at({', '.join(f'{name}={value!r}' for name, value in given.items())})"
     instead = message.get("instead")
     if not isinstance(instead, int):
