@@ -407,7 +407,7 @@ class RunState:
             self.hang = hang
 
     def note_frozen(self, *, is_frozen: bool) -> None:
-        """A run whose plan has no cuts is paused, or let go again. One that hangs goes on hanging, also when it ends."""
+        """A run whose plan has no cuts is paused, or let go again. One that hangs goes on hanging."""
         with self.ranks.changed:
             hangs = (hang := self.hang_now) is not None and hang.is_hung
             self.is_frozen = is_frozen and not hangs
