@@ -86,7 +86,7 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
                 meanwhile()
                 state.coded.arrived((op.chunk, op.layer), coded, place)
                 meanwhile()
-            found = state.receive_block(op, signature_of(data), place, meanwhile)
+            found = state.receive_decoded(op, signature_of(data), place, meanwhile)
         corrupt = state.check_digests(op, came, None if found is None else as_numbers(found))
     else:
         comm.recv_payload(channel, place)

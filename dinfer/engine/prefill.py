@@ -116,11 +116,15 @@ class Prefill:
             return self.hidden.pop((chunk, layer))
         return self.hidden[chunk, layer]
 
-    def receive_block(
-        self, op: Op, announced: Tensor, block: Tensor, meanwhile: Callable[[], None] | None = None
-    ) -> Tensor | None:
+    def receive_block(self, op: Op, announced: Tensor, block: Tensor) -> Tensor | None:
         """Enter a received block into the ledger, with the signature of its header, int64 [3]. Returns its digests,
-        int64 [2], on the signature's device; None without a ledger. `meanwhile` is called now and then."""
+        int64 [2], on the signature's device; None without a ledger."""
+        return self.receive_decoded(op, announced, block, None)
+
+    def receive_decoded(
+        self, op: Op, announced: Tensor, block: Tensor, meanwhile: Callable[[], None] | None
+    ) -> Tensor | None:
+        """As `receive_block`; `meanwhile` is called now and then."""
         if self.faults.on_wire(op, block):
             self.coded.changed((op.chunk, op.layer))
         found = self.ledger.arrived((op.chunk, op.layer), block, announced, meanwhile)

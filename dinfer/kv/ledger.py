@@ -153,7 +153,7 @@ def _entry(block: Tensor, meanwhile: Callable[[], None] | None = None) -> Ledger
 def _row_digests_in_parts(block: Tensor, meanwhile: Callable[[], None]) -> Tensor:
     """`row_digests`, with a call after each PART_BYTES of the block."""
     found = []
-    for part in block.split(max(1, PART_BYTES // max(1, block[:1].nbytes))):
+    for part in torch.split(block, max(1, PART_BYTES // max(1, block[:1].nbytes))):
         found.append(row_digests(part))
         meanwhile()
     return torch.cat(found)
