@@ -36,6 +36,7 @@ package's docstring says where it starts. Importing `dinfer` has no side effects
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +48,6 @@ from dinfer.watch import use_starter
 from dinfer.watch.marks import label, tap
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     from dinfer.cluster.ipyparallel.attach import ClusterPlace
     from dinfer.display import Plot
     from dinfer.run.run import Run
@@ -100,11 +98,12 @@ def open(path: str | Path) -> "Saved":
     return open_saved(path, _write, _show)
 
 
+@checked
 def _watch(
-    command: "str | Sequence[str]",
-    folder: "str | Path | None" = None,
+    command: str | Sequence[str],
+    folder: str | Path | None = None,
     *,
-    environment: "Mapping[str, str] | None" = None,
+    environment: Mapping[str, str] | None = None,
     compare: bool = False,
 ) -> "CommandWatch":
     """Start a command under watch, such as `dinfer.watch("torchrun --nproc-per-node 2 infer.py")`, and return at once.
@@ -132,7 +131,7 @@ def _announce_import(meanwhile: str = "") -> None:
         print(f"dinfer: {meanwhile}importing PyTorch, which takes some seconds in a new kernel", flush=True)
 
 
-def _write(trace: "Trace", path: "Path") -> "Path":
+def _write(trace: "Trace", path: Path) -> Path:
     from dinfer.views.report.page import write_report
 
     return write_report([trace], path)
@@ -144,10 +143,10 @@ def _show(shown: "Run | Watch | Saved", *, detached: bool = False) -> Any:
     from dinfer.watching.live import Watch
 
     if isinstance(shown, Watch):
-        from dinfer.views.watched import WatchPanel
+        from dinfer.views.panel.watched import WatchPanel
 
         return WatchPanel(shown)
-    from dinfer.views.panel import Panel
+    from dinfer.views.panel.panel import Panel
 
     if isinstance(shown, Saved):
         from dinfer.views.read_only import ReadOnlyRun

@@ -107,7 +107,7 @@ def _parameters(function: Callable[..., Any], of: str) -> list[inspect.Parameter
 def _call(function: Callable[..., Any], of: str) -> str:
     """How it is called: `run.step(unit='layer', n=1)`."""
     bare = [one.replace(annotation=inspect.Parameter.empty) for one in _parameters(function, of)]
-    return f"{of}{'.' * bool(of)}{function.__name__}{inspect.Signature(bare)}"
+    return f"{of}{'.' * bool(of)}{function.__name__.removeprefix('_')}{inspect.Signature(bare)}"
 
 
 def _misfit(function: Callable[..., Any], of: str, args: int, kwargs: dict[str, Any]) -> str:

@@ -41,6 +41,8 @@ LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 LARGEST = 2**31 - 1
 """of a number of tokens"""
 
+MOST_RANKS = 9_999
+
 LONGEST_S = 31_536_000.0
 """a year: threads cannot wait for centuries"""
 
@@ -67,13 +69,20 @@ class Config:
         (), "the prompt as token ids, such as 5,17,3; needs no tokenizer"
     )
     chat: bool = _parameter(False, "apply the checkpoint's chat template to the prompt")
-    world_size: int = _parameter(3, "number of ranks", low=1, high=9_999)
+    world_size: int = _parameter(3, "number of ranks", low=1, high=MOST_RANKS)
     layer_split: tuple[int, ...] = _parameter(
         (), "first layer of each stage from the second on, such as 14,28 for 3 ranks; default: even"
     )
     chunk_size: int = _parameter(128, "tokens per chunk of the prompt", low=1, high=LARGEST)
-    sync_strategy: SyncStrategy = _parameter("pairwise", "which rank sends a block to which")
-    schedule: Schedule = _parameter("pipelined", "the rule that lays ops on lanes")
+    sync_strategy: SyncStrategy = _parameter(
+        "pairwise",
+        "how blocks reach every rank: pairwise: the owner sends to each; ring: each rank passes them on to the next",
+    )
+    schedule: Schedule = _parameter(
+        "pipelined",
+        "how work is ordered: pipelined: ranks work on different chunks at once; lockstep: all sync after each layer; "
+        "batched: after each stage, which can deadlock",
+    )
     codec: str = _parameter(
         "none",
         f"what blocks are sent as: {', '.join(ABOUT)}; or K and V by one each: k=int8,v=fp8; all but none and lossless "
@@ -90,7 +99,9 @@ class Config:
     )
     master_addr: str = _parameter("127.0.0.1", "address at which the ranks meet")
     master_port: int = _parameter(0, "port at which the ranks meet; 0: any free port", low=0, high=65535)
-    dtype: DType = _parameter("auto", "dtype of weights and KV; auto: the checkpoint's own")
+    dtype: DType = _parameter(
+        "auto", "dtype of weights and KV: float32, bfloat16 or float16; auto: the checkpoint's own"
+    )
     kernels: KernelChoice = _parameter(
         "auto",
         "exact: transformers' own; graph: its layers as CUDA graphs; compiled: those, compiled; auto: the fastest that "
@@ -108,7 +119,8 @@ class Config:
         True, "compute digests of every block and check them on arrival and before decode"
     )
     on_corruption: OnCorruption = _parameter(
-        "record", "what to do if a block's bytes changed; pause: only in a session"
+        "record",
+        "what to do if a block's bytes changed: record: warn and go on; fail: end the run; pause: only in a session",
     )
     start_timeout: float = _parameter(
         180.0, "seconds in which the ranks must start and load", low=1, high=LONGEST_S
@@ -117,7 +129,7 @@ class Config:
         60.0, "seconds without progress after which the run ends", low=1, high=LONGEST_S
     )
     log_dir: str = _parameter("dinfer-logs", "each run gets a folder here, with a log file for each rank")
-    log_level: LogLevel = _parameter("INFO", "DEBUG shows every op")
+    log_level: LogLevel = _parameter("INFO", "DEBUG (shows every op), INFO, WARNING or ERROR")
 
     def __post_init__(self) -> None:
         for item in fields(self):

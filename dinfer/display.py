@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -24,12 +25,12 @@ def devices_text(devices: Sequence[str]) -> str:
     return ", ".join([f"{cpus} CPU{'s' * (cpus > 1)}"] * bool(cpus) + others)
 
 
-class Closing:
+class Closing(ABC):
     """An object that has to be closed; usable in a `with` statement."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release what it holds."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +100,7 @@ class Tidy:
         return [name for name in super().__dir__() if name not in hidden]
 
 
-class Displayable:
+class Displayable(ABC):
     """An object whose `str` is also its repr and, escaped, its HTML form. Where it is displayed, a warning or an error
     begins with its mark."""
 
@@ -108,8 +109,8 @@ class Displayable:
         """How grave it is what this says."""
         return Severity.NOTE
 
-    def __str__(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def __str__(self) -> str: ...
 
     def __repr__(self) -> str:
         return str(self)
@@ -219,9 +220,9 @@ def _html_row(cells: Sequence[str], tag: str, about: Mapping[str, str] | None = 
 class Composed(Displayable):
     """An object that is shown as texts and tables, one below another; in notebooks its tables are HTML tables."""
 
+    @abstractmethod
     def _parts(self) -> Iterable[str | Displayable]:
         """What is shown, from top to bottom; an empty text is left out."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         return "\n".join(filter(None, map(str, self._parts())))

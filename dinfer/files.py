@@ -73,16 +73,21 @@ def _refuse(constant: str) -> Any:
 
 
 class FolderError(DinferError, OSError):
-    """The folder of a file that is to be written is not there and cannot be made."""
+    """A file that is to be written has no folder and none can be made, or is a folder itself."""
 
     def __str__(self) -> str:
         return str(self.strerror)
 
 
 def check_folder(path: str | Path) -> None:
-    """Raises FolderError where a file's folder neither exists nor can be made. Called before work begins whose result
-    goes there; nothing is made yet."""
-    parent = Path(path).expanduser().absolute().parent
+    """Raises FolderError where a file's folder neither exists nor can be made, and where the file is a folder. Called
+    before work begins whose result goes there; nothing is made yet."""
+    file = Path(path).expanduser().absolute()
+    if file.is_dir():
+        raise FolderError(
+            errno.EISDIR, f"{str(path)!r} is a folder, and a file is to be written: add its name"
+        )
+    parent = file.parent
     there = next(folder for folder in (parent, *parent.parents) if folder.exists() or folder.is_symlink())
     if not there.is_dir():
         raise FolderError(errno.ENOTDIR, f"{str(there)!r} is no folder, so nothing can be written into it")

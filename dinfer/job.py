@@ -6,7 +6,7 @@ Also which parameters are fixed once ranks have loaded a checkpoint.
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from dinfer.codec.choice import Codec, CodecError
@@ -25,6 +25,17 @@ from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof, verify
 from dinfer.planner.machine import MeasuredMachine
 from dinfer.verdict.drawing import counterexample_svg, cycle_text
+
+OF_LOAD = ("dtype", "gpu_ids", "threads", "kernels", "backend")
+"""parameters that `session.load` fixes for all runs"""
+
+
+def load_call(config: Config) -> str:
+    """The call that loads the checkpoint of a run with this config, as it was loaded for it."""
+    default = {item.name: item.default for item in fields(config)}
+    given = {name: getattr(config, name) for name in OF_LOAD}
+    named = [f"{name}={one!r}" for name, one in given.items() if one not in (default[name], "auto", "gloo")]
+    return f"session.load({', '.join([repr(str(config.model_path)), *named])})"
 
 
 def has_nccl() -> bool:

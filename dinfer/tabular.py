@@ -2,6 +2,7 @@
 
 import csv
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ TableRow = Sequence[Any]
 """of one row: numbers, texts, None where there is nothing"""
 
 
-class Tabular:
+class Tabular(ABC):
     """An object with columns and rows. Numbers keep all their digits, also where a cell shows fewer."""
 
+    @abstractmethod
     def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """The names of the columns, and the rows."""
-        raise NotImplementedError
 
     def to_frame(self) -> Any:
         """All of it as a pandas DataFrame. Raises NotPossible where pandas is missing."""

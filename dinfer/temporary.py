@@ -45,6 +45,17 @@ def remove_if_over(folder: Path, is_over: IsOver = _always) -> bool:
     return held is not None and release(folder, held, is_over)
 
 
+def is_held(folder: Path) -> bool:
+    """Whether somebody uses such a folder; False for a folder of another kind."""
+    lock = folder / LOCK
+    if not lock.exists():
+        return False
+    held = _hold(lock)
+    if held:
+        held.close()
+    return held is None
+
+
 def release(folder: Path, held: BinaryIO, is_over: IsOver = _always) -> bool:
     """Hold it no more, and remove it if it is over; whether that was so."""
     with held:

@@ -33,13 +33,13 @@ from dinfer.run.state import Standing, State
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.views.cells import CellMap
-from dinfer.views.communication import EVENTS, FIGURES
 from dinfer.views.find import Searched, find
-from dinfer.views.inspector import Fetched, Inspector, InspectRequest, picture
-from dinfer.views.panel import Panel
+from dinfer.views.panel.communication import EVENTS, FIGURES
+from dinfer.views.panel.inspector import Fetched, Inspector, InspectRequest, picture
+from dinfer.views.panel.panel import Panel
+from dinfer.views.panel.scrubber import TimeQuestion, answer
 from dinfer.views.recorded import Recorded
 from dinfer.views.report.page import REPORT_FIGURES, write_report
-from dinfer.views.scrubber import TimeQuestion, answer
 from dinfer.views.status import layout, moment
 from dinfer.views.timeline import Timeline
 

@@ -16,6 +16,27 @@ from dinfer.files import check_working_folder
 
 __all__ = ["app", "bench", "dap", "desk", "main", "plans", "profile", "run", "tools", "watch"]
 
+_FIRST_TO_LAST = (
+    "run",
+    "watch",
+    "explain",
+    "desk",
+    "report",
+    "plan",
+    "verify",
+    "doctor",
+    "bench",
+    "lab",
+    "clean",
+    "vscode",
+    "dap",
+)
+"""as `dinfer --help` lists the commands; groups of commands follow"""
+
+app.registered_commands.sort(
+    key=lambda one: _FIRST_TO_LAST.index(one.name or getattr(one.callback, "__name__", ""))
+)
+
 
 def main() -> None:
     """The `dinfer` script. For an unknown flag or command, the message suggests the nearest known one."""

@@ -13,8 +13,8 @@ def dap(
     port: Annotated[
         int | None,
         Option(
-            help="listen at this port of 127.0.0.1 for clients, one after another; 0: any free one "
-            "[default: speak on standard input and output]",
+            help="listen at this port of 127.0.0.1 for clients, one after another; 0: any free one; "
+            "default: speak on standard input and output",
             min=0,
             max=65535,
         ),

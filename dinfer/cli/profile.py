@@ -15,7 +15,7 @@ app.add_typer(profile, name="profile")
 
 Name = Annotated[str, Option(help="the profile's name, for dinfer.connect(profile=NAME)")]
 Address = Annotated[
-    str, Option(help="this machine's address at which engines meet it [default: the one towards the hosts]")
+    str, Option(help="this machine's address at which engines meet it; default: the one towards the hosts")
 ]
 
 
@@ -30,9 +30,9 @@ def ssh(
     ] = 1,
     python: Annotated[
         list[str],
-        Option(help="the hosts' Python, PATH, or HOST=PATH for one [default: the path of this one]"),
+        Option(help="the hosts' Python, PATH, or HOST=PATH for one; default: the path of this one"),
     ] = [],  # noqa: B006 - typer needs a list
-    folder: Annotated[str, Option(help="the engines' working folder [default: the user's home there]")] = "",
+    folder: Annotated[str, Option(help="the engines' working folder; default: the user's home there")] = "",
     ssh_option: Annotated[
         list[str], Option("--ssh-option", help="as in ssh's config: IdentityFile=~/.ssh/lab")
     ] = [],  # noqa: B006
@@ -53,8 +53,8 @@ def ssh(
 def slurm(
     n: Annotated[int, Option("-n", help="number of engines, the tasks of one job")],
     name: Name = "slurm",
-    python: Annotated[str, Option(help="the nodes' Python [default: the path of this one]")] = "",
-    folder: Annotated[str, Option(help="the engines' working folder [default: this one]")] = "",
+    python: Annotated[str, Option(help="the nodes' Python; default: the path of this one")] = "",
+    folder: Annotated[str, Option(help="the engines' working folder; default: this one")] = "",
     option: Annotated[
         list[str],
         Option(help="of sbatch: --option=--partition=gpu --option=--nodes=3 --option=--gpus-per-task=1"),

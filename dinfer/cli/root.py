@@ -70,12 +70,12 @@ def check_outputs(
             raise ConfigError(
                 f"{flag} and {other} are one file, {path}: it would be overwritten. Give another."
             )
+        if target.is_dir():
+            raise ConfigError(f"{flag} is {path!r}, which is a folder; give a file.")
         try:
             check_folder(target)
         except FolderError as error:
             raise ConfigError(f"{flag} is {path!r}, but {error}.") from None
-        if target.is_dir():
-            raise ConfigError(f"{flag} is {path!r}, which is a folder; give a file.")
         if target.is_file() and target.stat().st_size and not overwrite:
             raise ConfigError(
                 f"{flag} is {path!r}, which exists: give another name, or --overwrite to replace it."

@@ -17,6 +17,9 @@ from dinfer.launch.environment import Launched, launched_as, speaks
 
 SILENCE_S = 5.0
 
+_METAVARS = {int: "<int>", float: "<float>", tuple: "<int,int,…>"}
+"""what `--help` calls the value of a parameter whose default is of this type; text is typer's `<str>`"""
+
 
 def run(**given: Any) -> None:
     """Generate from a checkpoint on several ranks, started here or by torchrun or mpirun."""
@@ -82,14 +85,16 @@ def _for_launched(values: dict[str, Any], launched: Launched | None) -> dict[str
 def _options() -> list[inspect.Parameter]:
     """Those of `run`: one for each parameter of Config, as text, since Config converts and checks values."""
 
-    def option(name: str, text: str, kind: Any, *flags: str) -> inspect.Parameter:
-        annotation: Any = Annotated[kind | None, Option(*flags, help=text, show_default=False)]
+    def option(name: str, text: str, kind: Any, *flags: str, metavar: str | None = None) -> inspect.Parameter:
+        annotation: Any = Annotated[
+            kind | None, Option(*flags, help=text, metavar=metavar, show_default=False)
+        ]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
     options = [
         option("config", "a TOML file with any of these parameters; flags override it", str, "--config"),
         option("json", "write the result to this file as JSON", str, "--json"),
-        option("trace", "write the trace to this file [default: beside the run's logs]", str, "--trace"),
+        option("trace", "write the trace to this file; default: beside the run's logs", str, "--trace"),
         option("overwrite", "replace the files of --json and --trace if they exist", bool, "--overwrite"),
     ]
     for item in fields(Config):
@@ -97,8 +102,10 @@ def _options() -> list[inspect.Parameter]:
         is_switch = isinstance(item.default, bool)
         flags = [f"{flag}/--no-{flag[2:]}" if is_switch else flag] + ["--model"] * (item.name == "model_path")
         shown = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
-        text = item.metadata["help"] + (f" [default: {shown}]" if shown not in ("", False) else "")
-        options.append(option(item.name, text, bool if is_switch else str, *flags))
+        # In brackets, the default would be taken for markup, and not be shown.
+        text = item.metadata["help"] + (f"; default: {shown}" if shown not in ("", False) else "")
+        kind, metavar = (bool, None) if is_switch else (str, _METAVARS.get(type(item.default)))
+        options.append(option(item.name, text, kind, *flags, metavar=metavar))
     return options
 
 

@@ -89,7 +89,7 @@ def report(
     ],
     output: Annotated[
         str,
-        Option("--output", "-o", help="the file to write [default: report.html, or a free report-2.html]"),
+        Option("--output", "-o", help="the file to write; default: report.html, or a free report-2.html"),
     ] = "",
     overwrite: Annotated[
         bool, Option("--overwrite", help="replace the file of --output if it exists")

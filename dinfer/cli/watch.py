@@ -27,9 +27,9 @@ def watch(
     ],
     report: Annotated[str, Option(help="write a report to this HTML file")] = "",
     json_path: Annotated[str, Option("--json", help="write verdict, findings and links to this file")] = "",
-    trace: Annotated[str, Option(help="write the trace to this file [default: beside the records]")] = "",
+    trace: Annotated[str, Option(help="write the trace to this file; default: beside the records")] = "",
     folder: Annotated[
-        str, Option(help="where the processes write their records [default: a new one in dinfer-logs]")
+        str, Option(help="where the processes write their records; default: a new one in dinfer-logs")
     ] = "",
     kv: Annotated[
         str, Option(help="a method that adds to a KV cache of your own: package.module:Class.method")
@@ -48,7 +48,7 @@ def watch(
         ),
     ] = False,
     checkpoint: Annotated[
-        str, Option(help="with --compare: the folder of the model [default: the one that was seen]")
+        str, Option(help="with --compare: the folder of the model; default: the one that was seen")
     ] = "",
     listen: Annotated[
         str,

@@ -4,6 +4,7 @@ import itertools
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ class Pending(dict[int, int], Generic[A]):
     """Requests that have been sent: by rank, the number under which its answer will come."""
 
 
-class RankStates:
+class RankStates(ABC):
     """The ranks of a session and what they report. How a rank is reached is the subclass's `_send`."""
 
     def __init__(self, world_size: int) -> None:
@@ -124,9 +125,9 @@ class RankStates:
 
     # -- to the ranks
 
+    @abstractmethod
     def _send(self, rank: int, command: Command[Any], number: int) -> None:
         """Send request `number` to one rank; its answer will be passed to `take`."""
-        raise NotImplementedError
 
     def send(self, rank: int, command: Command[Any]) -> None:
         """Send one rank a command whose answer nobody waits for."""
@@ -300,21 +301,21 @@ class Ranks(RankStates):
     def world_size(self) -> int:
         return len(self.ranks)
 
+    @abstractmethod
     def describe(self) -> str:
         """One line for people."""
-        raise NotImplementedError
 
     def exits(self) -> list[int | None]:
         """By rank, the exit status of a process that has ended, else None."""
         return [None] * self.world_size
 
+    @abstractmethod
     def cores(self) -> list[int]:
         """By rank, how many ranks share its host."""
-        raise NotImplementedError
 
+    @abstractmethod
     def meeting(self) -> StoreAddress:
         """Where the ranks' group is to meet; port 0: any free one."""
-        raise NotImplementedError
 
     def silent(self) -> list[int]:
         """Ranks that do not answer, though their process has not ended."""
@@ -325,20 +326,19 @@ class Ranks(RankStates):
         return []
 
     def interrupt(self, rank: int) -> None:
-        """As the stop button does, interrupt the cell that one rank runs."""
-        raise NotImplementedError
+        """As the stop button does, interrupt the cell that one rank runs, if it can run any."""
 
+    @abstractmethod
     def kill(self, rank: int) -> None:
         """Kill one rank's process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def revive(self, rank: int) -> None:
         """Start one rank again under its number."""
-        raise NotImplementedError
 
+    @abstractmethod
     def listen_for_debugger(self, rank: int, port: int) -> tuple[str, int]:
         """Let a client of debugpy attach to one rank. Returns its host and port."""
-        raise NotImplementedError
 
     def watch(self, folder: str, *, compare: bool = False) -> None:  # noqa: ARG002 - see the message
         """Have every rank record its calls of torch.distributed into a folder; `compare`: and what a comparison with a
@@ -360,9 +360,9 @@ class Ranks(RankStates):
     def leave(self) -> None:
         """Another session has taken over: give back what reached the ranks. They can be asked nothing more."""
 
+    @abstractmethod
     def close(self) -> None:
         """End the session's hold on the ranks; a cluster that it started ends."""
-        raise NotImplementedError
 
 
 class AskableRanks(Protocol):

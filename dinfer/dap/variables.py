@@ -112,7 +112,7 @@ def _run_variables(run: Run) -> list[DapVariable]:
     found += [DapVariable(name, text) for name, text in texts.items() if text]
     shape = run.plan.shape
     found += [
-        DapVariable("prompt", f"{shape.tokens} tokens in {len(shape.chunks)} chunks"),
+        DapVariable("prompt", shape.tokens_text),
         DapVariable("schedule", run.plan.schedule),
         DapVariable("sync_strategy", run.plan.sync_strategy),
         DapVariable("model", run.config.model_path),

@@ -7,7 +7,7 @@ users.
 import os
 import shlex
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 
 from dinfer.doctor.report import Check, gib
+from dinfer.temporary import is_held
+from dinfer.watching.temporary import is_job_over
 
 OLD_S = 3600.0
 """a folder that nothing has touched for this long belongs to no run that is starting"""
@@ -75,17 +77,26 @@ def process_check(left: Sequence[Process]) -> Check:
     return Check("old processes", "warn", found, fix)
 
 
+def _files(folder: Path) -> Iterator[os.stat_result]:
+    """What is known of all in a folder."""
+    for file in folder.rglob("*"):
+        with suppress(OSError):
+            yield file.lstat()
+
+
 def folder_check(temp: Path, now: float) -> Check:
-    """Folders `dinfer-*` of this user in `temp` that nothing has touched for OLD_S seconds."""
+    """Folders `dinfer-*` of this user in `temp` that nothing has touched for OLD_S seconds, and that nobody uses."""
     old, size = [], 0
     for folder in sorted(temp.glob("dinfer-*")):
         with suppress(OSError):
             about = folder.lstat()
-            if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and now - about.st_mtime > OLD_S:
+            if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
+                continue
+            held = [about, *_files(folder)]
+            is_old = now - max(one.st_mtime for one in held) > OLD_S
+            if is_old and not is_held(folder) and is_job_over(folder):
                 old.append(shlex.quote(str(folder)))
-                for file in folder.rglob("*"):
-                    with suppress(OSError):
-                        size += file.lstat().st_size
+                size += sum(one.st_size for one in held[1:])
     if not old:
         return Check("old folders", "ok", f"none in {temp}")
     found = f"{len(old)} of earlier runs in {temp}, {gib(size)}"

@@ -94,7 +94,8 @@ class KV(Tidy, Tabular, Composed):
         """
         if other is not None and not any(hasattr(other, name) for name in ("source", "subject")):
             raise CallError(
-                f"other is {excerpt(other)}; it must be another run, or a saved one: dinfer.open(…) opens it."
+                f"other is {excerpt(other)}; it must be another run, or a saved one: dinfer.open(…) opens it. "
+                'run.compare("reference") compares with transformers.'
             )
         hold_other: Hold | None = getattr(other, "hold", None)
         with ExitStack() as held:
@@ -169,7 +170,7 @@ class KV(Tidy, Tabular, Composed):
             held = source.held(ranks)
             lines = [
                 f"{subject.dtype_name}, K and V of each layer [{subject.kv_heads} heads, tokens, {subject.head_dim}]; "
-                f"{len(subject.prompt)} tokens in {len(shape.chunks)} chunks; {subject.row_nbytes:,} bytes a token and "
+                f"{shape.tokens_text}; {subject.row_nbytes:,} bytes a token and "
                 f"layer; layers {numbers_text(range(shape.layers))}"
             ]
             for layer in self._layers:

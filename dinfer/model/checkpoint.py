@@ -67,6 +67,10 @@ def resolve(path: str | Path) -> Path:
 
     Never downloads. Raises `ModelError` if there is no such folder.
     """
+    if not str(path).strip():
+        raise ModelError(
+            "no folder is given, but an empty name; give the folder of a checkpoint, or 'demo' for the built-in model"
+        )
     if str(path) == "demo":
         from dinfer.model.demo import CHECKPOINT
 

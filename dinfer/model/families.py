@@ -94,7 +94,12 @@ def family_in(config: Mapping[str, Any]) -> Family:
 
     Unlike `family_named` it recognizes encoder-decoders and multimodal wrappers of any name.
     """
-    model_type, reason = str(config.get("model_type")), ""
+    if not config.get("model_type"):
+        raise ModelError(
+            "config.json does not say its model_type, so it is not that of a checkpoint of transformers. "
+            f"Supported: {', '.join(sorted(FAMILIES))}. Choose a checkpoint of one of these."
+        )
+    model_type, reason = str(config["model_type"]), ""
     parts = ("text_config", "llm_config", "language_config", "thinker_config")
     texts = [text for part in parts if isinstance(text := config.get(part), Mapping)]
     if model_type in _REFUSED:

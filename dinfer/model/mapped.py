@@ -19,6 +19,10 @@ RECENT_S = 0.01
 """how long a look at the files counts for layers: a look gives up the GIL, for which each layer would wait anew"""
 
 
+class WeightsChanged(ModelError):
+    """Weights that are in use were overwritten: the checkpoint must be loaded again."""
+
+
 class MappedFiles:
     """The weight files in a checkpoint's `folder`, as they are now. Descriptors stay open for as long as this lives.
     Raises ModelError for a file that cannot be opened."""
@@ -43,14 +47,14 @@ class MappedFiles:
             self.check()
 
     def check(self) -> None:
-        """Raises ModelError once a file has been written to."""
+        """Raises WeightsChanged once a file has been written to."""
         self._looked = monotonic()
         if self._changed or any(
             self._known[n] != _written(descriptor) and not self._was_only_touched(n)
             for n, descriptor in enumerate(self._opened)
         ):
             self._changed = True
-            raise ModelError(
+            raise WeightsChanged(
                 f"the weight files in {self._folder} were overwritten after they were loaded, and a rank on a CPU "
                 f"computes with the files themselves: session.load({str(self._folder)!r}) loads what they hold now on "
                 "all ranks. (A file that is moved to the place of another leaves a loaded model as it is.)"
@@ -60,7 +64,7 @@ class MappedFiles:
         """Whether `check` raises nothing."""
         try:
             self.check()
-        except ModelError:
+        except WeightsChanged:
             return False
         return True
 

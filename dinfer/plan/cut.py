@@ -20,7 +20,7 @@ from typing import Literal
 from dinfer.errors import excerpt
 from dinfer.plan.graph import NONE, Graph, levels, simulate
 from dinfer.plan.ops import Op, PlanError
-from dinfer.plan.partition import Block
+from dinfer.plan.partition import Block, within
 from dinfer.plan.plan import OpPlace, Plan
 
 Cut = tuple[tuple[int, ...], ...]
@@ -77,8 +77,11 @@ class Cuts:
 
     def after_block(self, chunk: int, layer: int) -> Cut:
         """The cut at which every rank has that block and all before it in the global order. Raises PlanError."""
+        shape = self.plan.shape
+        for name, given, count in (("chunk", chunk, len(shape.chunks)), ("layer", layer, shape.layers)):
+            if not isinstance(given, Integral):
+                within(name, given, count)  # it says what the number must be
         if (chunk, layer) not in self._block_ops:
-            shape = self.plan.shape
             raise PlanError(
                 f"there is no block c{chunk} l{layer}: chunks go from 0 to {len(shape.chunks) - 1}, "
                 f"layers from 0 to {shape.layers - 1}."

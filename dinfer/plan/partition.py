@@ -81,6 +81,12 @@ class Shape:
         """The chunks' lengths in a plan's text: `128`, or `256+128+64` where they differ."""
         return "+".join(map(str, self.lengths or (self.chunk_size,)))
 
+    @property
+    def tokens_text(self) -> str:
+        """`30 tokens in 4 chunks`, for one-line descriptions."""
+        chunks = len(self.chunks)
+        return f"{self.tokens} token{'s' * (self.tokens != 1)} in {chunks} chunk{'s' * (chunks != 1)}"
+
     @cached_property
     def owners(self) -> tuple[int, ...]:
         """The rank that owns each layer, by layer."""

@@ -48,7 +48,7 @@ class Plan:
         """In one line: a plan has thousands of ops, which `text()` gives."""
         shape = self.shape
         return (
-            f"<plan {self.schedule}, {self.sync_strategy}: {shape.tokens} tokens in {len(shape.chunks)} chunks, "
+            f"<plan {self.schedule}, {self.sync_strategy}: {shape.tokens_text}, "
             f"{shape.layers} layers on {self.world_size} ranks; .text() has its ops>"
         )
 

@@ -32,8 +32,10 @@ def slow_fault(number: int, kind: str, plan: Plan, **given: Any) -> Fault:
             raise PlanError(f"rank {source} sends nothing to rank {rank} in this plan; it sends {to}.")
         return Fault(number, kind, "wire", rank, source=source, ms=_amount(kind, "ms", given, 0, MOST_MS))
     if ("ms" in given) == ("factor" in given):
+        both = ", not both" * ("ms" in given)
         raise PlanError(
-            "slow rank needs ms=…, by how much longer each layer takes, or factor=…, how many times as long."
+            "slow rank needs ms=…, by how much longer each layer takes, or factor=…, how many times as "
+            f"long{both}."
         )
     if "ms" in given:
         return Fault(number, kind, "compute", rank, ms=_amount(kind, "ms", given, 0, MOST_MS))

@@ -12,6 +12,7 @@ from dinfer.config import Config
 from dinfer.display import few
 from dinfer.errors import DinferError
 from dinfer.messages import Failed
+from dinfer.model.mapped import WeightsChanged
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import Plan
 from dinfer.verdict.verdict import Verdict
@@ -31,10 +32,12 @@ Breakage = Literal["failed", "lost", "taken over"]
 
 
 class Broken(NamedTuple):
-    """Why a run cannot go on: of what kind that is, and the message."""
+    """Why a run cannot go on: of what kind that is, and the message. `is_outdated`: the weights that ranks compute with
+    were overwritten, so that no run can go on before they are loaded again."""
 
     kind: Breakage
     why: str
+    is_outdated: bool = False
 
 
 def silence_limit(timeout: float) -> float:
@@ -56,11 +59,12 @@ def broken(
     errors = [(rank, state.error) for rank, state in enumerate(ranks) if state.error]
     primary = [(rank, error) for rank, error in errors if not error.secondary]
     dead = [rank for rank, code in enumerate(exits) if code is not None and not ranks[rank].error]
+    is_outdated = any(error.error == WeightsChanged.__name__ for _, error in primary)
     if len(primary) > 1 and len({error.message for _, error in primary}) == 1:
         # All ranks have found it together: it is not about one.
-        return Broken("failed", primary[0][1].message)
+        return Broken("failed", primary[0][1].message, is_outdated)
     if primary or (errors and not dead):
-        return Broken("failed", _told(*(primary or errors)[0], config))
+        return Broken("failed", _told(*(primary or errors)[0], config), is_outdated)
     if not dead:
         return None
     if len(dead) > 1 and all(exits[rank] == SILENT for rank in dead) and len(dead) == len(ranks) - 1:

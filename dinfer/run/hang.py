@@ -10,7 +10,7 @@ from dinfer.errors import ModelError
 from dinfer.model.checkpoint import check_unchanged
 from dinfer.monitor.signs import HangEvidence
 from dinfer.monitor.watch import HangWatch
-from dinfer.run.failure import Broken, RankFailed, broken, ending, is_final, silent_text
+from dinfer.run.failure import RankFailed, broken, ending, is_final, silent_text
 from dinfer.run.state import IN_OPS, RunState, with_remedy
 from dinfer.run.stepper import NoProgress
 from dinfer.verdict.verdict import Verdict
@@ -132,7 +132,7 @@ class Health:
             why = f"{verdict.sentence}\n{found.why}" if is_about else found.why
             if LOST in exits:
                 why += self._of_changed_files()
-            self._state.fail(Broken(found.kind, why))
+            self._state.fail(found._replace(why=why))
 
     def _of_changed_files(self) -> str:
         """Why ranks may have ended, as the end of a message, where the checkpoint's folder has changed; else ""."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinfer.config import Config
-from dinfer.job import Job
+from dinfer.job import OF_LOAD, Job, load_call
 from dinfer.kv.diff import diff_ranks
 from dinfer.kv.difference import COLUMNS
 from dinfer.kv.source import Selection, Source
@@ -150,9 +150,6 @@ NOT_OF_THE_RUN = {
     *PROMPTS, "log_dir", "log_level", "master_addr", "master_port", "start_timeout", "device_mode",
 }  # fmt: skip
 
-OF_LOAD = ("dtype", "gpu_ids", "threads", "kernels", "backend")
-"""parameters that `session.load` fixes for all runs"""
-
 ALWAYS = {"model_path", "world_size", "chunk_size", "sync_strategy", "schedule"}
 """parameters that a reader wants to see, also where they have their defaults"""
 
@@ -184,16 +181,14 @@ def opening(config: Config, connect: str, plan: str, *, keep: bool) -> list[str]
     "" for none."""
     default = {item.name: item.default for item in fields(config)}
     chosen = {name: one for name, one in parameters(config).items() if name in ALWAYS or one != default[name]}
-    of_load = [name for name in OF_LOAD if name in chosen and chosen[name] not in ("auto", "gloo")]
     given = next((name for name in PROMPTS if getattr(config, name)), "prompt")
     left_out = {"world_size", "model_path", *OF_LOAD} | ({"schedule", "sync_strategy"} if plan else set())
     run = [repr(getattr(config, given)), *(f"{n}={one!r}" for n, one in chosen.items() if n not in left_out)]
     run += ["plan=plan"] * bool(plan) + ["keep=True"] * keep + ["paused=True"]
-    load = [repr(str(chosen["model_path"])), *(f"{name}={chosen[name]!r}" for name in of_load)]
     return [
         "import dinfer",
         f"session = {connect}",
-        f"session.load({', '.join(load)})",
+        load_call(config),
         *[f"plan = {plan!r}"] * bool(plan),
         f"run = session.prefill({', '.join(run)})",
     ]

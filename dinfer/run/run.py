@@ -146,15 +146,17 @@ class Run(Tidy, Displayable):
 
     INTERNAL = frozenset({
         "INTERNAL", "call_name", "cause", "check", "chunk_labels", "close", "collected", "events_since", "findings",
-        "hold", "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "look", "mend", "met",
-        "met_on", "on_change", "recover", "recovering", "reporter", "runs", "said", "say", "show", "silence",
-        "step_to_stop", "story", "stuck_ranks", "told", "undoable",
+        "hold", "job", "keeps", "kept", "last_call", "last_standing", "left_blocked", "live", "load_again", "look",
+        "mend", "met", "met_on", "on_change", "recover", "recovering", "reporter", "runs", "said", "say", "show",
+        "silence", "step_to_stop", "story", "stuck_ranks", "told", "undoable",
     })  # fmt: skip
     show: Callable[[Any], Any] | None = None
     """makes the panel that a notebook shows for a run; set by the session, as is the next"""
     reporter: Reporter | None = None
     recover: Callable[[], object] | None = None
     """frees the session's ranks and brings back lost ones"""
+    load_again: Callable[[], object] | None = None
+    """loads its checkpoint again on the session's ranks, as for this run"""
     runs: Any = None
     """the runs of its session"""
     keeps = False
@@ -292,9 +294,13 @@ class Run(Tidy, Displayable):
         return self.where()
 
     def mend(self) -> Where:
-        """Do what `standing().remedy` says: `session.recover()` if need be, and restart. Raises NotPossible where there
-        is nothing to mend, or only the user can."""
+        """Do what `standing().remedy` says: `session.recover()` if need be, and restart; or load the weights again that
+        were overwritten, after which this run is over. Raises NotPossible where there is nothing to mend, or only the
+        user can."""
         remedy, recover = self._state.remedy, self.recover
+        if self._state.is_outdated and self.load_again:
+            self.load_again()
+            return self.where()
         if remedy not in (RECOVER, RESTART) or (remedy == RECOVER and recover is None):
             raise NotPossible(f"nothing here can be mended: {remedy or f'the run is {self._state.now}'}")
         if remedy == RECOVER and recover:
@@ -742,8 +748,8 @@ class Run(Tidy, Displayable):
         return self.told.sentence if self.told else ""
 
     def __str__(self) -> str:
-        plan, chunks = self.plan, len(self.plan.shape.chunks)
-        head = f"{len(self.job.ids)} tokens in {chunks} chunks, {plan.schedule}, {plan.sync_strategy}"
+        plan = self.plan
+        head = f"{plan.shape.tokens_text}, {plan.schedule}, {plan.sync_strategy}"
         return f"run of {head}{self.job.config.codec_text}: {self.where()}"
 
     def _repr_mimebundle_(self, **_: Any) -> Any:

@@ -10,7 +10,7 @@ from dinfer.display import listed
 from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.finite import NonFinite
-from dinfer.job import Job
+from dinfer.job import Job, load_call
 from dinfer.kv.difference import Diff
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Selection
@@ -233,6 +233,7 @@ class RunState:
             self.severity = Severity.NOTE  # of that message
             self.failure = ""  # why the run cannot go on until it is restarted
             self.breakage: Breakage = "failed"  # which state that is
+            self.is_outdated = False  # whether the weights must be loaded again before any run can go on
             self.cause = ""  # the failure, without what was done about it
             self.recovered = False  # whether the session has recovered since it failed
             self.silence = ""  # which ranks do not answer, while that is so
@@ -303,6 +304,8 @@ class RunState:
                 return ""
             if now == State.TAKEN_OVER:
                 return TAKE_BACK
+            if self.is_outdated:
+                return load_call(self.job.config)
             return RESTART if self.recovered else RECOVER
 
     def decide(self) -> tuple[State, str]:
@@ -350,7 +353,7 @@ class RunState:
         """The run cannot go on until it is restarted. The first failure stays."""
         with self.ranks.changed:
             if not self.failure:
-                self.breakage, self.failure = why
+                self.breakage, self.failure, self.is_outdated = why
                 self.cause = self.failure
 
     def note_recovery(self, *, ended: bool) -> None:

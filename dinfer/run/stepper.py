@@ -123,7 +123,9 @@ class Stepper:
         with self._lock:
             before = target = self._stand()
             for _ in range(n):
-                target = self.cuts.next(target, unit)
+                target, last = self.cuts.next(target, unit), target
+                if target == last:  # the end: `n` may be a number to be sure of it
+                    break
             return self._go(before, target)
 
     def step_towards(self, limit: Cut, unit: Unit) -> Move:
@@ -140,7 +142,9 @@ class Stepper:
         with self._lock:
             before = target = self._stand()
             for _ in range(n):
-                target = self.cuts.previous(target, unit)
+                target, last = self.cuts.previous(target, unit), target
+                if target == last:
+                    break
             return self._go(before, target)
 
     def run_to(self, chunk: int, layer: int) -> Move:

@@ -203,9 +203,10 @@ class Saved(Tidy, Displayable):
             held = f"ranks {numbers_text(source.ranks)}: {source.holds}"
             held += ", hidden states" * about.hidden
         codec = f", codec {about.codec}" * (about.codec != "none")
+        decoded = f", {new} new token{'s' * (new != 1)}" * bool(new)
         lines = [
-            f"{subject.name}: {plan.shape.tokens} tokens in {len(plan.shape.chunks)} chunks, {plan.schedule}, "
-            f"{plan.sync_strategy}{codec}: {state}{f', {new} new tokens' * bool(new)}",
+            f"{subject.name}: {plan.shape.tokens_text}, {plan.schedule}, "
+            f"{plan.sync_strategy}{codec}: {state}{decoded}",
             held,
             *[f"it stood {subject.stands}"] * any(subject.standing),
             *[findings.failure.partition("\n")[0]] * bool(findings.failure),

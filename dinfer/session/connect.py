@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from dinfer.arguments import nearest
 from dinfer.cluster.ranks import DEFAULT_N, Ranks
-from dinfer.config import ConfigError
+from dinfer.config import MOST_RANKS, ConfigError
+from dinfer.errors import excerpt
 from dinfer.files import check_working_folder
 from dinfer.history import call_text
 
@@ -50,10 +51,22 @@ def connect(
     check_working_folder()
     if isinstance(where, int):
         n, where = where, "ipyparallel"
-    if n is not None and n < 1:
-        raise ConfigError(f"n is {n}; it must be at least 1: how many ranks the session has.")
+    if n is not None and not 1 <= n <= MOST_RANKS:
+        raise ConfigError(
+            f"n is {excerpt(n)}; it must be from 1 to {MOST_RANKS}: how many ranks the session has."
+        )
     ranks: Ranks
     if where == "threads":
+        for name, value, default in (
+            ("profile", profile, "default"),
+            ("cluster_id", cluster_id, None),
+            ("start", start, None),
+            ("take", take, False),
+        ):
+            if value != default:
+                raise ConfigError(
+                    f"{name} is {excerpt(value)}, but ranks that are threads have no cluster: leave {name} out."
+                )
         from dinfer.cluster.threads import LocalRanks
 
         ranks = LocalRanks(n or DEFAULT_N)

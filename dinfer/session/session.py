@@ -15,7 +15,7 @@ from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError, check_known, whole_numbers
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
 from dinfer.errors import DinferError, NotPossible, excerpt
-from dinfer.job import Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
+from dinfer.job import OF_LOAD, Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
 from dinfer.messages import GetHeld, Holdings, Loading, LoadModel, MeasureRank, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
@@ -181,7 +181,8 @@ class Session(Tidy, Announced, Closing):
         keep: bool = False,
         **parameters: Any,
     ) -> Run:
-        """A run of this prompt, text or token ids (also as `prompt_ids`); with `paused` it stands before its first op.
+        """A run of this prompt, text or token ids (also as `prompt_ids`), or the text of `prompt_file`; with
+        `paused` it stands before its first op.
         The run before it is then over; if it has failed or hangs, and only lanes are blocked, they are freed, and a
         line says so. `runs` has it; it answers from the digests that were kept of it. `keep`: once this run is over,
         the values of its KV stay in a temporary folder.
@@ -209,11 +210,13 @@ class Session(Tidy, Announced, Closing):
         own = without_fixed(parameters, self._config, self.spec)
         if prompt is None and "prompt_ids" in own:  # the name that it has in `dinfer run`
             prompt = whole_numbers("prompt_ids", own.pop("prompt_ids"))
-        if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
-            raise ConfigError(
-                f"prompt is {prompt!r}; it must be text, or a list of token ids such as [5, 17, 3]."
-            )
-        given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
+        given: dict[str, Any] = {}
+        if prompt is not None or "prompt_file" not in own:
+            if not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+                raise ConfigError(
+                    f"prompt is {excerpt(prompt)}; it must be text, or a list of token ids such as [5, 17, 3]."
+                )
+            given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
         config = self._config.with_(**{"prompt_ids": (), **given, **own})
         check_auto(config, auto)
         job = prepare_loaded(config, self.spec, plan)
@@ -423,6 +426,8 @@ class Session(Tidy, Announced, Closing):
             job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan), left
         )
         run.show, run.recover = self._show, self.recover
+        as_loaded = {name: getattr(job.config, name) for name in OF_LOAD}
+        run.load_again = partial(self.load, job.config.model_path, **as_loaded)
         run.calls.opening = lambda: opening(job.config, self.connected_by, plan, keep=run.keeps)
         run.runs = self.runs
         self.runs.add(run)

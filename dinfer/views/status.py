@@ -16,8 +16,8 @@ MemoryTriple = tuple[int, int, int]
 
 GIB = 1 << 30
 
-MENDS = {RECOVER: "recover and restart", RESTART: "restart"}
-"""by what must be called for a run to go on, the name of the button that does it"""
+MENDS = {RECOVER: "recover and restart", RESTART: "restart", "session.load(": "load again"}
+"""by how the call begins after which a run can go on, the name of the button that makes it"""
 
 
 def layout(plan: Plan, labels: Sequence[str]) -> Json:
@@ -62,7 +62,7 @@ def status(plan: Plan, standing: Standing) -> Json:
         "state_severity": (Severity.NOTE if standing.over else standing.state.severity).word,
         "severity": standing.severity.word,
         "remedy": standing.remedy,
-        "mend": MENDS.get(standing.remedy, ""),
+        "mend": next((name for call, name in MENDS.items() if standing.remedy.startswith(call)), ""),
         "message": "" if standing.message == standing.over else standing.message,
         "call": standing.last_call,
         "decoded": standing.decoded,

@@ -63,6 +63,15 @@ class HangAlarm:
         """Whether stacks should be asked for."""
         return self._pending is not None
 
+    @property
+    def is_deciding(self) -> bool:
+        """Whether a verdict may be told soon."""
+        return self._pending is not None and self._pending[0] != self._told
+
+    @property
+    def _told(self) -> tuple[str, tuple[int, ...]] | None:
+        return (self.standing.kind, self.standing.ranks) if self.standing else None
+
     def consider(self, evidence: Evidence, now: float) -> Verdict | None:
         """The verdict that is to be told now; None if there is none, or it has been told. `now`: seconds."""
         found = evidence.problem
@@ -74,8 +83,7 @@ class HangAlarm:
         key = (found.kind, found.ranks)
         if self._pending is None or self._pending[0] != key:
             self._pending = (key, now)
-        told = self.standing and (self.standing.kind, self.standing.ranks) == key
-        if told or now - self._pending[1] < _confirm_s(found, evidence):
+        if key == self._told or now - self._pending[1] < _confirm_s(found, evidence):
             return None
         self.standing, self._is_of_end = found, is_end(found, evidence)
         return found

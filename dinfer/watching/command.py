@@ -15,15 +15,7 @@ from dinfer.watching.alarm import HangAlarm, is_end
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.folders import Watched
 from dinfer.watching.listening import Listener
-
-LOOK_S, SHARE = 0.25, 0.02
-"""seconds between looks, and the part of the time that looking may take: a long record is looked at less often"""
-
-SELDOM_S = 2.0
-"""seconds after which it is looked at all the same: a hang is to be told within five"""
-
-GLANCE_S, GLANCE_SHARE = 0.1, 0.5
-"""as above, where a process has ended or said something new, or a verdict is about to be told"""
+from dinfer.watching.pace import GLANCE_S, Pace
 
 ENDS_S = 60.0
 """for so long a command may take to end once somebody has told it to; one that goes on does not mean to"""
@@ -216,39 +208,32 @@ class WatchedCommand:
         if self._listener:
             self._listener.tell(str(verdict))
 
-    @property
-    def is_suspicious(self) -> bool:
-        return any(followed.alarm.is_suspicious for followed in self._followed.values())
-
     def wait(self, each: Callable[[list[Evidence]], None] | None = None) -> int:
         """Look until the command ends; `each` is called after each look. Returns its exit status, as a shell has it."""
-        began = ended = time.monotonic()
+        pace = Pace()
         while True:
             try:
                 status = self.process.wait(GLANCE_S)
                 break
             except subprocess.TimeoutExpired:
                 try:
-                    if not self._is_due(time.monotonic() - ended, ended - began):
+                    if not pace.is_due(self._is_urgent):
                         continue
-                    began = time.monotonic()
-                    jobs = self.look()
-                    if each:
-                        each(jobs)
+                    with pace.looking():
+                        jobs = self.look()
+                        if each:
+                            each(jobs)
                 except Exception as error:  # the command goes on, whatever a look at it runs into
                     self.watched.trouble(error)
-                ended = time.monotonic()
         try:
             self.conclude(status)
         except Exception as error:  # its status is what counts
             self.watched.trouble(error)
         return exit_status(status)
 
-    def _is_due(self, since: float, spent: float) -> bool:
-        """Whether to look again, `since` seconds after a look that took `spent`."""
-        if since >= min(SELDOM_S, max(LOOK_S, spent / SHARE)):
-            return True
-        return since >= spent / GLANCE_SHARE and (self.is_suspicious or self.watched.has_news())
+    def _is_urgent(self) -> bool:
+        deciding = any(followed.alarm.is_deciding for followed in self._followed.values())
+        return deciding or self.watched.has_news()
 
     def conclude(self, status: int) -> None:
         """The last look, once the command has ended, and its parts on other hosts."""

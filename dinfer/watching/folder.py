@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dinfer.watch.probe.reading import Reader, ask_stacks
 from dinfer.watch.probe.records import WatchedProcess
-from dinfer.watch.probe.stacks import DUMP_SIGNAL
+from dinfer.watch.probe.stacks import DUMP_SIGNALS
 from dinfer.watching.signs import ProcessPulse, pulse_of
 
 
@@ -63,16 +63,12 @@ class FolderHere(Folder):
 
 def _takes_dumps(process: WatchedProcess) -> bool:
     """Whether the process of that number, on this host, is still one that takes the signal: any other would end."""
-    if (
-        DUMP_SIGNAL is None
-        or process.dump != DUMP_SIGNAL
-        or process.host != socket.gethostname()
-        or process.pid <= 1
-    ):
+    number = process.dump
+    if number not in DUMP_SIGNALS or process.host != socket.gethostname() or process.pid <= 1:
         return False
     try:
         status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return False
     caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (DUMP_SIGNAL - 1) & 1)
+    return bool(int(caught, 16) >> (number - 1) & 1)

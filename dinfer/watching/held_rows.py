@@ -3,8 +3,9 @@
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from dinfer.trace.events import place_of
 from dinfer.watch.probe.rows import RowsTaken
 
 RowDigests = tuple[int, ...]
@@ -14,6 +15,8 @@ MOST_GAP = 1 << 16
 
 MOST_REPEATED = 100
 """findings of one layer"""
+
+T = TypeVar("T")
 
 KV_ROWS = "kv"
 """the name of rows of KV; taps have others"""
@@ -91,6 +94,13 @@ class HeldRows(Mapping[int, RowDigests]):
         return self._digests, self._parts
 
 
+class AddedBy(NamedTuple):
+    """The code that added rows: such as `infer.py:31`, "" if it is unknown, and its function."""
+
+    line: str = ""
+    function: str = ""
+
+
 class LayerRows(NamedTuple):
     """One layer of a rank's newest cache, of one sequence: its rows, and its findings' words."""
 
@@ -100,10 +110,12 @@ class LayerRows(NamedTuple):
     shape: tuple[int, ...]
     starts: dict[int, int | None]
     """by the first position of what was added at a time, its chunk; rows that came one by one count as one piece"""
+    adders: dict[int, AddedBy]
+    """by the first position, who added the rows from there on"""
 
     def copy(self) -> "LayerRows":
         """The same, that no later rows change."""
-        return LayerRows(self.rows.copy(), [*self.repeated], self.shape, {**self.starts})
+        return LayerRows(self.rows.copy(), [*self.repeated], self.shape, {**self.starts}, {**self.adders})
 
     def before(self, position: int) -> "LayerRows":
         """Of its rows those before a position."""
@@ -116,12 +128,29 @@ class LayerRows(NamedTuple):
         return [(start, stop) for start, stop in pairwise(starts) if start < position]
 
     def chunk_of(self, position: int) -> int | None:
-        begun = [start for start in self.starts if start <= position]
-        return self.starts[max(begun)] if begun else None
+        return _last_before(self.starts, position, None)
+
+    def added_by(self, position: int) -> AddedBy:
+        return _last_before(self.adders, position, AddedBy())
+
+
+def _last_before(by_start: Mapping[int, T], position: int, otherwise: T) -> T:
+    """The value of the last start that is not behind a position."""
+    start = max((start for start in by_start if start <= position), default=None)
+    return otherwise if start is None else by_start[start]
 
 
 Layers = dict[tuple[int, int], LayerRows]
 """by layer and sequence of the batch"""
+
+
+class _Added(NamedTuple):
+    """What was added to a layer at a time."""
+
+    start: int = -1
+    digests: tuple[RowDigests, ...] = ()
+    chunk: int | None = None
+    by: AddedBy = AddedBy()
 
 
 class _Store:
@@ -129,21 +158,27 @@ class _Store:
 
     def __init__(self) -> None:
         self.layers = Layers()
-        self._before: dict[tuple[int, int], tuple[int, tuple[RowDigests, ...], int | None]] = {}
+        self._before: dict[tuple[int, int], _Added] = {}
 
     def add(self, one: RowsTaken, layer: int) -> None:
+        by = AddedBy(place_of(one.file, one.line), one.function) if one.line else AddedBy()
         for sequence, digests in enumerate(one.digests):
             if not digests:  # rows of another request
                 continue
             key = (layer, sequence)
-            held = self.layers.setdefault(key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:], {}))
-            at, last, chunk = self._before.get(key, (-1, (), None))
+            held = self.layers.setdefault(
+                key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:], {}, {})
+            )
+            before = self._before.get(key, _Added())
+            follows = one.start == before.start + len(before.digests)
             is_new = one.start not in held.rows and len(held.repeated) < MOST_REPEATED
-            if digests == last and is_new:
+            if digests == before.digests and is_new:
                 held.repeated.append((one.start, len(digests), one.chunk))
-            if not (len(digests) == len(last) == 1 and (one.start, one.chunk) == (at + 1, chunk)):
+            if not (follows and len(digests) == len(before.digests) == 1 and one.chunk == before.chunk):
                 held.starts[one.start] = one.chunk
-            self._before[key] = one.start, digests, one.chunk
+            if not (follows and by == before.by):
+                held.adders[one.start] = by
+            self._before[key] = _Added(one.start, digests, one.chunk, by)
             held.rows.put(one.start, digests)
 
 

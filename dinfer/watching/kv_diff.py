@@ -17,7 +17,7 @@ from torch import Tensor
 from dinfer.kv.rows import Nearby, concerned, identify, numbers_text, repeats
 from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.where import ranks_text
-from dinfer.watching.held_rows import HeldRows, LayerRows, Layers, RowDigests
+from dinfer.watching.held_rows import AddedBy, HeldRows, LayerRows, Layers, RowDigests
 
 
 class RowDifferences(NamedTuple):
@@ -172,6 +172,8 @@ class _RowFinding(NamedTuple):
     text: str
     layer: int
     chunk: int | None
+    by: AddedBy
+    """of the first row"""
 
 
 def _of_layer(
@@ -199,7 +201,8 @@ def _of_layer(
     for rank, held in holders.items():
         for start, count, chunk in held.repeated if rank not in named else ():
             text = f"rows {_span(start, count)} of {{layers}} repeat rows {_span(start - count, count)}"
-            yield _RowFinding("rows repeated", (rank,), f"rank {rank}: {text}", key[0], chunk)
+            by = held.added_by(start)
+            yield _RowFinding("rows repeated", (rank,), f"rank {rank}: {text}", key[0], chunk, by)
 
 
 def _together(some: Sequence[_RowFinding]) -> OpFinding:
@@ -207,7 +210,10 @@ def _together(some: Sequence[_RowFinding]) -> OpFinding:
     layers = sorted({one.layer for one in some})
     named = f"layer{'s' * (len(layers) > 1)} {numbers_text(layers)}"
     first = some[0]
-    return OpFinding(first.kind, first.ranks, first.text.format(layers=named), first.layer, first.chunk)
+    line, function = first.by
+    by = f" (added at {line} in {function})" if line else ""
+    text = f"{first.text.format(layers=named)}{by}"
+    return OpFinding(first.kind, first.ranks, text, first.layer, first.chunk, line or None)
 
 
 def _between(
@@ -231,7 +237,7 @@ def _between(
             if len(mine.rows) != len(theirs.rows):
                 lengths = f"{hold} {len(mine.rows)} rows of {{layers}}, {others} {len(theirs.rows)}: "
             text = f"{who} {lengths or 'in {layers}: '}{one.text}"
-            yield _RowFinding(f"rows {one.kind}", tuple(ranks), text, 0, mine.chunk_of(at))
+            yield _RowFinding(f"rows {one.kind}", tuple(ranks), text, 0, mine.chunk_of(at), mine.added_by(at))
     differ = sorted(at for at in common if mine.rows[at] != theirs.rows[at] and at not in explained)
     if differ and not (
         is_explained and len(mine.rows) != len(theirs.rows)
@@ -240,11 +246,14 @@ def _between(
             f"ranks {right[0]} and {ranks[0]} hold other KV in {len(differ)} of {len(common)} rows of {{layers}}, the "
             f"first at token {differ[0]}"
         )
-        yield _RowFinding("rows differ", (ranks[0], right[0]), text, 0, mine.chunk_of(differ[0]))
+        first = differ[0]
+        yield _RowFinding(
+            "rows differ", (ranks[0], right[0]), text, 0, mine.chunk_of(first), mine.added_by(first)
+        )
     if len(mine.rows) != len(theirs.rows) and not is_explained:
         less = len(mine.rows) < len(theirs.rows)
         text = f"{who} {hold} {len(mine.rows)} rows of {{layers}}, {others} {len(theirs.rows)}"
-        yield _RowFinding("rows missing", blamed if less else (*right, *ranks), text, 0, None)
+        yield _RowFinding("rows missing", blamed if less else (*right, *ranks), text, 0, None, AddedBy())
 
 
 def _is_whole(held: LayerRows) -> bool:

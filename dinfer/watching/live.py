@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dinfer.display import Closing, Displayable, DisplayableText, Table, Tidy, print_under_cell
-from dinfer.errors import DinferError, NotPossible
+from dinfer.errors import DinferError, NotPossible, excerpt
 from dinfer.files import free_path
 from dinfer.severity import Severity
 from dinfer.trace.trace import Trace
@@ -28,6 +29,7 @@ from dinfer.watching.evidence import Evidence
 from dinfer.watching.figures import table_of
 from dinfer.watching.folders import RECORDS, Watched
 from dinfer.watching.kv import WatchedKv
+from dinfer.watching.pace import GLANCE_S, Pace
 from dinfer.watching.signs import MAIN
 from dinfer.watching.temporary import TemporaryFolder
 
@@ -92,9 +94,9 @@ class Watch(Tidy, Displayable, Closing):
         self._source, self._write, self._show = source, write, show
 
     @property
+    @abstractmethod
     def is_over(self) -> bool:
         """Whether nothing will change any more."""
-        raise NotImplementedError
 
     def moment(self) -> WatchMoment:
         """What there is to show now; of KV, what can be read at once."""
@@ -112,9 +114,9 @@ class Watch(Tidy, Displayable, Closing):
             process for rank, process in found.processes.items() if not found.signs[rank].ended
         )
 
+    @abstractmethod
     def _title(self) -> str:
         """What is watched, in a line."""
-        raise NotImplementedError
 
     def debugger(self) -> Any:
         """A panel that follows the ranks, also while cells run: verdict, where each stands, layers and chunks where
@@ -304,9 +306,16 @@ class CommandWatch(Watch):
 
 
 def _found(program: str) -> str:
-    """A program that is not on the path, as in kernels whose environment is not activated: that beside this Python."""
+    """A program, which is searched for on the path and then, as in kernels whose environment is not activated, beside
+    this Python. Raises NotPossible."""
     beside = Path(sys.executable).parent / program
-    return str(beside) if not shutil.which(program) and shutil.which(str(beside)) else program
+    if shutil.which(program):
+        return program
+    if shutil.which(str(beside)):
+        return str(beside)
+    raise NotPossible(
+        f"there is no program {excerpt(program)} to watch: it is not on the path, nor beside {sys.executable}."
+    )
 
 
 def _tell(verdict: Verdict) -> None:
@@ -391,14 +400,17 @@ class EnginesSource:
         self._thread.join(STOP_S)
 
     def _follow(self) -> None:
-        pause = LOOK_S
-        while not self._over.wait(pause):
-            began = time.monotonic()
+        pace = Pace()
+        while not self._over.wait(GLANCE_S):
             try:
-                self.look()
+                if pace.is_due(self._is_urgent):
+                    with pace.looking():
+                        self.look()
             except Exception as error:  # a later look may succeed
                 self.watched.trouble(error)
-            pause = max(LOOK_S, 10 * (time.monotonic() - began))
+
+    def _is_urgent(self) -> bool:
+        return self._alarm.is_deciding or self.watched.has_news()
 
 
 def of_cells(evidence: Evidence, over: Collection[RaisedError] = ()) -> Evidence:

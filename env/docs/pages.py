@@ -113,8 +113,8 @@ def _row(head: str, parameter: Any) -> str:
         shown = "required"
     else:
         shown = "" if default in (None, "", False) or callable(default) else f"`{default}`"
-    if not shown and text.endswith("]") and " [default: " in text:  # `dinfer run` says it in its text
-        text, _, value = text[:-1].rpartition(" [default: ")
+    if not shown and "; default: " in text:  # `dinfer run` says it in its text
+        text, _, value = text.rpartition("; default: ")
         shown = f"`{value}`"
     return f"| {head} | {text} | {shown} |"
 

@@ -24,6 +24,8 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
+import dinfer
+from dinfer.session.session import Session
 from tests.support.ipclusters import ipython
 from tests.support.jupyter import Lab, Notebook, open_notebook
 from tests.support.runs import DEADLINE_S, wait_for
@@ -63,6 +65,13 @@ def _chromium(playwright: Playwright) -> str:
     if not found:
         pytest.skip("no Chromium: install the package chromium, or run `playwright install chromium`")
     return found
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    """Three ranks on threads with the demo loaded, and with views, which the other tests' sessions lack."""
+    with dinfer.connect("threads", n=3) as session:
+        yield session.load("demo", threads=1)
 
 
 @pytest.fixture(scope="session")

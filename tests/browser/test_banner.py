@@ -14,7 +14,7 @@ from playwright.sync_api import Page, expect
 from dinfer.run.run import Run
 from dinfer.run.state import RECOVER
 from dinfer.session.session import Session
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from tests.browser.conftest import Shot
 from tests.support.fixtures import fresh_session
 from tests.support.panel_pages import SHOW

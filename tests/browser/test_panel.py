@@ -17,7 +17,7 @@ SHOW, WHERE, SLOW, STEP, CLOSE = 1, 2, 3, 4, 5
 WHERE_CELL = "print(''.join(map(str, CellMap(run.plan).states(run.standing().stands).flatten())))"
 THREADS = [
     """
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from dinfer.views.cells import CellMap
 from tests.support.doubles import TwinRun
 prompt = "The code of Lima is 471. The code of Oslo is 306. What is the code of Lima? The code of Lima is"
@@ -201,7 +201,7 @@ def check_side_bar(panel: PanelPage, shot: Shot) -> None:
 
 LARGE = [
     """
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from dinfer.views.cells import CellMap
 from tests.support.doubles import busy_run
 run = busy_run(layers=36, chunks=32, ranks=3, waves=46)
@@ -215,7 +215,7 @@ run.state, run.message = "paused", "breakpoint 1: rank 1 stands before layer c9 
 
 
 SMALL = """
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from dinfer.views.cells import CellMap
 from tests.support.doubles import PaperRun, paper_plan
 run = PaperRun(paper_plan())

@@ -10,9 +10,9 @@ from playwright.sync_api import Page
 
 from dinfer.bench.views import half_way, inspected
 from dinfer.views.cells import CellMap
-from dinfer.views.communication import FIGURES
-from dinfer.views.inspector import Fetched, picture
-from dinfer.views.panel import Panel
+from dinfer.views.panel.communication import FIGURES
+from dinfer.views.panel.inspector import Fetched, picture
+from dinfer.views.panel.panel import Panel
 from dinfer.views.status import layout, moment
 
 pytestmark = pytest.mark.browser

@@ -14,17 +14,11 @@ from dinfer.run.run import Run
 from dinfer.session.session import Session
 from tests.browser.conftest import Shot
 from tests.support.linked_panel import LinkedPanel
+from tests.support.runs import DEADLINE_S
 
 pytestmark = pytest.mark.browser
 
 PROMPT = "The code of Lima is 471. The code of Oslo is 306. What is the code of Lima? The code of Lima is"
-DEADLINE_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with dinfer.connect("threads", n=3) as session:
-        yield session.load("demo", threads=1)
 
 
 @pytest.fixture

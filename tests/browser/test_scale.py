@@ -16,9 +16,9 @@ from dinfer.plan.schedule import build
 from dinfer.run.state import Mark
 from dinfer.views.bins import BinSize, binned
 from dinfer.views.cells import DIFFERS, NONFINITE
-from dinfer.views.communication import FIGURES
 from dinfer.views.figures.style import HTML_CONFIG
-from dinfer.views.inspector import Fetched, InspectRequest, picture, window
+from dinfer.views.panel.communication import FIGURES
+from dinfer.views.panel.inspector import Fetched, InspectRequest, picture, window
 from tests.browser.conftest import Shot
 from tests.support.maps import half_done
 from tests.support.panel_pages import BarePanel

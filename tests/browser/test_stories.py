@@ -1,20 +1,18 @@
 """Three stories, as a new user lives them: a hang, a wrong answer, a slow link, each from its symptom to its cause on
-the desk of `session.debugger()`, with the mouse alone and in few clicks. DINFER_STORIES names the folder that keeps a
-picture of each step; DINFER_STORIES_LOOK, for example `900 dark`, is how wide the window is, and its colours.
+the desk of `session.debugger()`, with the mouse alone and in few clicks. Each step leaves a picture among the
+screenshots; DINFER_STORIES_LOOK, for example `900 dark`, is how wide the window is, and its colours.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Locator, Page, expect
 
-import dinfer
 from dinfer.session.session import Session
 from tests.support.runs import DEADLINE_S
 
@@ -75,33 +73,14 @@ class Story:
         assert self.clicks == clicks <= MOST_CLICKS
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    with dinfer.connect("threads", n=3) as session:
-        yield session.load("demo", threads=1)
-
-
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where pictures are kept."""
-    found = Path(os.environ.get("DINFER_STORIES") or tmp_path)
-    found.mkdir(parents=True, exist_ok=True)
-    return found
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page that counts what a person does. An error in its scripts fails the test."""
+def page(page: Page) -> Page:
+    """A page that counts what a person does."""
     wide, _, scheme = (os.environ.get("DINFER_STORIES_LOOK") or "1280 light").partition(" ")
-    colours: Literal["light", "dark"] = "dark" if scheme == "dark" else "light"
-    page = browser.new_page(viewport={"width": int(wide), "height": 800}, color_scheme=colours)
-    page.set_default_timeout(DEADLINE_S * 1000)
+    page.set_viewport_size({"width": int(wide), "height": 800})
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.add_init_script(COUNT)
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    yield page
-    page.close()
-    assert not errors, errors
+    return page
 
 
 class Desk:
@@ -120,9 +99,9 @@ class Desk:
         self._desk.close()
 
 
-def test_a_hang(session: Session, page: Page, folder: Path) -> None:
+def test_a_hang(session: Session, page: Page, screenshots: Path) -> None:
     session.prefill(PROMPT, chunk_size=8, schedule="batched", unsafe=True, paused=True)
-    with Desk("hang", session, page, folder) as story:
+    with Desk("hang", session, page, screenshots) as story:
         story.shot()
         banner, why, block = (story.panel.locator(f".dinfer-{name}") for name in ("banner", "why", "block"))
         # The symptom: it does not go on. Who waits for whom is drawn beside it, and in which line of code.
@@ -146,13 +125,13 @@ def test_a_hang(session: Session, page: Page, folder: Path) -> None:
         story.end(3)
 
 
-def test_a_wrong_answer(session: Session, page: Page, folder: Path) -> None:
+def test_a_wrong_answer(session: Session, page: Page, screenshots: Path) -> None:
     good = session.prefill(PROMPT, chunk_size=8, keep=True)
     good.decode(4)
     run = session.prefill(PROMPT, chunk_size=8, paused=True)
     run.inject("stale", rank=0, layer=1, chunk=1, tensor="V", where="memory")
     run.decode(4)
-    with Desk("wrong", session, page, folder) as story:
+    with Desk("wrong", session, page, screenshots) as story:
         # The symptom: it was 471.
         expect(story.panel.locator(".dinfer-text")).to_contain_text("461")
         story.shot()
@@ -175,13 +154,13 @@ def test_a_wrong_answer(session: Session, page: Page, folder: Path) -> None:
         story.end(5)
 
 
-def test_a_slow_link(session: Session, page: Page, folder: Path) -> None:
+def test_a_slow_link(session: Session, page: Page, screenshots: Path) -> None:
     session.prefill(PROMPT, chunk_size=8).wait(DEADLINE_S)
     run = session.prefill(PROMPT, chunk_size=8, paused=True)
     run.inject("slow link", source=0, target=2, ms=MS)
     run.resume()
     run.wait(DEADLINE_S)
-    with Desk("slow", session, page, folder) as story:
+    with Desk("slow", session, page, screenshots) as story:
         story.shot()
         # The symptom: it takes longer than the run before.
         figure, panel = story.panel.locator(".dinfer-figure"), story.panel

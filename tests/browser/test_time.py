@@ -17,8 +17,8 @@ from dinfer.trace.stretch import stretch
 from dinfer.views.bins import BinSize, binned
 from dinfer.views.cells import COMPUTING
 from dinfer.views.find import FindError, Searched, find
+from dinfer.views.panel.scrubber import TimeQuestion, answer
 from dinfer.views.recorded import RecordedRun
-from dinfer.views.scrubber import TimeQuestion, answer
 from tests.browser.conftest import Shot
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.panel_pages import BarePanel

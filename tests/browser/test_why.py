@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 from dinfer.run.state import RECOVER
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import Node, Wait
-from dinfer.views.why import explained
+from dinfer.views.panel.why import explained
 from tests.browser.conftest import Shot
 from tests.support.maps import half_done
 from tests.support.panel_pages import BarePanel

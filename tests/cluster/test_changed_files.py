@@ -14,6 +14,7 @@ import dinfer
 from dinfer.errors import ModelError
 from dinfer.run.failure import RankFailed
 from dinfer.session.session import Session
+from dinfer.views.panel.panel import Panel
 from tests.support.tiny import tiny_checkpoint
 from tests.support.twin import prompt
 
@@ -71,6 +72,7 @@ def test_a_run_that_stands_half_way_never_computes_with_other_bytes(
     with pytest.raises(RankFailed, match=r"were overwritten after they were loaded.*session\.load\("):
         run.step("layer")
     assert run.standing().state == "failed"
+    assert run.standing().remedy == f"session.load({str(folder)!r}, threads=1)"
     assert before.equal
     assert run.kv().diff().equal, "what was computed stays"
     with pytest.raises(RankFailed, match="were overwritten"):
@@ -92,6 +94,24 @@ def test_it_is_loaded_again_on_all_ranks(session: Session, folder: Path, other: 
     run.decode()
     assert run.kv().diff().equal
     assert run.compare("reference").equal
+
+
+def test_the_button_of_a_run_that_failed_so_loads_what_is_there_now(
+    session: Session, folder: Path, other: Path
+) -> None:
+    run = session.prefill(IDS, chunk_size=4, max_new_tokens=4, paused=True)
+    run.run_to(chunk=1, layer=3)
+    trained_further(folder, other)
+    with pytest.raises(RankFailed, match=r"to go on: session\.load\("):
+        run.step("layer")
+    panel = Panel(run)
+    assert panel.shown["mend"] == "load again"
+    panel.close()
+    run.mend()
+    assert run.standing().over.startswith("a checkpoint was loaded since")
+    again = session.prefill(IDS, chunk_size=4, max_new_tokens=4)
+    again.wait(60)
+    assert again.compare("reference").equal
 
 
 def test_bytes_that_are_back_are_loaded_anew(session: Session, folder: Path, model: Path) -> None:

@@ -1,4 +1,5 @@
-"""06-desk, executed on threads and on a cluster of `ipcluster start -n 3`; what its cells show, named by tags."""
+"""06-desk, in English and in Chinese, executed on threads and on a cluster of `ipcluster start -n 3`; what its cells
+show, named by tags."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from tests.support.notebook_pages import NOTEBOOKS, Page, executed, read
 
 pytestmark = [pytest.mark.cluster, pytest.mark.notebook, pytest.mark.timeout(300)]
 
-DESK = NOTEBOOKS / "06-desk.ipynb"
+DESK = {"en": NOTEBOOKS / "06-desk.ipynb", "zh": NOTEBOOKS / "zh" / "06-desk.ipynb"}
 CHOICE = 'where = "ipyparallel"'
 
 SHOWN: dict[str, list[str]] = {
@@ -32,13 +33,20 @@ SHOWN: dict[str, list[str]] = {
     "close": [],
 }  # fmt: skip
 
+SLOW = (("en", "cluster"), ("zh", "threads"), ("zh", "cluster"))
 
-@pytest.fixture(scope="module", params=["threads", pytest.param("cluster", marks=pytest.mark.slow)])
+
+@pytest.fixture(
+    scope="module",
+    params=[("en", "threads"), *(pytest.param(one, marks=pytest.mark.slow) for one in SLOW)],
+    ids="-".join,
+)
 def desk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Page:
     """06-desk, executed on threads, with its one variable changed, or on a cluster; in a folder that it writes to."""
+    language, where = request.param
     folder = tmp_path_factory.mktemp("desk")
-    notebook = read(DESK)
-    if request.param == "threads":
+    notebook = read(DESK[language])
+    if where == "threads":
         [cell] = [cell for cell in notebook.cells if CHOICE in cell.source]
         cell.source = cell.source.replace(CHOICE, 'where = "threads"')
     else:

@@ -77,6 +77,12 @@ def folder(tmp_path: Path) -> Path:
     return tiny_checkpoint(tmp_path / "model", layers=1)
 
 
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Other weights of the same sizes as those of `folder`."""
+    return tiny_checkpoint(tmp_path / "other", layers=1, seed=1)
+
+
 @pytest.fixture(scope="session")
 def decoders(checkpoint: Checkpoint) -> Decoders:
     """Random decoders by name: 7 layers of each family, and a `small` one of 3."""

@@ -12,7 +12,7 @@ from typing import Any
 from playwright.sync_api import Locator, Page
 
 from dinfer.run.run import Run
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from tests.support.panel_pages import SHOW
 
 DEADLINE_S = 60.0

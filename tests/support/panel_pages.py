@@ -14,8 +14,8 @@ from dinfer.run.state import Mark
 from dinfer.severity import Severity
 from dinfer.views.bins import packed
 from dinfer.views.cells import MARKS, STATES, CellStates, cut_line, marked
-from dinfer.views.communication import FIGURES
-from dinfer.views.panel import Panel
+from dinfer.views.panel.communication import FIGURES
+from dinfer.views.panel.panel import Panel
 
 SHOW = """async (given) => {
   const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dinfer.watch.probe.reading import read
+from dinfer.watch.probe.recorder import OpRecorder
 from dinfer.watch.probe.records import WatchedProcess
 from dinfer.watch.probe.start import Probe
 
@@ -27,6 +28,14 @@ class Watched:
         """What has been recorded so far."""
         (process,) = read(self.folder)
         return process
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Iterator[OpRecorder]:
+    """Records into a folder."""
+    made = OpRecorder(tmp_path)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from dinfer.messages import (
 )
 from dinfer.rank.batch import device_of
 from dinfer.run.stepper import Fleet, Stepper
+from tests.support.bare_ranks import BareRanks
 from tests.support.runs import wait_for
 
 START_S = 120
@@ -44,7 +45,7 @@ sys.stdin.read()  # until the test is over
 """
 
 
-class ProcessRanks(Link, Ranks):
+class ProcessRanks(Link, BareRanks):
     """The ranks of a session as processes of their own, without a cluster around them."""
 
     def __init__(self, world_size: int, threads: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -139,3 +141,17 @@ def test_names_of_older_versions_still_work_and_say_what_they_are_called_now(
 
     assert "recv" in handlers.HANDLERS
     assert open_engine.__module__ == "dinfer.launch.application"
+
+
+@pytest.mark.parametrize("text", ["dinfer/__init__.py", "notebooks/guide/architecture.md"])
+def test_every_floor_of_the_house_is_told(text: str) -> None:
+    root = PACKAGE.parent
+    contracts = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    floors = next(
+        one["layers"] for one in contracts if one["type"] == "layers" and one["containers"] == ["dinfer"]
+    )
+    rooms = set(re.findall(r"\w+", " ".join(floors))) - {"__main__"}
+    told = set(re.findall(r"`(\w+)`", (root / text).read_text("utf-8")))
+    assert not rooms - told

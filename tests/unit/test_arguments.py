@@ -109,6 +109,7 @@ def test_the_nearest_name() -> None:
 
 CONNECT: Any = dinfer.connect
 OPEN: Any = dinfer.open
+WATCH: Any = dinfer.watch
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,8 @@ OPEN: Any = dinfer.open
         (lambda: CONNECT("threads", 2, "other"), "connect takes at most 2 values without a name"),
         (lambda: OPEN(), "open needs path. The call is open(path)."),
         (lambda: OPEN(5), "path is 5; it must be text or a path."),
+        (lambda: WATCH("true", foldr="x"), "watch takes no 'foldr'. Did you mean folder?"),
+        (lambda: WATCH(), "watch needs command. The call is watch(command, folder=None, "),
     ],
 )
 def test_the_first_calls_of_all(given: Callable[[], Any], says: str) -> None:

@@ -8,9 +8,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 import pytest
@@ -328,6 +328,44 @@ def test_every_parameter_is_a_flag_of_run() -> None:
     assert dinfer("run", "--help").status == 0
     for item in fields(Config):
         assert f"--{item.name.replace('_', '-')}"[:20] in shown
+
+
+def help_texts(command: Any, name: str) -> Iterator[tuple[str, str]]:
+    """What --help shows of a command, its parameters and its own commands."""
+    yield name, command.help or ""
+    for parameter in command.params:
+        yield f"{name} {parameter.name}", getattr(parameter, "help", None) or ""
+    for other, sub in getattr(command, "commands", {}).items():
+        yield from help_texts(sub, f"{name} {other}")
+
+
+def test_no_word_of_help_is_taken_for_markup() -> None:
+    """Typer shows help as rich markup, in which `[default: 3]` is a style, and is not shown."""
+    from rich.text import Text
+    from typer.main import get_command
+
+    lost = [
+        (name, text)
+        for name, text in help_texts(get_command(app), "dinfer")
+        if Text.from_markup(text).plain != text
+    ]
+    assert lost == []
+
+
+def test_help_of_run_says_defaults_and_what_is_allowed() -> None:
+    from dataclasses import fields
+    from typing import get_args, get_type_hints
+
+    from dinfer.config import Config
+
+    shown = " ".join(dinfer("run", "--help").out.replace("│", " ").split())
+    kinds = get_type_hints(Config)
+    for item in fields(Config):
+        for allowed in get_args(kinds[item.name]):
+            if isinstance(allowed, str):
+                assert allowed in shown, item.name
+    for said in ("default: 128", "default: pairwise", "default: auto", "default: 60.0"):
+        assert said in shown
 
 
 def test_a_terminal_that_lacks_a_character_does_not_end_the_command() -> None:

@@ -9,7 +9,16 @@ import pytest
 
 import dinfer
 from dinfer.errors import NotPossible
-from dinfer.files import FileError, WrittenFiles, as_json, check_working_folder, free_path, read_bytes
+from dinfer.files import (
+    FileError,
+    FolderError,
+    WrittenFiles,
+    as_json,
+    check_working_folder,
+    free_path,
+    make_folder,
+    read_bytes,
+)
 
 
 def test_the_first_free_name_is_taken(tmp_path: Path) -> None:
@@ -66,6 +75,12 @@ def test_what_is_too_large_or_no_json_is_said(tmp_path: Path) -> None:
         with pytest.raises(FileError):
             as_json(text)
     assert as_json(b'\xef\xbb\xbf{"a": [1.5]}') == {"a": [1.5]}
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match=r"is a folder, and a file is to be written: add its name"):
+        make_folder(tmp_path)
+    assert make_folder(tmp_path / "new" / "file") == tmp_path / "new" / "file"
 
 
 def test_a_working_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from dinfer.results import Where
 from dinfer.severity import Severity, style_variables
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import KINDS
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from dinfer.views.report.page import COLOURS
 from tests.unit.views.test_shown import luminance
 

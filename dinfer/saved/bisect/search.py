@@ -34,7 +34,7 @@ from dinfer.saved.bisect.parts import RunPart, RunParts, same
 from dinfer.saved.bisect.rerun import RerunAnswer, Reruns, RerunState
 from dinfer.saved.bisect.result import REFERENCE, AnswerFigures, Bisection, BisectStep, place_text
 from dinfer.saved.replay.record import RankRecord, RecordError
-from dinfer.saved.replay.replay import decoder_of
+from dinfer.saved.replay.weights import decoder_of
 
 NEW_TOKENS = 8
 """how many new tokens are compared, unless the runs have made more"""

@@ -70,6 +70,17 @@ class RankRecord(Own):
             for lane, at, begun in zip(lanes, self.positions, self.begun, strict=True)
         )
 
+    @property
+    def end_text(self) -> str:
+        """Where the rank stood, so that nothing more can be replayed."""
+        lanes = zip(self.plan.lanes[self.rank], self.positions, self.begun, strict=True)
+        ahead = [(lane.ops[at], begun) for lane, at, begun in lanes if at < len(lane.ops)]
+        if not ahead:
+            return "the record ends here: the rank had ended prefill"
+        stood = [f"in `{op}`" for op, begun in ahead if begun] or [f"before `{ahead[0][0]}`"]
+        failed = f"; the run failed: {self.failure.partition(chr(10))[0]}" if self.failure else ""
+        return f"the record ends here: rank {self.rank} stood {' and '.join(stood)}{failed}"
+
     def payload(self, op: Op) -> Tensor:
         """What this recv has received. Raises RecordError if it was not recorded."""
         if op.what == "final":

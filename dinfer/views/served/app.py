@@ -23,10 +23,10 @@ from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from dinfer.errors import DinferError
-from dinfer.views.panel import SCRIPTS, Panel
+from dinfer.views.panel.panel import SCRIPTS, Panel
+from dinfer.views.panel.slotted import texts_of
 from dinfer.views.protocol import InspectableRun
 from dinfer.views.served.model import Buffer, SocketComm
-from dinfer.views.slotted import texts_of
 
 LOOPBACK = "127.0.0.1"
 
@@ -39,7 +39,9 @@ POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-PAGE = Path(__file__).parent
+
+def _read(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 class ServeError(DinferError, ValueError):
@@ -63,13 +65,13 @@ class DeskServer:
         self.port: int = listening.getsockname()[1]
         self.panel = Panel(run)
         self.comm = SocketComm(self.panel)
-        page = (PAGE / "page.html").read_text(encoding="utf-8")
+        page = _read("page.html")
         texts = {
             "/": ("text/html", page.format(title=escape(title), token=self.token)),
-            "/desk.js": ("text/javascript", texts_of([*SCRIPTS, "served/page.js"])),
+            "/desk.js": ("text/javascript", f"{texts_of(SCRIPTS)}\n{_read('page.js')}"),
             "/desk.css": (
                 "text/css",
-                f"{self.panel._css}\n{(PAGE / 'page.css').read_text(encoding='utf-8')}",
+                f"{self.panel._css}\n{_read('page.css')}",
             ),
         }
         handlers = [(path, TextHandler, {"server": self, "text": text}) for path, text in texts.items()]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from dinfer.views.protocol import Json
 
 OnMessage = Callable[[Json], object]

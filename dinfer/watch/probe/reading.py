@@ -25,6 +25,7 @@ from .records import (
     MOST_SEGMENTS,
     NOTHING,
     NOW_AT,
+    NOWHERE,
     RECORD,
     SEGMENT_BYTES,
     SEGMENTS_AT,
@@ -134,7 +135,7 @@ class _ProcessFiles:
         self._process: WatchedProcess | None = None
         self._offset = self._line = 0
         self._groups: dict[int, str] = {}
-        self._places: dict[int, tuple[str, int, str]] = {0: ("", 0, "")}
+        self._places: dict[int, tuple[str, int, str]] = {0: NOWHERE}
         self._forms: dict[int, tuple[tuple[int, ...], str, str]] = {0: ((), "", "")}
         self._backends: dict[tuple[int, str], str] = {}
         """by the group's number and the device"""
@@ -240,8 +241,8 @@ class _ProcessFiles:
         failed, done = done < 0, abs(done)
         if kind >= len(KINDS) or commit < 0 or min(issued, waited, nbytes, number - UNNUMBERED) < 0:
             raise RecordsError(f"{self._ops_path}: the record of op {commit - 1} is damaged")
-        file, line, function = self._places.get(place, self._places[0])
-        waited_file, waited_line, _ = self._places.get(wait_place, self._places[0])
+        file, line, function = self._places.get(place, NOWHERE)
+        waited_file, waited_line, _ = self._places.get(wait_place, NOWHERE)
         shape, dtype, device = self._forms.get(form, self._forms[0])
         state = "failed" if done and failed else "done" if done else "waiting" if waited else "issued"
         return WatchedOp(
@@ -308,6 +309,7 @@ class _ProcessFiles:
             torch=line.text("torch", ""),
             parent=line.number("parent", 0),
             expected_rank=line.optional("expected_rank"),
+            places=self._places,
         )
 
     def _take_hook(self, line: "Fields", process: WatchedProcess) -> None:

@@ -51,6 +51,9 @@ MOST_NAMES = 50_000
 NOTHING = -(2**31)
 """No peer, tag, layer or chunk."""
 
+NOWHERE = ("", 0, "")
+"""No file, line and function: the place 0."""
+
 UNNUMBERED = -1
 """The number of an op that meets no other: it failed before it was issued; or a recv of which nobody can say which
 message it gets, as another one was open that takes a message from any rank."""
@@ -232,6 +235,8 @@ class WatchedProcess:
     stacks: list[StacksTaken] = field(default_factory=list)
     taps: dict[int, tuple[str, tuple[int, ...], str]] = field(default_factory=dict)
     """by number: name, shape and dtype of what digests were taken of (see `rows`)"""
+    places: dict[int, tuple[str, int, str]] = field(default_factory=lambda: {0: NOWHERE})
+    """by number: file, line and function"""
     dump: int | None = None
     """the signal on which it writes all threads' stacks into `HOST-PID.dump`, even while C code holds the GIL;
     None: it has none, and a signal would end it"""

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from .captures import captures
-from .records import NOTHING, RecordsError, WatchedProcess
+from .records import NOTHING, NOWHERE, RecordsError, WatchedProcess
 
 MAGIC = b"KVr1"
 _HEAD = struct.Struct(
-    "<4sIqqiiiiiiI4x"
-)  # magic, name, at, seq, cache, layer, chunk, start, batch, count, columns
+    "<4sIqqiiiiiiII"
+)  # magic, name, at, seq, cache, layer, chunk, start, batch, count, columns, place
 SKETCH_WORDS = 8
 """of 64 bits, which hold the numbers of one sketch as float32"""
 
@@ -76,6 +76,23 @@ class RowsTaken(NamedTuple):
     """of K, or of the tensor"""
     sketches: "array[float]" = array("f")
     """of [batch, rows, 1 or 2, 16]: see `digests.row_sketches`; empty if none were taken"""
+    file: str = ""
+    line: int = 0
+    function: str = ""
+    """who added them: as of an op; 0 if that is unknown"""
+
+
+class _About(NamedTuple):
+    """What is written of rows before them, but for their number."""
+
+    name: int
+    at_ns: int
+    seq: int
+    cache: int
+    layer: int
+    chunk: int
+    start: int
+    place: int
 
 
 class RowsWriter:
@@ -88,8 +105,8 @@ class RowsWriter:
         self._names, self._left = names, MOST_BYTES
         self._caches: dict[int, tuple[weakref.ref[Any], int]] = {}
         self._next_cache = itertools.count(1)
-        self._waiting: deque[tuple[Any, Any, tuple[Any, ...]]] = deque(maxlen=MOST_WAITING)
-        self._small: deque[tuple[Any, tuple[Any, ...]]] = deque()
+        self._waiting: deque[tuple[Any, Any, _About]] = deque(maxlen=MOST_WAITING)
+        self._small: deque[tuple[Any, _About]] = deque()
         # Reentrant: a signal's handler may add rows while its thread is here.
         self._digesting = threading.RLock()
 
@@ -105,12 +122,13 @@ class RowsWriter:
         return found[1]
 
     def add(
-        self, name: str, tensor: Any, digests: Any, cache: int, layer: int, chunk: int, start: int, seq: int
-    ) -> bool:
+        self, name: str, tensor: Any, digests: Any, cache: int, layer: int, chunk: int, start: int, seq: int,
+        place: int = 0,
+    ) -> bool:  # fmt: skip
         """Write the digests of rows, int64 [batch, rows, columns], with the words of their sketches behind. Returns
         False once the file has reached its limit. On CUDA they are written once they are there, without waiting for it.
-        Raises OSError."""
-        about = self._about(name, tensor, cache, layer, chunk, start, seq)
+        `place`: the number of the line that adds them. Raises OSError."""
+        about = self._about(name, tensor, cache, layer, chunk, start, seq, place)
         # Also where none waits: another thread may be about to write older ones, and readers take the order for time.
         if not self.digest_small():
             return False
@@ -124,11 +142,12 @@ class RowsWriter:
         return True
 
     def add_small(
-        self, name: str, tensor: Any, copied: Any, cache: int, layer: int, chunk: int, start: int, seq: int
-    ) -> bool:
+        self, name: str, tensor: Any, copied: Any, cache: int, layer: int, chunk: int, start: int, seq: int,
+        place: int = 0,
+    ) -> bool:  # fmt: skip
         """The same of rows on a CPU that are digested later. `copied`: a copy that is nobody else's, [batch, rows,
         columns, heads, width]."""
-        self._small.append((copied, self._about(name, tensor, cache, layer, chunk, start, seq)))
+        self._small.append((copied, self._about(name, tensor, cache, layer, chunk, start, seq, place)))
         count = len(self._small)
         if count >= MOST_SMALL or count * copied.nbytes >= MOST_SMALL_BYTES:
             return self.digest_small()
@@ -162,12 +181,12 @@ class RowsWriter:
             self._digesting.release()
 
     def _about(
-        self, name: str, tensor: Any, cache: int, layer: int, chunk: int, start: int, seq: int
-    ) -> tuple[Any, ...]:
+        self, name: str, tensor: Any, cache: int, layer: int, chunk: int, start: int, seq: int, place: int
+    ) -> _About:
         number = self._names.number((name, tuple(tensor.shape), tensor.dtype))
-        return (number, time.monotonic_ns(), seq, cache, layer, chunk, start)
+        return _About(number, time.monotonic_ns(), seq, cache, layer, chunk, start, place)
 
-    def _fetch(self, digests: Any, about: tuple[Any, ...]) -> None:
+    def _fetch(self, digests: Any, about: _About) -> None:
         import torch
 
         host = torch.empty(digests.shape, dtype=torch.int64, device="cpu", pin_memory=True)
@@ -199,15 +218,13 @@ class RowsWriter:
         descriptor, self._descriptor = self._descriptor, -1
         os.close(descriptor)
 
-    def _write(self, digests: Any, about: tuple[Any, ...]) -> bool:
+    def _write(self, digests: Any, about: _About) -> bool:
         return self._append(self._bytes(digests, about))
 
-    def _bytes(self, digests: Any, about: tuple[Any, ...]) -> bytes:
+    def _bytes(self, digests: Any, about: _About) -> bytes:
         rows = digests.contiguous()
-        batch, count, columns = rows.shape
-        return _HEAD.pack(MAGIC, *about, batch, count, columns) + ctypes.string_at(
-            rows.data_ptr(), rows.nbytes
-        )
+        *head, place = about
+        return _HEAD.pack(MAGIC, *head, *rows.shape, place) + ctypes.string_at(rows.data_ptr(), rows.nbytes)
 
     def _append(self, data: bytes) -> bool:
         self._left -= len(data)
@@ -261,13 +278,16 @@ class RowsReader:
     ) -> Iterator[RowsTaken]:
         file.seek(self.at)
         while self.at < until and len(data := file.read(_HEAD.size)) == _HEAD.size:
-            magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns = _HEAD.unpack(data)
+            magic, name, time_ns, seq, cache, layer, chunk, start, batch, count, columns, at = _HEAD.unpack(
+                data
+            )
             size = batch * count * columns * 8
             if magic != MAGIC or min(batch, count, time_ns, seq) < 0 or columns not in _COLUMNS:
                 raise RecordsError(f"{self._path}: it is damaged at byte {self.at}")
             if size and (size > MOST_BYTES or len(data := file.read(size)) < size):
                 break  # being written, or the process was killed meanwhile
-            if size and waits and name and name not in process.taps:
+            is_known = name in process.taps and at in process.places
+            if size and waits and name and not is_known:
                 break
             self.at += _HEAD.size + size
             if not size:  # whatever the other number says
@@ -276,8 +296,10 @@ class RowsReader:
             numbers.frombytes(data)
             text, shape, dtype = process.taps.get(name, ("", (), ""))
             about = (time_ns + process.clock, seq, dtype, shape)
+            place = process.places.get(at, NOWHERE)
             if columns == PAGED:
-                yield from self._requests.rows(text, _known(layer), _known(chunk), numbers, about)
+                for one in self._requests.rows(text, _known(layer), _known(chunk), numbers, about):
+                    yield one._replace(file=place[0], line=place[1], function=place[2])
                 continue
             parts = _COLUMNS[columns]
             rows = [tuple(numbers[i : i + parts]) for i in range(0, len(numbers), columns)]
@@ -286,7 +308,9 @@ class RowsReader:
                 for i in range(0, len(numbers), columns):
                     sketches.frombytes(numbers[i + parts : i + columns].tobytes())
             digests = tuple(tuple(rows[one * count : (one + 1) * count]) for one in range(batch))
-            yield RowsTaken(text, cache, _known(layer), _known(chunk), start, digests, *about, sketches)
+            yield RowsTaken(
+                text, cache, _known(layer), _known(chunk), start, digests, *about, sketches, *place
+            )
 
 
 class _Requests:

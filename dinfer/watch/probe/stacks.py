@@ -11,7 +11,7 @@ import threading
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .callers import DEEPEST, USER, whose
 from .waits import waits_for_itself, waits_for_lock
@@ -25,51 +25,64 @@ def thread_stacks() -> list[dict[str, Any]]:
     return [_look(ident, known.get(ident), frame) for ident, frame in frames if ident != own]
 
 
-DUMP_SIGNAL = getattr(signal, "SIGUSR2", None)
+DUMP_SIGNALS = tuple(int(getattr(signal, name)) for name in ("SIGUSR2", "SIGRTMAX") if hasattr(signal, name))
+"""that stacks may be dumped on: the first that nobody else uses. (A rank of dinfer's uses SIGUSR2 in the same way.)"""
+
+
+class _Dump(NamedTuple):
+    """What this process has registered."""
+
+    number: int
+    descriptor: int
+    """of the file"""
+    handler: int
+    """that writes into it: its address"""
+
+
+_dumps: list[_Dump] = []
+"""one at most"""
 
 
 def dump_on_signal(path: Path) -> int | None:
     """From now on this process writes all threads' stacks into the file when it gets the signal that this returns.
-    None where somebody else uses the signal: then it must not be sent."""
-    if (
-        DUMP_SIGNAL is None
-        or signal.getsignal(DUMP_SIGNAL) != signal.SIG_DFL
-        or _handler() not in (0, _ours())
-    ):
+    None where others use all of DUMP_SIGNALS: then none must be sent."""
+    number = next(filter(_is_free, DUMP_SIGNALS), None)
+    if number is None:
         return None
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    faulthandler.register(DUMP_SIGNAL, descriptor, all_threads=True)
+    faulthandler.register(number, descriptor, all_threads=True)
     _close_dump()  # of the process that this one was forked from
-    _dumps.append((descriptor, _handler()))
-    return int(DUMP_SIGNAL)
+    _dumps.append(_Dump(number, descriptor, _handler(number)))
+    return number
+
+
+def _is_free(number: int) -> bool:
+    """Whether a signal does nothing but end the process, or dumps stacks for us."""
+    is_ours = bool(_dumps) and _dumps[-1].number == number
+    return signal.getsignal(number) == signal.SIG_DFL and (
+        _handler(number) in (0, _dumps[-1].handler if is_ours else 0)
+    )
 
 
 def dump_no_more() -> None:
     """The signal does again what it did. Where another handler has come since, that stays, and with it the file: it may
     call the one before."""
-    if _dumps and DUMP_SIGNAL is not None and dumps_still():
-        faulthandler.unregister(DUMP_SIGNAL)
+    if dumps_still():
+        faulthandler.unregister(_dumps[-1].number)
         _close_dump()
-
-
-_dumps: list[tuple[int, int]] = []
-"""the descriptor of the file, if there is one, and the handler that writes into it"""
 
 
 def _close_dump() -> None:
     while _dumps:
-        os.close(_dumps.pop()[0])
+        os.close(_dumps.pop().descriptor)
 
 
 def dumps_still() -> bool:
     """Whether the signal still does that: the program may have taken it since, in C, too."""
-    return (
-        DUMP_SIGNAL is not None and signal.getsignal(DUMP_SIGNAL) == signal.SIG_DFL and _handler() == _ours()
+    return any(
+        signal.getsignal(one.number) == signal.SIG_DFL and _handler(one.number) == one.handler
+        for one in _dumps
     )
-
-
-def _ours() -> int:
-    return _dumps[-1][1] if _dumps else 0
 
 
 @cache
@@ -78,14 +91,14 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def _handler() -> int:
+def _handler(number: int) -> int:
     """The address of the signal's handler, as the system has it: Python knows only of its own. 0: the default one, or
     it cannot be known."""
     try:
         found = (
             ctypes.c_size_t * 64
         )()  # larger than any system's struct sigaction, of which it is the first member
-        failed = _libc().sigaction(int(DUMP_SIGNAL or 0), None, found)
+        failed = _libc().sigaction(number, None, found)
         return 0 if failed else int(found[0])
     except (AttributeError, OSError, TypeError):
         return 0

@@ -169,7 +169,8 @@ class TensorWatch:
         if first.device.type == "meta" or is_captured(torch, first) or not first.numel():
             return
         said = label_of(label, label_of(labelled(), (module_layer(), None)))
-        _, layer, chunk, *_ = seen_from(frame, False, said[0] is None, said[1] is None)
+        place, layer, chunk, *_ = seen_from(frame, False, said[0] is None, said[1] is None)
+        at = records.places.numbers.get(place) or records.places.number(place)
         layer = layer if said[0] is None else said[0]
         chunk = chunk if said[1] is None else said[1]
         key = (cache, name, layer)
@@ -179,7 +180,7 @@ class TensorWatch:
             self._lengths[key] = begin + first.shape[-2]
             with torch.no_grad():
                 copied = torch.stack([value.transpose(-3, -2) for value in values], -3)
-            if not rows.add_small(name, first, copied, cache, layer, chunk, begin, records.ops.issued):
+            if not rows.add_small(name, first, copied, cache, layer, chunk, begin, records.ops.issued, at):
                 self._full()
             return
         if torch.is_grad_enabled():
@@ -188,7 +189,7 @@ class TensorWatch:
         else:
             digests = _row_words(name, values, by_token, sketched=sketched)
         self._lengths[key] = begin + digests.shape[1]
-        if not rows.add(name, first, digests, cache, layer, chunk, begin, records.ops.issued):
+        if not rows.add(name, first, digests, cache, layer, chunk, begin, records.ops.issued, at):
             self._full()
 
     def _writer(self) -> RowsWriter | None:

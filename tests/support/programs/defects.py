@@ -208,7 +208,7 @@ def appended_twice() -> None:
     for chunk in range(3):
         k = torch.arange(4 * 2 * 8, dtype=torch.float32).reshape(1, 2, 4, 8) + chunk
         for _ in range(1 + (RANK == 1 and chunk == 1)):
-            dinfer.tap("kv", layer=0, chunk=chunk, k=k, v=-k)
+            dinfer.tap("kv", layer=0, chunk=chunk, k=k, v=-k)  # named
         dist.barrier()
 
 
@@ -220,7 +220,7 @@ def appended_twice_to_a_cache() -> None:
     for chunk in range(3):
         k = torch.arange(4 * 2 * 8, dtype=torch.float32).reshape(1, 2, 4, 8) + chunk
         for _ in range(1 + (RANK == 1 and chunk == 0)):
-            cache.update(k, -k, 0)
+            cache.update(k, -k, 0)  # named
         dist.barrier()
 
 
@@ -234,7 +234,7 @@ def stale_cache() -> None:
             buffer[0] = torch.arange(4 * 2 * 8).reshape(1, 2, 4, 8) + chunk
             buffer[1] = -buffer[0]
         dist.broadcast(buffer, 0)
-        cache.update(buffer[0].clone(), buffer[1].clone(), 0)
+        cache.update(buffer[0].clone(), buffer[1].clone(), 0)  # named
 
 
 def stale_rows() -> None:
@@ -249,7 +249,7 @@ def stale_rows() -> None:
             dist.broadcast(block, 0)
             if not (RANK == 1 and (chunk, layer) == (2, 1)):
                 buffer = block
-            cache.update(buffer[0].clone(), buffer[1].clone(), layer)
+            cache.update(buffer[0].clone(), buffer[1].clone(), layer)  # named
 
 
 def stops_in_python() -> None:

@@ -178,8 +178,8 @@ def data_parallel() -> None:
 
 def accelerated() -> None:
     """Data-parallel steps by accelerate, and its collectives of objects and tensors."""
-    from accelerate import Accelerator  # type: ignore[import-not-found]
-    from accelerate.utils import broadcast_object_list, gather_object  # type: ignore[import-not-found]
+    from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list, gather_object
 
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dinfer.cluster import recovery
-from dinfer.cluster.ranks import LOST, Ranks
+from dinfer.cluster.ranks import LOST
 from dinfer.cluster.recovery import counterparts, recover
 from dinfer.config import Config
 from dinfer.engine.board import Stand
@@ -36,6 +36,7 @@ from dinfer.plan.ops import Op
 from dinfer.plan.plan import OpPlace, Plan
 from dinfer.session.connect import connect
 from dinfer.transport.gloo import drain
+from tests.support.bare_ranks import BareRanks
 from tests.support.plan_game import Broken, Game
 from tests.support.plan_strategies import plans, reordered_plans
 from tests.support.seeded_gate import SeededGate
@@ -142,7 +143,7 @@ def begun_ops(plan: Plan, rank: int, twin: Twin) -> list[Op]:
     return [lane.ops[at] for lane, at, started in lanes if started]
 
 
-class NotAnswering(Ranks):
+class NotAnswering(BareRanks):
     """Three ranks, of which one answers no more from one command on; it has died or is stuck."""
 
     def __init__(self, rank: int, since: type[Command[Any]], *, died: bool) -> None:

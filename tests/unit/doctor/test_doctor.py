@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
@@ -56,8 +57,10 @@ from dinfer.doctor.report import (
 from dinfer.doctor.versions import backend_check, judge_backends, package_checks, python_check
 from dinfer.model.checkpoint import check
 from dinfer.plan.graph import Channel
+from dinfer.temporary import new_folder
 from dinfer.transport.gate import Gate
 from dinfer.transport.in_process import Exchange
+from dinfer.watch.probe.writing import host_in_names
 
 # -- numbers
 
@@ -294,11 +297,36 @@ def test_old_folders_are_told_with_the_command_that_removes_them(tmp_path: Path)
     (tmp_path / "dinfer-file").write_text("x")
     (tmp_path / "dinfer-a b" / "weights").write_bytes(bytes(1 << 20))
     now = (tmp_path / "dinfer-new").stat().st_mtime
-    os.utime(tmp_path / "dinfer-a b", (now, now - OLD_S - 1))
-    os.utime(tmp_path / "other", (now, now - OLD_S - 1))
+    for path in (tmp_path / "dinfer-a b" / "weights", tmp_path / "dinfer-a b", tmp_path / "other"):
+        os.utime(path, (now, now - OLD_S - 1))
     found = folder_check(tmp_path, now)
     assert all(fact in found.found for fact in ("1 of", str(tmp_path), "1.0 MiB"))
     assert found.fix == f"rm -r '{tmp_path}/dinfer-a b'"
+
+
+def test_a_folder_in_use_is_not_old_however_long_nothing_has_touched_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a session that is kept open over night, and that of a job that somebody has watched, which goes on."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder, held = new_folder("dinfer-run-")
+    assert held
+    watched = tmp_path / "dinfer-watch-1"
+    watched.mkdir()
+    (watched / f"{host_in_names()}-{os.getpid()}-1.jsonl").touch()
+    later = (tmp_path / "dinfer-watch-1").stat().st_mtime + 2 * OLD_S
+    assert folder_check(tmp_path, later).state == "ok"
+    held.close()
+    assert folder_check(tmp_path, later).fix == f"rm -r {folder}"
+
+
+def test_a_folder_that_is_written_to_is_not_old(tmp_path: Path) -> None:
+    folder = tmp_path / "dinfer-doctor-1"
+    folder.mkdir()
+    (folder / "log").touch()
+    now = folder.stat().st_mtime
+    os.utime(folder, (now, now - OLD_S - 1))
+    assert folder_check(tmp_path, now).state == "ok"
 
 
 # -- pairs

@@ -22,21 +22,16 @@ from dinfer.saved.format import SavedError
 from dinfer.saved.read import read_record, read_source
 from dinfer.session.session import Session
 from tests.support.hostile import LIMITED, mutated_bytes, mutated_json, read_limited, read_or_refused
-from tests.support.saved_runs import done
+from tests.support.saved_runs import FILES, decoded
 
 MODEL = {"layers": 4, "tokenizer": True}
-
-FILES = ["plan.txt", "trace.jsonl", "digests.safetensors", "hidden.safetensors", "kv.layer2.safetensors"]
 
 several = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
 def run(session: Session) -> Run:
-    """37 tokens in 5 chunks, prefill done, and 4 new tokens."""
-    found = done(session)
-    found.decode(4)
-    return found
+    return decoded(session)
 
 
 @pytest.fixture(scope="module")

@@ -279,7 +279,8 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
         ({"hidden_size": "64"}, r"transformers does not accept .*config.json: .*hidden_size"),
         ({"model_type": "gemma4"}, "per_layer_input.*Supported: gemma2, "),
         ({"model_type": "gpt2"}, "has not been tested.*Supported: gemma2, "),
-        ({"model_type": None}, "'None' is not supported.*Supported: gemma2, "),
+        ({"model_type": None}, "config.json does not say its model_type.*Supported: gemma2, "),
+        ({"model_type": ""}, "config.json does not say its model_type.*Supported: gemma2, "),
         ({"quantization_config": {"quant_method": "fp8"}}, "holds quantized weights"),
         ({"rope_parameters": DYNAMIC}, "has rope type 'dynamic', which is not supported"),
         (

@@ -13,15 +13,9 @@ import pytest
 from dinfer.errors import ModelError
 from dinfer.model import mapped
 from dinfer.model.decoder import Decoder
-from tests.support.tiny import tiny_checkpoint
 
 WEIGHTS = "model.safetensors"
 OVERWRITTEN = "were overwritten after they were loaded"
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> Path:
-    return tiny_checkpoint(tmp_path / "other", layers=1, seed=1)
 
 
 def overwritten(folder: Path, other: Path) -> None:

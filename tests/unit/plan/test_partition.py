@@ -119,3 +119,11 @@ def test_chunks_may_have_different_lengths() -> None:
 def test_chunks_that_are_not_the_prompt_are_refused(lengths: tuple[int, ...], words: str) -> None:
     with pytest.raises(PlanError, match=words):
         partition(layers=2, tokens=10, world_size=2, chunk_size=4, lengths=lengths)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk_size", "text"),
+    [(1, 4, "1 token in 1 chunk"), (4, 4, "4 tokens in 1 chunk"), (5, 4, "5 tokens in 2 chunks")],
+)
+def test_tokens_and_chunks_in_words(tokens: int, chunk_size: int, text: str) -> None:
+    assert partition(layers=2, tokens=tokens, world_size=2, chunk_size=chunk_size).tokens_text == text

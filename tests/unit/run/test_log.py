@@ -17,7 +17,7 @@ from dinfer.results import Decoded
 from dinfer.run import log
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from dinfer.views.actions import verb_of
+from dinfer.views.panel.actions import verb_of
 from tests.support.runs import wait_for
 from tests.support.twin import prompt
 

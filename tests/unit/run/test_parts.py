@@ -8,19 +8,18 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import pytest
 
 from dinfer.cluster.lease import RankLease, RunOver
-from dinfer.cluster.ranks import Ranks, RankState
+from dinfer.cluster.ranks import RankState
 from dinfer.cluster.threads import LocalRanks
 from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.errors import NotPossible
 from dinfer.history import History, call_text
 from dinfer.job import Job
-from dinfer.messages import BreakpointHit, Command, Edited, GetStand, SetBreakpoints
+from dinfer.messages import BreakpointHit, Edited, GetStand, SetBreakpoints
 from dinfer.model.checkpoint import check
 from dinfer.plan.cut import Cuts
 from dinfer.plan.ops import PlanError
@@ -36,6 +35,7 @@ from dinfer.session.session import Session
 from dinfer.trace.events import Event
 from dinfer.trace.trace import Trace
 from dinfer.verdict.verdict import Verdict
+from tests.support.bare_ranks import BareRanks
 from tests.support.threads import session_on_threads
 
 PLAN = build(partition(layers=2, tokens=8, world_size=2, chunk_size=4), "lockstep", "pairwise")
@@ -43,14 +43,11 @@ ENDS = [tuple(len(lane.ops) for lane in lanes) for lanes in PLAN.lanes]
 DEADLINE_S = 20.0
 
 
-class SilentRanks(Ranks):
+class SilentRanks(BareRanks):
     """Two ranks that never answer; rank 1 ended with status 3."""
 
     def __init__(self) -> None:
         super().__init__(2)
-
-    def _send(self, rank: int, command: Command[Any], number: int) -> None:
-        """Nobody receives it."""
 
     def exits(self) -> list[int | None]:
         return [None, 3]

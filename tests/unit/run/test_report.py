@@ -109,6 +109,8 @@ def test_a_report_into_no_folder_is_refused_at_once(
         FolderError, match=rf"^'{tmp_path}/file' is no folder, so nothing can be written into it$"
     ):
         run.report(tmp_path / "file" / "new" / "x.html")
+    with pytest.raises(FolderError, match=r"is a folder, and a file is to be written: add its name$"):
+        run.report(tmp_path)
     assert (calls, written.traces) == ([], [])
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from typing import Any
+from dataclasses import replace
 
 import pytest
 
 from dinfer.cluster.lease import RankLease
-from dinfer.cluster.ranks import LOST, Ranks
+from dinfer.cluster.ranks import LOST
 from dinfer.config import Config
 from dinfer.engine.board import Stand
 from dinfer.errors import NotPossible
 from dinfer.job import Job
-from dinfer.messages import Command, Failed
+from dinfer.messages import Failed
 from dinfer.model.checkpoint import check
+from dinfer.model.mapped import WeightsChanged
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import verify
@@ -26,6 +27,7 @@ from dinfer.session.session import Session
 from dinfer.severity import Severity
 from dinfer.verdict.verdict import Verdict
 from dinfer.verdict.waits import HangKind
+from tests.support.bare_ranks import BareRanks
 from tests.support.fixtures import fresh_session
 from tests.support.runs import wait_for
 from tests.support.twin import prompt
@@ -38,16 +40,13 @@ DEADLOCK = Verdict("cycle", "deadlock: ranks 0 and 1 wait for each other", (0, 1
 session = fresh_session
 
 
-class KnownRanks(Ranks):
+class KnownRanks(BareRanks):
     """Two ranks of which a test says what is known."""
 
     def __init__(self) -> None:
         super().__init__(2)
         self.ended: list[int | None] = [None, None]
         self.mute: list[int] = []
-
-    def _send(self, rank: int, command: Command[Any], number: int) -> None:
-        """Nobody receives it."""
 
     def exits(self) -> list[int | None]:
         return self.ended
@@ -153,6 +152,25 @@ def test_a_rank_that_raised_has_failed_the_run(scene: Scene) -> None:
     assert scene.seen() == (State.FAILED, RECOVER)
     scene.state.note_hang(DEADLOCK)
     assert scene.seen()[0] == State.FAILED, "the cause of the failure, not what came of it"
+
+
+@pytest.mark.parametrize("ranks", [(1,), (0, 1)])
+def test_weights_that_were_overwritten_are_loaded_again_not_recovered(
+    scene: Scene, ranks: tuple[int, ...]
+) -> None:
+    for rank in ranks:
+        scene.ranks.ranks[rank].error = Failed("the weight files were overwritten", WeightsChanged.__name__)
+    load = "session.load('demo', threads=2)"
+    scene.state.job = replace(scene.state.job, config=scene.state.job.config.with_(threads=2))
+    assert scene.seen() == (State.FAILED, load)
+    scene.state.note_recovery(ended=True)
+    assert scene.seen() == (State.FAILED, load), "what frees lanes has not loaded anything"
+    with pytest.raises(RankFailed, match=r"to go on: session\.load\('demo', threads=2\)"):
+        scene.health.check()
+    for state in scene.ranks.ranks:
+        state.error = None
+    scene.state.begin()
+    assert scene.seen() == (State.RUNNING, ""), "a run that begins again knows nothing of it"
 
 
 def test_engines_that_were_taken_over_are_not_recovered(scene: Scene) -> None:

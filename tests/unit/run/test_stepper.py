@@ -123,6 +123,14 @@ def test_steps_of_one_kind_lead_from_start_to_end_and_back(small: Decoder, unit:
         assert stepper.pause() == stepper.cuts.start
 
 
+def test_any_number_of_steps_ends_at_the_end(small: Decoder) -> None:
+    """`n` of a user who wants to be sure to get there; it used to be counted to."""
+    with twin(small, world_size=2, chunk_size=CHUNK) as made:
+        stepper = Stepper(made.prepare(IDS), timeout=60)
+        assert stepper.step("layer", 10**15).after == stepper.cuts.end
+        assert stepper.step_back("layer", 10**15).after == stepper.cuts.start
+
+
 def test_moves_of_several_threads_happen_one_after_another(small: Decoder) -> None:
     with twin(small, world_size=2, chunk_size=CHUNK) as made:
         stepper = Stepper(made.prepare(IDS), timeout=60)

@@ -25,19 +25,14 @@ from dinfer.session.session import Session
 from dinfer.trace.trace import Trace
 from dinfer.views.report.page import write_report
 from tests.support.held_kv import HeldHere, plan_of
-from tests.support.saved_runs import done
-
-FILES = ["plan.txt", "trace.jsonl", "digests.safetensors", "hidden.safetensors", "kv.layer2.safetensors"]
+from tests.support.saved_runs import FILES, decoded
 
 MODEL = {"layers": 4, "tokenizer": True}
 
 
 @pytest.fixture(scope="module")
 def run(session: Session) -> Run:
-    """37 tokens in 5 chunks, prefill done, and 4 new tokens."""
-    found = done(session)
-    found.decode(4)
-    return found
+    return decoded(session)
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,6 @@ IDS = prompt(12)
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture
-def other(tmp_path: Path) -> Path:
-    """Other weights of the same sizes as those of `folder`."""
-    return tiny_checkpoint(tmp_path / "other", layers=1, seed=1)
-
-
 def trained_further(folder: Path, other: Path) -> None:
     shutil.copyfile(other / WEIGHTS, folder / WEIGHTS)
 

@@ -11,7 +11,7 @@ import pytest
 import dinfer
 from dinfer.arguments import CallError
 from dinfer.config import ConfigError
-from dinfer.errors import NotPossible
+from dinfer.errors import ModelError, NotPossible
 from dinfer.plan.ops import PlanError
 from dinfer.run.run import Run
 from dinfer.session.session import Session
@@ -36,6 +36,16 @@ CALLS: dict[str, tuple[Callable[[Run], Any], type[Exception], str]] = {
     "step n='2'": (lambda run: run.step(n="2"), CallError, "n is '2'; it must be a whole number"),  # type: ignore[arg-type]
     "step n=True": (lambda run: run.step(n=True), CallError, "n is True; it must be"),
     "decode": (lambda run: run.decode(2.5), CallError, "max_new_tokens is 2.5; it must be a whole number"),  # type: ignore[arg-type]
+    "run_to chunk='a'": (
+        lambda run: run.run_to("a", 1), PlanError, "chunk is 'a'; it must be a whole number from 0 to 1",  # type: ignore[arg-type]
+    ),
+    "run_to layer=1.5": (
+        lambda run: run.run_to(0, 1.5), PlanError, r"layer is 1\.5; it must be a whole number from 0 to 1",  # type: ignore[arg-type]
+    ),
+    "diff('reference')": (
+        lambda run: run.kv().diff("reference"), CallError,  # type: ignore[arg-type]
+        r'other is \'reference\'; .*run\.compare\("reference"\) compares with transformers',
+    ),
     "absmax": (
         lambda run: run.break_at(when="absmax > 1.2.3"), PlanError, "when is 'absmax > 1.2.3'; it must be one of",
     ),
@@ -123,10 +133,38 @@ def test_a_sweep_takes_what_prefill_takes(session: Session) -> None:
     assert not row["error"]
 
 
-@pytest.mark.parametrize("n", ["3", 0, 2.0, True])
+@pytest.mark.parametrize("n", ["3", 0, 2.0, True, 10_000, 10**400])
 def test_a_number_of_ranks_that_is_none(n: Any) -> None:
-    with pytest.raises((ConfigError, CallError), match=r"n is .*; it must be (a whole number|at least 1)"):
+    with pytest.raises(
+        (ConfigError, CallError), match=r"n is .*; it must be (a whole number|from 1 to 9999)"
+    ):
         dinfer.connect("threads", n)
+
+
+@pytest.mark.parametrize(
+    "given", [{"profile": "lab"}, {"cluster_id": "a"}, {"start": True}, {"start": False}, {"take": True}]
+)
+def test_threads_take_nothing_of_a_cluster(given: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{next(iter(given))} is .*, but ranks that are threads have no cluster"
+    ):
+        dinfer.connect("threads", 2, **given)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_not_the_working_folder(session: Session, name: str) -> None:
+    with pytest.raises(ModelError, match="no folder is given, but an empty name"):
+        session.load(name)
+
+
+def test_a_prompt_may_be_in_a_file(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("ab\n", encoding="utf-8")
+    run = session.prefill(prompt_file=str(tmp_path / "prompt.txt"), paused=True)
+    assert run.job.ids == session.prefill("ab", paused=True).job.ids
+    with pytest.raises(ConfigError, match=r"prompt_file '.*no-such' cannot be read: No such file"):
+        session.prefill(prompt_file=str(tmp_path / "no-such"))
+    with pytest.raises(ConfigError, match="prompt and prompt_file are given, but a run has one prompt"):
+        session.prefill("ab", prompt_file=str(tmp_path / "prompt.txt"))
 
 
 def test_a_place_of_ranks_that_there_is_not() -> None:

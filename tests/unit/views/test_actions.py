@@ -13,9 +13,9 @@ from dinfer.run.comparison import RunComparison
 from dinfer.run.log import CallLog
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from dinfer.views.actions import board_of, is_edit, log_of, verb_of
-from dinfer.views.panel import Panel
-from dinfer.views.runs import RunsPage
+from dinfer.views.panel.actions import board_of, is_edit, log_of, verb_of
+from dinfer.views.panel.panel import Panel
+from dinfer.views.panel.runs import RunsPage
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.runs import wait_for
 from tests.support.twin import prompt

@@ -12,7 +12,7 @@ from dinfer.trace.events import Event
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
-from dinfer.views.communication import DRAW_S, FIGURES, LEAST, Communication, Ring
+from dinfer.views.panel.communication import DRAW_S, FIGURES, LEAST, Communication, Ring
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.runs import wait_for
 from tests.support.traces import on_paper, recorded

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dinfer.views.desk import Action, Painter, Worker
+from dinfer.views.panel.desk import Action, Painter, Worker
 from tests.support.expected import panel_threads
 from tests.support.runs import wait_for
 
@@ -146,7 +146,9 @@ def test_however_long_a_picture_takes_the_rest_after_it_is_bounded(monkeypatch: 
             rests.append(timeout)
             return self.is_set()
 
-    monkeypatch.setattr("dinfer.views.desk.time", SimpleNamespace(monotonic=lambda: next(clock) * 100.0))
+    monkeypatch.setattr(
+        "dinfer.views.panel.desk.time", SimpleNamespace(monotonic=lambda: next(clock) * 100.0)
+    )
     painter = Painter(lambda: None, period=0.1, rest=2.0, longest=0.3)
     painter._closing = Closing()
     painter.touch()

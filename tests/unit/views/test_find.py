@@ -11,7 +11,7 @@ from dinfer.trace.simulated import Machine, paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
 from dinfer.views.find import ALLOWED, COUNTED, MOST, TOGETHER, FindError, Query, Searched, find, parsed
-from dinfer.views.finder import Finder
+from dinfer.views.panel.finder import Finder
 from dinfer.views.recorded import RecordedRun
 from dinfer.views.timeline import Timeline
 from tests.support.doubles import PaperRun, paper_plan

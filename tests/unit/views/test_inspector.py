@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from dinfer.run.run import Run
 from dinfer.run.state import State
 from dinfer.session.session import Session
-from dinfer.views import inspector
-from dinfer.views.inspector import Inspector, window
-from dinfer.views.quantise import MISSING, ZERO
+from dinfer.views.panel import inspector
+from dinfer.views.panel.inspector import Inspector, window
+from dinfer.views.panel.quantise import MISSING, ZERO
 from tests.support.runs import wait_for
 from tests.support.traces import PROMPT
 

@@ -13,9 +13,9 @@ from safetensors.torch import load
 
 from dinfer.run.run import Run
 from dinfer.session.session import Session
-from dinfer.views import kv_tools
-from dinfer.views.desk import VIEWS
-from dinfer.views.kv_tools import MOST_PINS, KvPin, KvTools, pins_of
+from dinfer.views.panel import kv_tools
+from dinfer.views.panel.desk import VIEWS
+from dinfer.views.panel.kv_tools import MOST_PINS, KvPin, KvTools, pins_of
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.runs import wait_for
 from tests.support.saved_runs import DIMS, HEADS, LAYERS, PROMPT, TOKENS

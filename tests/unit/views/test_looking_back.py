@@ -11,10 +11,10 @@ from dinfer.saved.saved import open_saved
 from dinfer.session.session import Session
 from dinfer.views.cells import CellMap
 from dinfer.views.find import Searched, find
+from dinfer.views.panel.scrubber import TimeQuestion, answer
 from dinfer.views.protocol import InspectableRun
 from dinfer.views.read_only import ReadOnlyRun
 from dinfer.views.recorded import Recorded, RecordedRun
-from dinfer.views.scrubber import TimeQuestion, answer
 from tests.support.maps import unpacked
 from tests.support.saved_runs import LAYERS, done
 

@@ -17,9 +17,9 @@ from dinfer.plan.cut import UNITS
 from dinfer.run.state import Mark
 from dinfer.views.bins import packed
 from dinfer.views.cells import ARMED, DIFFERS, EVERYWHERE, CellMap
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
+from dinfer.views.panel.slotted import ONLY_WIDGETS, VIEW
 from dinfer.views.protocol import InspectableRun
-from dinfer.views.slotted import ONLY_WIDGETS, VIEW
 from tests.support.doubles import PaperRun, TwinRun, paper_plan
 from tests.support.expected import panel_threads
 from tests.support.maps import unpacked
@@ -377,7 +377,7 @@ def editor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setenv(request.param, "1")
     else:
         shell = SimpleNamespace(user_ns={request.param: "a.ipynb"})
-        monkeypatch.setattr("dinfer.views.slotted.ipython", lambda: shell)
+        monkeypatch.setattr("dinfer.views.panel.slotted.ipython", lambda: shell)
     return str(request.param)
 
 

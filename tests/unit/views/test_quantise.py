@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from dinfer.views.quantise import FAINTEST, MINUS_INF, NAN, PLUS_INF, STEPS, ZERO, figures, quantise, scale_of
+from dinfer.views.panel.quantise import (
+    FAINTEST,
+    MINUS_INF,
+    NAN,
+    PLUS_INF,
+    STEPS,
+    ZERO,
+    figures,
+    quantise,
+    scale_of,
+)
 
 SHAPE = (2, 3, 4)
 FLOATS = st.floats(width=32, allow_subnormal=False)

@@ -19,7 +19,7 @@ from dinfer.session.session import Session
 from dinfer.trace.trace import Trace
 from dinfer.views.bins import packed
 from dinfer.views.cells import EVERYWHERE, CellMap
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from dinfer.views.read_only import ReadOnlyRun, read_only
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.maps import unpacked

@@ -12,7 +12,7 @@ from dinfer.run.run import Run
 from dinfer.session.session import Session
 from dinfer.views.bins import packed
 from dinfer.views.cells import CellMap
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from tests.support.expected import panel_threads
 from tests.support.runs import wait_for
 

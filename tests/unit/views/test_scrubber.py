@@ -25,8 +25,8 @@ from dinfer.views.cells import (
     CellMap,
     held_states,
 )
+from dinfer.views.panel.scrubber import MOST_BINS, Scrubber, TimeQuestion, answer
 from dinfer.views.recorded import RecordedRun
-from dinfer.views.scrubber import MOST_BINS, Scrubber, TimeQuestion, answer
 from dinfer.views.timeline import PARTS, Timeline
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.maps import unpacked

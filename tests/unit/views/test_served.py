@@ -13,7 +13,7 @@ import pytest
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
 from tornado.websocket import WebSocketClientConnection, websocket_connect
 
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
 from dinfer.views.served.app import DeskServer, ServeError, is_anywhere, is_loopback
 from dinfer.views.served.detached import DetachedDesk
 from dinfer.views.served.model import Buffer, SocketComm

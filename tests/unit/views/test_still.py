@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from html import unescape
 from itertools import combinations
-from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
 import pytest
 
-import dinfer.views
 from dinfer.engine.board import DeviceMemory
 from dinfer.run.state import Mark
 from dinfer.trace.transfers import by_link, transfers
@@ -19,7 +17,8 @@ from dinfer.views.bins import fitting
 from dinfer.views.cells import STATES, CellMap, marked
 from dinfer.views.figures.latency import latency
 from dinfer.views.figures.svg import svg
-from dinfer.views.panel import Panel
+from dinfer.views.panel.panel import Panel
+from dinfer.views.panel.slotted import texts_of
 from dinfer.views.still import COLOURS, EVENTS, HIGH, LEAST_MARK, WIDE, map_svg, still_html
 from tests.support.converted import converted
 from tests.support.doubles import PaperRun, busy_run, paper_plan
@@ -27,7 +26,7 @@ from tests.support.maps import half_done
 from tests.support.traces import on_paper
 from tests.unit.views.test_shown import luminance
 
-CSS = (Path(dinfer.views.__file__).parent / "panel.css").read_text(encoding="utf-8")
+CSS = texts_of(["panel.css"])
 NASTY = "</svg><script>alert(1)</script>"
 
 

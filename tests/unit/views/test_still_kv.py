@@ -7,7 +7,6 @@ import struct
 import zlib
 from base64 import b64decode
 from html import unescape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,21 +14,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dinfer.views
 from dinfer.bench.views import inspected
 from dinfer.run.run import Run
 from dinfer.run.state import State
 from dinfer.session.session import Session
-from dinfer.views import still_kv
-from dinfer.views.inspector import Fetched, picture
-from dinfer.views.panel import Panel
-from dinfer.views.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, ZERO
-from dinfer.views.still_kv import data_uri, png
+from dinfer.views.panel import still_kv
+from dinfer.views.panel.inspector import Fetched, picture
+from dinfer.views.panel.panel import Panel
+from dinfer.views.panel.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, ZERO
+from dinfer.views.panel.slotted import texts_of
+from dinfer.views.panel.still_kv import data_uri, png
 from tests.support.converted import converted
 from tests.support.traces import PROMPT
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-SCRIPT = (Path(dinfer.views.__file__).parent / "heatmap.js").read_text(encoding="utf-8")
+SCRIPT = texts_of(["heatmap.js"])
 
 
 MODEL = "demo"

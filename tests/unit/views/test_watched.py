@@ -14,8 +14,8 @@ import pytest
 from dinfer.errors import NotPossible
 from dinfer.verdict.completed import OpFinding
 from dinfer.verdict.verdict import Verdict
-from dinfer.views import watched
-from dinfer.views.watched import WatchPanel, parts_of
+from dinfer.views.panel import watched
+from dinfer.views.panel.watched import WatchPanel, parts_of
 from dinfer.watch.probe.records import StacksTaken, ThreadLook, WatchedProcess
 from dinfer.watch.probe.rows import RowsTaken
 from dinfer.watching.events import trace_of
@@ -181,8 +181,14 @@ class MadeWatch(Watch):
     def moment(self) -> WatchMoment:
         return WatchMoment("ended" if self.is_over else "runs", self.found, None)
 
-    def __str__(self) -> str:
+    def _title(self) -> str:
         return "a watch"
+
+    def __str__(self) -> str:
+        return self._title()
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 @pytest.fixture
@@ -236,7 +242,7 @@ def test_many_rows_are_compared_once_the_panel_is_there(
         return []
 
     monkeypatch.setattr(WatchedKv, "diff", diff)
-    monkeypatch.setattr("dinfer.views.watched.MOST_ROWS", 2)
+    monkeypatch.setattr("dinfer.views.panel.watched.MOST_ROWS", 2)
     made.found = replace(made.found, kv=WatchedKv({0: layers_of([rows(0, 1, 2, 3)])}))
     made.over.set()
     panel = panel_of(made)

@@ -10,7 +10,7 @@ import pytest
 import dinfer
 from dinfer.run.hang import Hung
 from dinfer.verdict.verdict import Verdict
-from dinfer.views.why import Why, explained
+from dinfer.views.panel.why import Why, explained
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.runs import wait_for
 from tests.support.traces import PROMPT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,6 @@ class DeviceWork:
 
     def is_completed(self) -> bool:
         return self.is_over
-
-
-@pytest.fixture
-def recorder(tmp_path: Path) -> Iterator[OpRecorder]:
-    """Records into a folder."""
-    made = OpRecorder(tmp_path)
-    yield made
-    made.close()
 
 
 def issue(

@@ -436,6 +436,18 @@ def test_ids_are_left_alone_where_nothing_is_taken(
         probe.stop()
 
 
+def test_rows_say_which_line_added_them(taken: Taken) -> None:
+    """Of few rows, which are digested later, and of many, and of what is tapped."""
+    cache, few, many = dynamic(), kv(2), kv(4096)
+    before = sys._getframe().f_lineno
+    cache.update(*few, 0)
+    cache.update(*many, 0)
+    dinfer.tap("kv", layer=1, k=few[0], v=few[1])
+    name = "test_rows_say_which_line_added_them"
+    found = [(one.file, one.line, one.function) for one in taken()]
+    assert found == [(__file__, before + count, name) for count in (1, 2, 3)]
+
+
 class Delivery:
     """An event on a device: it has come once it is told so."""
 
@@ -453,7 +465,7 @@ def writer(tmp_path: Path) -> Iterator[RowsWriter]:
     made = RowsWriter(
         tmp_path / f"{written.name}.kv", NumberedNames(written.lines, "tap", tensors._tap_fields)
     )
-    about = (made._names.number(("kv", (1,), "float32")), 1, 0, 0, 0, 0, 0)
+    about = made._about("kv", torch.ones(1), 0, 0, 0, 0, 0, 0)
     made._waiting.append((Delivery(), torch.ones(1, 1, 1, dtype=torch.int64), about))
     yield made
     made.close()

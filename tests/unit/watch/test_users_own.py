@@ -112,7 +112,7 @@ libc = ctypes.CDLL(None)
 calls = []
 handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(calls.append)  # as C code installs one: Python does not know
 libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-take = lambda: libc.signal(signal.SIGUSR2, ctypes.cast(handler, ctypes.c_void_p))
+take = lambda number=signal.SIGUSR2: libc.signal(number, ctypes.cast(handler, ctypes.c_void_p))
 path = Path(sys.argv[1])
 """
 
@@ -128,9 +128,30 @@ def in_c(tmp_path: Path, then: str) -> str:
 def test_a_handler_of_c_code_stays_and_is_not_sent_the_signal(tmp_path: Path) -> None:
     said = in_c(
         tmp_path,
-        "take(); print(stacks.dump_on_signal(path), path.exists()); os.kill(os.getpid(), signal.SIGUSR2); print(calls)",
+        "take(); take(signal.SIGRTMAX); print(stacks.dump_on_signal(path), path.exists())\n"
+        "os.kill(os.getpid(), signal.SIGUSR2); print(calls)",
     )
     assert said.split() == ["None", "False", f"[{signal.SIGUSR2.value}]"]
+
+
+@pytest.mark.parametrize(
+    "taken",
+    ["take()", "import faulthandler; other = path.open('wb'); faulthandler.register(signal.SIGUSR2, other)"],
+)
+def test_where_somebody_else_uses_one_signal_another_is_taken(taken: str, tmp_path: Path) -> None:
+    """Also where they dump stacks on it, as dinfer's own ranks do: each has a file of its own."""
+    said = in_c(
+        tmp_path,
+        f"{taken}\n"
+        "for _ in range(2):\n"
+        "    print(stacks.dump_on_signal(path), stacks.dumps_still())\n"
+        "    print(stacks.dump_on_signal(path), stacks.dumps_still())\n"
+        "    os.kill(os.getpid(), signal.SIGRTMAX); print(path.read_text().count('Current thread'))\n"
+        "    stacks.dump_no_more(); print(stacks._handler(signal.SIGRTMAX), stacks._handler(signal.SIGUSR2) != 0)",
+    )
+    number = signal.SIGRTMAX.value
+    once = [str(number), "True", str(number), "True"]
+    assert said.split() == [*once, "1", "0", "True", *once, "2", "0", "True"]
 
 
 def test_a_handler_that_c_code_sets_later_is_seen_and_stays(tmp_path: Path) -> None:
@@ -148,6 +169,7 @@ def test_the_signal_is_taken_and_given_back_again_and_again(tmp_path: Path) -> N
         tmp_path,
         "for _ in range(2):\n"
         "    print(stacks.dump_on_signal(path) is not None, stacks.dumps_still())\n"
-        "    stacks.dump_on_signal(path); print(stacks.dumps_still()); stacks.dump_no_more(); print(stacks._handler())",
+        "    stacks.dump_on_signal(path); print(stacks.dumps_still()); stacks.dump_no_more()\n"
+        "    print(stacks._handler(signal.SIGUSR2))",
     )
     assert said.split() == ["True", "True", "True", "0"] * 2

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 
 from dinfer.watch.probe.groups import NO_GROUP
@@ -27,14 +25,6 @@ class CpuWork:
 
     def is_completed(self) -> bool:
         return self.over
-
-
-@pytest.fixture
-def recorder(tmp_path: Path) -> Iterator[OpRecorder]:
-    """Records into a folder."""
-    made = OpRecorder(tmp_path)
-    yield made
-    made.close()
 
 
 def issue(recorder: OpRecorder, kind: str, peer: int = NOTHING) -> PendingOp:

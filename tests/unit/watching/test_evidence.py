@@ -51,9 +51,10 @@ def test_both_ends_that_send_first() -> None:
 def test_an_alarm_comes_once_and_only_if_the_verdict_stands() -> None:
     alarm, now = HangAlarm(), crossed_sends(3)
     assert alarm.consider(now, 10.0) is None
-    assert alarm.is_suspicious
+    assert (alarm.is_suspicious, alarm.is_deciding) == (True, True)
     told = alarm.consider(now, 10.1 + CONFIRM_S)
     assert told == now.problem
+    assert (alarm.is_suspicious, alarm.is_deciding) == (True, False)
     assert alarm.consider(now, 11.0 + CONFIRM_S) is None
     moves = evidence(process(0, op(0, "barrier", 1, 2)), process(1, op(0, "barrier", 1, 2)), now=3)
     assert alarm.consider(moves, 12.0) is None

@@ -30,6 +30,35 @@ def test_rows_that_one_rank_adds_twice() -> None:
     assert repeated.text == "rank 1 holds 6 rows of layer 0, rank 0 3: rows 3–5 repeat rows 0–2"
 
 
+def added_at(line: int, one: RowsTaken) -> RowsTaken:
+    return one._replace(file="/home/me/infer.py", line=line, function="stage")
+
+
+def test_a_finding_names_the_line_that_added_the_rows() -> None:
+    """That of the rows it is about, whoever added those before, which came one by one, too."""
+    once = [added_at(3, rows(at, at + 1)) for at in range(4)]
+    twice = [*once[:3], added_at(9, rows(3, 3)), added_at(3, rows(4, 4))]
+    found = kv({0: once, 1: once, 2: twice}).diff()
+    assert [(one.kind, one.line) for one in found] == [("rows repeated", "infer.py:9")]
+    assert found[0].text.endswith(" (added at infer.py:9 in stage)")
+    assert found[0].as_dict()["line"] == "infer.py:9"
+    wrong = [*once[:2], added_at(5, rows(2, 77)), once[3]]
+    (differs,) = kv({0: once, 1: once, 2: wrong}).diff()
+    assert (differs.kind, differs.line) == ("rows differ", "infer.py:5")
+    (alone,) = kv({2: [added_at(3, rows(0, 1, 2)), added_at(5, rows(2, 1, 2))]}).diff()
+    assert (alone.kind, alone.line) == ("rows repeated", "infer.py:5")
+
+
+def test_lines_that_differ_do_not_part_what_was_fed_alike_nor_a_finding_of_several_layers() -> None:
+    once = [rows(at, at + 1, layer=layer) for layer in (0, 1) for at in range(3)]
+    lines = [added_at(number, one) for number, one in enumerate(once, 1)]
+    assert kv({0: once, 1: lines}).layers[1][0, 0].pieces(3) == kv({0: once}).layers[0][0, 0].pieces(3)
+    again = [*lines, *(added_at(7 + layer, rows(3, 3, layer=layer)) for layer in (0, 1))]
+    (found,) = kv({0: once, 1: again}).diff()
+    assert "layers 0, 1" in found.text or "layers 0–1" in found.text
+    assert found.line == "infer.py:7"
+
+
 def test_a_rank_that_lacks_rows() -> None:
     (missing,) = kv({0: [rows(0, 1, 2, 3)], 1: [rows(0, 1, 2, 3), rows(3, 4)]}).diff()
     assert (missing.kind, missing.ranks) == ("rows missing", (0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch._C._distributed_c10d import HashStore
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import dinfer
+from dinfer.errors import DinferError
 from dinfer.model.demo import CHECKPOINT
 from dinfer.watch.probe.reading import read
 from dinfer.watch.probe.start import Probe, start, stop
@@ -75,3 +77,18 @@ def test_a_process_is_watched_anew_where_another_session_looks(tmp_path: Path) -
         dist.destroy_process_group()
     kinds = [[op.kind for one in read(tmp_path / name) for op in one.ops] for name in ("first", "second")]
     assert kinds == [["init_group", "barrier"], ["all_reduce", "all_reduce"]]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (3, "command is 3; it must be text or a list of texts"),
+        (["torchrun", 3], r"command is \['torchrun', 3\]; it must be text or a list of texts"),
+        ("", "there is no command"),
+        ("no-such-program --x 1", "there is no program 'no-such-program' to watch: it is not on the path"),
+    ],
+)
+def test_a_command_that_cannot_be_started(command: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(DinferError, match=said):
+        dinfer.watch(command, tmp_path / "watch")
+    assert not (tmp_path / "watch").exists()

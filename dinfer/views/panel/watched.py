@@ -25,7 +25,7 @@ from dinfer.verdict.verdict import Verdict
 from dinfer.views.cells import CellStates
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.svg import svg
-from dinfer.views.slotted import SlottedWidget, texts_of
+from dinfer.views.panel.slotted import SlottedWidget, texts_of
 from dinfer.views.still import map_svg
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.figures import table_of

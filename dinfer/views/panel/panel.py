@@ -14,23 +14,23 @@ from dinfer.display import badge
 from dinfer.plan.ops import PlanError
 from dinfer.run.state import MOVING, RECOVER, Standing, State
 from dinfer.severity import Severity
-from dinfer.views.actions import board_of, is_edit, log_of, verb_of
 from dinfer.views.cells import CellMap
-from dinfer.views.communication import FIGURES, Communication
-from dinfer.views.desk import Action, Painter, Worker
-from dinfer.views.finder import Finder
-from dinfer.views.inspector import Inspector, stamp_of
-from dinfer.views.kv_tools import KvTools
+from dinfer.views.panel.actions import board_of, is_edit, log_of, verb_of
+from dinfer.views.panel.communication import FIGURES, Communication
+from dinfer.views.panel.desk import Action, Painter, Worker
+from dinfer.views.panel.finder import Finder
+from dinfer.views.panel.inspector import Inspector, stamp_of
+from dinfer.views.panel.kv_tools import KvTools
+from dinfer.views.panel.runs import RunsPage
+from dinfer.views.panel.scrubber import Scrubber
+from dinfer.views.panel.slotted import SlottedWidget, texts_of
+from dinfer.views.panel.still_kv import still_kv
+from dinfer.views.panel.why import Why
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.read_only import read_only
 from dinfer.views.recorded import RecordedRun
-from dinfer.views.runs import RunsPage
-from dinfer.views.scrubber import Scrubber
-from dinfer.views.slotted import SlottedWidget, texts_of
 from dinfer.views.status import breakpoints, layout, moment
 from dinfer.views.still import still_html
-from dinfer.views.still_kv import still_kv
-from dinfer.views.why import Why
 
 
 def action_of(run: InspectableRun, message: Json) -> Action:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from dinfer.kv.source import ViewableSource
 from dinfer.run.state import Standing
-from dinfer.views.inspector import Fetched, InspectRequest, fetched, picture
+from dinfer.views.panel.inspector import Fetched, InspectRequest, fetched, picture
+from dinfer.views.panel.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, STEPS, ZERO
 from dinfer.views.protocol import InspectableRun, Json
-from dinfer.views.quantise import MINUS_INF, MISSING, NAN, PLUS_INF, STEPS, ZERO
 
 TOKENS = 512
 """consecutive tokens that are shown, at most"""

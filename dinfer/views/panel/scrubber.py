@@ -14,7 +14,7 @@ from dinfer.trace.shares import percentages
 from dinfer.trace.stretch import ABOUT_STRETCH, Stretch, stretch
 from dinfer.views.bins import packed
 from dinfer.views.cells import cut_line, marked
-from dinfer.views.desk import Painter, Wants
+from dinfer.views.panel.desk import Painter, Wants
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.recorded import Recorded, RecordedRun
 from dinfer.views.slowest import slowest

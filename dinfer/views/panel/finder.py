@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dinfer.views.desk import Painter, Wants
 from dinfer.views.find import COUNTED, FindError, Searched, find
+from dinfer.views.panel.desk import Painter, Wants
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.recorded import RecordedRun
 

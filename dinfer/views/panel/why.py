@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dinfer.verdict.folds import folds_html
 from dinfer.verdict.verdict import Verdict
-from dinfer.views.desk import Painter, Wants
+from dinfer.views.panel.desk import Painter, Wants
 from dinfer.views.protocol import InspectableRun, Json
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dinfer.history import call_text
 from dinfer.plan.faults import KINDS
-from dinfer.views.desk import Action
+from dinfer.views.panel.desk import Action
 from dinfer.views.protocol import Json
 
 LOGGED = 200

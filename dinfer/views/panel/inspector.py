@@ -17,9 +17,9 @@ from dinfer.kv.source import HeldSpans, Subject, ViewableSource
 from dinfer.plan.ops import PlanError
 from dinfer.run.state import MOVING, Standing, State
 from dinfer.severity import Severity
-from dinfer.views.desk import Painter, Wants, keep_newest
+from dinfer.views.panel.desk import Painter, Wants, keep_newest
+from dinfer.views.panel.quantise import MISSING, Scale, Values, figures, quantise
 from dinfer.views.protocol import InspectableRun, Json
-from dinfer.views.quantise import MISSING, Scale, Values, figures, quantise
 from dinfer.views.read_only import read_only
 
 VALUES = 1 << 21

@@ -29,8 +29,8 @@ ONLY_WIDGETS = ("VSCODE_PID", "PYCHARM_HOSTED")
 
 
 def texts_of(files: Sequence[str]) -> str:
-    """What files of this folder hold, one after the other."""
-    folder = Path(__file__).parent
+    """What files of js/ hold, one after the other."""
+    folder = Path(__file__).parent / "js"
     return "\n".join((folder / name).read_text(encoding="utf-8") for name in files)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from dinfer.display import Table
 from dinfer.run.comparison import RunComparison
 from dinfer.severity import Severity
-from dinfer.views.desk import Action, Worker
+from dinfer.views.panel.desk import Action, Worker
 from dinfer.views.protocol import Json
 
 Send = Callable[[Json], object]

@@ -17,12 +17,12 @@ import plotly.graph_objects as go
 from dinfer.run.state import MOVING, STANDING
 from dinfer.trace.events import Event, prefill_events
 from dinfer.trace.trace import Trace
-from dinfer.views.desk import Painter, Wants
 from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency
 from dinfer.views.figures.matrix import matrix
 from dinfer.views.figures.style import HTML_CONFIG
+from dinfer.views.panel.desk import Painter, Wants
 from dinfer.views.protocol import InspectableRun, Json
 
 EVENTS = 6000

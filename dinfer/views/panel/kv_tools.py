@@ -19,7 +19,7 @@ from dinfer.kv.view import KV
 from dinfer.plan.ops import PlanError
 from dinfer.run.state import MOVING
 from dinfer.severity import Severity
-from dinfer.views.desk import Action, Painter, Worker, keep_newest
+from dinfer.views.panel.desk import Action, Painter, Worker, keep_newest
 from dinfer.views.protocol import InspectableRun, Json
 
 MOST_PINS = 12
