@@ -52,7 +52,7 @@ class Generation:
         self._ranks.forget(self._ranks.begin(every))  # a rank that does not answer is prefill's trouble
 
     def expect_none(self) -> None:
-        """Prefill has stopped before its end: forget what came of a first token."""
+        """Decode does not follow: forget what came of a first token."""
         self._take(self._state.tokens, ended=False)
 
     @property
@@ -65,6 +65,7 @@ class Generation:
         before, seen = len(self._state.tokens), self._shown
         with self._limiting:  # who stops it from now on finds it decoding
             if self._stopping.is_set():
+                self.expect_none()
                 return Decoded((), "", "user", before)
             self._ask(LimitDecode(limit))
             begun = self._ranks.begin(dict.fromkeys(range(len(self._ranks.ranks)), StartDecode()))
