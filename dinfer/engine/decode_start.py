@@ -62,14 +62,14 @@ class DecodeStart:
         sampler: Sampler,
         max_new_tokens: int,
         may_go_on: Callable[[], bool],
-        wrote: Callable[[int], None],
     ) -> None:
         """`may_go_on()`: whether the prompt is on its way to its end as it was when this began; asked under the gate's
-        lock. `wrote(layer)`: the new row is in the layer's KV, and nobody's edit."""
+        lock."""
         self.first: Chosen | None = None
         self.hidden: Tensor | None = None
-        self._decoder, self._cache, self._executor, self._recorder = decoder, cache, executor, recorder
-        self._sampler, self._wanted, self._may_go_on, self._wrote = sampler, max_new_tokens, may_go_on, wrote
+        self._decoder, self._cache = decoder, _UncountedCache(cache)
+        self._executor, self._recorder = executor, recorder
+        self._sampler, self._wanted, self._may_go_on = sampler, max_new_tokens, may_go_on
         self._is_given_up = False
 
     def give_up(self) -> None:
@@ -106,7 +106,6 @@ class DecodeStart:
             self._wait_for_layer(layer, patience)
             met = monotonic_ns()
             hidden = self._decoder.layer(layer, hidden, self._cache, row)
-            self._wrote(layer)
             self._record(start, index=1, layer=layer, met=met)
         return hidden
 
@@ -141,3 +140,13 @@ class DecodeStart:
         with self._executor.gate.hold():  # who has given it up may write to this lane
             if self._is_wanted:
                 record(self._recorder, "decode", start, monotonic_ns(), what="token", tokens=1, **fields)
+
+
+class _UncountedCache(KVCache):
+    """The same memory as a cache's. What is written here counts no version of its tensors up, by which the user's edits
+    are found: this is none."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__(1, 1, cache.kv_heads, cache.head_dim, cache.dtype, cache.device)
+        self.layers, self.capacity = cache.layers, cache.capacity
+        self._tensors = [cache.tensor(layer).data for layer in range(cache.layers)]

@@ -235,9 +235,8 @@ class Engine:
         assert self.cache is not None
         assert self.recorder is not None
         return DecodeStart(
-            self.decoder, self.cache, executor, self.recorder, self._sampler(), max_new_tokens, may_go_on,
-            self.prompt.edits.accept,
-        )  # fmt: skip
+            self.decoder, self.cache, executor, self.recorder, self._sampler(), max_new_tokens, may_go_on
+        )
 
     def _sampler(self) -> Sampler:
         config = self.config
