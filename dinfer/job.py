@@ -142,8 +142,8 @@ class PlanRefused(PlanError):
 @dataclass(frozen=True, repr=False)
 class Job:
     """A run that may start. `config.threads` and `config.backend` are chosen; `ids` are the prompt's token ids;
-    `predicted_s`: seconds of prefill by the planner, 0 where it has chosen nothing; `machine`: as measured before, None
-    where nothing was."""
+    `predicted_s`: seconds of prefill by the planner, 0 where it has chosen nothing, and `because`: a sentence on each
+    of its choices; `machine`: as measured before, None where nothing was."""
 
     config: Config
     spec: Spec
@@ -151,6 +151,7 @@ class Job:
     plan: Plan
     verdict: Proof | Counterexample
     predicted_s: float = 0.0
+    because: tuple[str, ...] = ()
     machine: MeasuredMachine | None = None
 
     def __repr__(self) -> str:

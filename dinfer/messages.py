@@ -39,7 +39,7 @@ StackLine = tuple[str, int, str, str]
 Figures = dict[str, list[list[float]]]
 """`kv.measure.per_head`: each figure as [2, kv_heads]"""
 
-Phase = Literal["starting", "loading", "prefill", "decode", "done"]
+Phase = Literal["starting", "loading", "measuring", "prefill", "decode", "done"]
 
 
 class DeviceMemory(NamedTuple):
@@ -172,15 +172,20 @@ class KvHash(Answer, frozen=True):
 
 
 class RankMeasured(Answer, frozen=True):
-    """What layers take on this rank, fields of `planner.costs.LayerTime`; and each link, fields of
+    """What layers take on this rank, alone and `in_run`, fields of `planner.costs.LayerTime`; and each link, fields of
     `planner.machine.LinkSpeed`, the same on every rank. Bytes are of one token. `codecs`: fields of
-    `planner.machine.CodecCost`."""
+    `planner.machine.CodecCost`. `asked`: the command's `kernels`; `padded`: chunks take as long as the longest of their
+    plan, as graphs do; `streams`: ops run on streams."""
 
     layers: tuple[tuple[int, int, float], ...]
     links: tuple[tuple[int, int, float, float, float, float], ...]
     hidden_bytes: int
     block_bytes: int
     codecs: tuple[tuple[str, float, float, float], ...] = ()
+    in_run: tuple[tuple[int, int, float], ...] = ()
+    asked: str = "exact"
+    padded: bool = False
+    streams: bool = False
 
 
 class LeftGroup(Answer, frozen=True):
@@ -479,12 +484,14 @@ class LeaveGroup(Command[LeftGroup], frozen=True):
 
 class MeasureRank(Command[RankMeasured], frozen=True):
     """To all ranks at once: time layers for chunks of these lengths within `tokens` tokens, and all links, with
-    messages of `link_tokens` tokens' K and V."""
+    messages of `link_tokens` tokens' K and V, as runs with these `kernels` and this `backend` have them."""
 
     tokens: int
     lengths: tuple[int, ...]
     link_tokens: int
     digests: bool = True
+    kernels: Literal["auto", "exact", "graph", "compiled"] = "exact"
+    backend: Literal["gloo", "nccl", "ipc"] = "gloo"
 
 
 class GetStacks(Command[ThreadStacks], frozen=True):
@@ -661,6 +668,14 @@ class MeetAt(Command[Ok], frozen=True):
     """To a rank of `dinfer run`: the port that rank 0 has opened. No reply."""
 
     port: int
+
+
+class RunChosen(Command[Ok], frozen=True):
+    """To a rank of `dinfer run` that has measured: what the planner has chosen, by parameter of Config, and the plan's
+    text, "" where the parameters say it all. No reply."""
+
+    parameters: dict[str, Any]
+    plan: str
 
 
 class AllStands(Command[Ok], frozen=True):
@@ -872,6 +887,12 @@ class StoreOpened(RankReport, frozen=True):
     port: int
 
 
+class MeasuredForRun(RankReport, frozen=True):
+    """What this rank has measured; it waits for RunChosen."""
+
+    found: RankMeasured
+
+
 class BatchResult(RankReport, frozen=True):
     """The rank is done: what it measured."""
 
@@ -941,12 +962,14 @@ class RankLink(Struct, frozen=True):
 
 
 class RankJob(Struct, frozen=True):
-    """What `dinfer.rank.worker` reads from its standard input. `config`: the fields of Config."""
+    """What `dinfer.rank.worker` reads from its standard input. `config`: the fields of Config; `to_measure`: what to
+    measure before the run, for the planner."""
 
     rank: int
     config: dict[str, Any]
     ids: tuple[int, ...]
     link: RankLink
+    to_measure: MeasureRank | None = None
 
 
 # -- encoding

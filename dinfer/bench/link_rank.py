@@ -6,15 +6,17 @@ from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from dinfer.bench.paced import PacedComm
 from dinfer.bench.rank import work_as_rank
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
-from dinfer.engine.measure import time_codecs, time_layers, time_links, token_bytes
+from dinfer.engine.kernels import Kernels
+from dinfer.engine.measure import Measured
+from dinfer.engine.measure import measure as time_all
+from dinfer.messages import MeasureRank
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import parse_plan
-from dinfer.planner.costs import LayerTime
-from dinfer.planner.machine import CodecCost, LinkSpeed
 from dinfer.trace.events import Event
 from dinfer.transport.gloo import Comm
 
@@ -22,7 +24,8 @@ from dinfer.transport.gloo import Comm
 class LinksJob(NamedTuple):
     """What a rank is started with beside its number. `plans`: texts of plans of that prompt; `lengths`: of chunks whose
     layer times are measured, empty to measure nothing; `slow`: by rank, how often each layer is run, empty for once;
-    `codecs`: that of each plan, empty for none."""
+    `codecs`: that of each plan, empty for none; `pace`: links to slow down here (`bench.paced`): source, target, bytes
+    per second."""
 
     config: dict[str, Any]
     ids: Sequence[int]
@@ -31,6 +34,7 @@ class LinksJob(NamedTuple):
     lengths: Sequence[int]
     slow: Sequence[int] = ()
     codecs: Sequence[str] = ()
+    pace: Sequence[tuple[int, int, float]] = ()
 
 
 class TimedPlan(NamedTuple):
@@ -52,27 +56,21 @@ class Round(NamedTuple):
 
 
 class RankLinks(NamedTuple):
-    """What one rank has measured; `links` are the same on every rank."""
+    """What one rank has measured, None where it was not to, and the plans that it has timed."""
 
-    layers: list[LayerTime]
-    links: list[LinkSpeed]
-    hidden_bytes: int
-    block_bytes: int
+    measured: Measured | None
     plans: list[TimedPlan]
-    codecs: list[CodecCost]
 
 
 def measure(job: LinksJob, decoder: Decoder, comm: Comm, config: Config) -> RankLinks:
     """Measure, then time all plans in turn; all ranks make the same calls."""
     if job.slow:
         make_slow(decoder, job.slow[comm.rank])
-    hidden, block = token_bytes(decoder)
+    if job.pace:
+        comm = PacedComm(comm, {(source, target): speed for source, target, speed in job.pace})
     comm.all_gather(b"m")
-    layers, links, costs = list[LayerTime](), list[LinkSpeed](), list[CodecCost]()
-    if job.lengths:
-        layers = time_layers(decoder, len(job.ids), job.lengths)
-        links = time_links(comm, block * config.chunk_size)
-        costs = time_codecs(decoder, config.chunk_size)
+    command = MeasureRank(len(job.ids), tuple(job.lengths), config.chunk_size)
+    found = time_all(decoder, comm, command, Kernels()) if job.lengths else None
     rounds: list[list[Round]] = [[] for _ in job.plans]
     for repeat in range(job.repeats + 1):
         codecs = job.codecs or ["none"] * len(job.plans)
@@ -80,7 +78,7 @@ def measure(job: LinksJob, decoder: Decoder, comm: Comm, config: Config) -> Rank
             took = _prefill(decoder, comm, config.with_(codec=codec), job.ids, text)
             if repeat:  # the first round warms up
                 kept.append(took)
-    return RankLinks(layers, links, hidden, block, [_timed(took) for took in rounds], costs)
+    return RankLinks(found, [_timed(took) for took in rounds])
 
 
 def make_slow(decoder: Decoder, times: int) -> None:

@@ -22,7 +22,7 @@ from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
 from dinfer.plan.timing import timed
-from dinfer.planner.costs import fit
+from dinfer.planner.costs import as_in_run, fit
 from dinfer.planner.machine import Links, MeasuredMachine
 from dinfer.trace.intervals import common, length, union
 from dinfer.trace.trace import Trace
@@ -152,8 +152,9 @@ def lengths_of(chunk_size: int) -> list[int]:
 
 def machine_of(ranks: "Sequence[RankLinks]") -> MeasuredMachine:
     """The machine that these ranks have measured."""
-    first = ranks[0]
-    costs = tuple(fit(rank.layers) for rank in ranks)
+    found = [rank.measured for rank in ranks if rank.measured]
+    first = found[0]
+    costs = tuple(as_in_run(fit(one.layers), one.in_run) for one in found)
     links = Links(tuple(first.links))
     return MeasuredMachine(costs, links, first.hidden_bytes, first.block_bytes, codecs=tuple(first.codecs))
 

@@ -93,17 +93,27 @@ def kernel_costs(trace: Trace, timed: Timer) -> dict[str, dict[str, float]]:
 def time_costs(
     size: tuple[int, int, int], plan: Plan, standing: Standing, timed: Timer
 ) -> dict[str, dict[str, float]]:
-    """The same of the scrubber and the search box: another moment with the totals of a stretch, another strip, and a
-    search that every op is compared with."""
-    timeline = Timeline(paper_trace(plan), size)
+    """The same of the scrubber and the search box: the page *time* for events that it has not seen before, another
+    moment with the totals of a stretch, another strip, and searches: one that every op is compared with, and the
+    first that is about messages."""
+    trace = paper_trace(plan)
+    timeline = Timeline(trace, size)
     recorded = Recorded(timeline, standing, "")
     half, third = timeline.span // 2, timeline.span // 3
     asked = TimeQuestion.of({"at": half, "bins": BINS, "rank": 0, "stretch": [third, half]})
     first, buffers = answer(asked, recorded, plan)
     again = asked._replace(have=first["key"])
+
+    def anew() -> Timeline:
+        return Timeline(Trace.merge([trace.events]), size)
+
     searched = Searched(plan, [""] * len(plan.shape.chunks), standing, timeline)
     name = " × ".join(map(str, size))
     return {
+        f"opening *time* {name}": {
+            "ms": timed(lambda: json.dumps(answer(asked, recorded._replace(timeline=anew()), plan)[0])),
+            "bytes": len(json.dumps(first)) + sum(map(len, buffers)),
+        },
         f"moment and stretch {name}": {
             "ms": timed(lambda: json.dumps(answer(again, recorded, plan)[0])),
             "bytes": len(json.dumps(answer(again, recorded, plan)[0])) + len(buffers[-1]),
@@ -115,6 +125,10 @@ def time_costs(
         f"search {name}": {
             "ms": timed(lambda: find("slowest", searched)),
             "bytes": len(json.dumps([hit.as_dict() for hit in find("slowest", searched).hits])),
+        },
+        f"first search {name}": {
+            "ms": timed(lambda: find("late", searched._replace(timeline=anew()))),
+            "bytes": len(json.dumps([hit.as_dict() for hit in find("late", searched).hits])),
         },
     }
 

@@ -9,6 +9,9 @@ from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, 
 from dinfer.config import Config, ConfigError, whole_numbers
 from dinfer.errors import DinferError
 
+TOKENS = "2048"
+"""of the prompt, where nothing else is said"""
+
 
 @app.command()
 def bench(
@@ -22,11 +25,17 @@ def bench(
         ),
     ] = "prefill",
     model: Annotated[
-        str, Option(help="checkpoint folder; default: random weights, hidden 1024 × 8 layers")
+        str,
+        Option(
+            help="checkpoint folder; default: random weights, 8 layers of hidden size 1024, for planner 512"
+        ),
     ] = "",
     tokens: Annotated[
-        str, Option(help="length of the prompt; with --compare also several: 512,2048")
-    ] = "2048",
+        str,
+        Option(
+            help="length of the prompt; with --compare also several: 512,2048  [default: 2048; planner: 768]"
+        ),
+    ] = "",
     chunk_size: Annotated[str, Option(help="tokens per chunk; with --compare also several: 64,128")] = "128",
     world_size: Annotated[int, Option(help="number of ranks")] = 2,
     threads: Annotated[int, Option(help="CPU threads of each rank")] = 1,
@@ -55,6 +64,7 @@ def bench(
     from dinfer.launch.processes import interrupt_as_error
 
     sizes = {"world_size": world_size, "threads": threads}
+    asked, tokens = tokens, tokens or TOKENS
     try:
         if repeats < 1:
             raise ConfigError(f"repeats is {repeats}; it must be at least 1.")
@@ -83,7 +93,7 @@ def bench(
             case "cores":
                 result, text = _bench_cores(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
             case "planner":
-                result, text = _bench_planner(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
+                result, text = _bench_planner(model, asked, {**sizes, "chunk_size": chunk_size}, repeats)
             case "growth":
                 from dinfer.bench import growth as growing
 
@@ -218,13 +228,13 @@ def _bench_planner(
 ) -> tuple[dict[str, Any], str]:
     """The result of `dinfer bench planner`, and its text."""
     from dinfer.bench import planner
-    from dinfer.bench.prefill import BenchModel, random_checkpoint
+    from dinfer.bench.prefill import random_checkpoint
     from dinfer.model.checkpoint import check
 
-    length = _one_length("planner", tokens)
+    length = _one_length("planner", tokens or str(planner.TOKENS))
     config = Config.of({**values, "model_path": "demo"})
     planner.check_asked(config)
-    with nullcontext(model) if model else random_checkpoint(BenchModel()) as folder:
+    with nullcontext(model) if model else random_checkpoint(planner.MODEL) as folder:
         spec = check(str(folder))
         config = config.with_(model_path=str(folder))
         result = planner.bench_planner(config, spec.vocab_size, spec.layers, length, repeats, log)

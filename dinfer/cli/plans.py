@@ -17,6 +17,8 @@ from dinfer.plan.plan import Plan, parse_plan
 from dinfer.plan.schedule import build
 from dinfer.plan.verify import Counterexample, Proof
 from dinfer.plan.verify import verify as verify_plan
+from dinfer.planner.machine import MeasuredMachine
+from dinfer.run.measurement import choose, without_auto
 from dinfer.severity import Severity
 from dinfer.trace.export import FORMAT as TRACE_FORMAT
 from dinfer.trace.export import TraceError
@@ -37,27 +39,60 @@ def plan(
     layers: Annotated[int, Option(help="decoder layers of the model")],
     tokens: Annotated[int, Option(help="length of the prompt")],
     world_size: Annotated[int, Option(help="number of ranks")] = 3,
-    chunk_size: Annotated[int, Option(help="tokens per chunk")] = 128,
+    chunk_size: Annotated[str, Option(help="tokens per chunk")] = "128",
     sync_strategy: Annotated[str, Option(help="pairwise or ring")] = "pairwise",
     schedule: Annotated[str, Option(help="pipelined, lockstep or batched")] = "pipelined",
     layer_split: Annotated[str, Option(help="first layer of every stage but the first, such as 14,28")] = "",
+    measured: Annotated[
+        str,
+        Option(
+            help="by what to choose what is auto (schedule, chunk_size, layer_split, sync_strategy): a file of dinfer "
+            "run --json whose run had something auto, too"
+        ),
+    ] = "",
     as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
 ) -> None:
     """Print every rank's lanes, one op per line, and the proof. Status 0: proved; 1: refuted; 2: invalid input."""
     sizes = {"world_size": world_size, "chunk_size": chunk_size}
     ways = {"sync_strategy": sync_strategy, "schedule": schedule}
     try:
-        config = Config.of({**sizes, **ways, "layer_split": layer_split})
-        split = config.layer_split or None
+        values, auto = without_auto({**sizes, **ways, "layer_split": layer_split})
+        config = Config.of(values)
         shape = partition(
-            layers=layers, tokens=tokens, world_size=world_size, chunk_size=chunk_size, layer_split=split
+            layers=layers,
+            tokens=tokens,
+            world_size=world_size,
+            chunk_size=config.chunk_size,
+            layer_split=config.layer_split or None,
         )
+        built, because = build(shape, config.schedule, config.sync_strategy), ""
+        if auto:
+            chosen = choose(_machine(measured, auto[0]), config, shape, auto)
+            built, because = chosen.candidate.plan(layers), f"{chosen}\n"
     except (ConfigError, PlanError) as error:
         stop(error, BAD_INPUT)
-    built = build(shape, config.schedule, config.sync_strategy)
     verdict = verify_plan(built)
-    comment = "\n".join(f"# {line}" for line in _in_words(verdict).splitlines())
+    comment = "\n".join(f"# {line}" for line in f"{because}{_in_words(verdict)}".splitlines())
     _end(built, verdict, f"{built.text()}{comment}", as_json)
+
+
+def _machine(path: str, auto: str) -> MeasuredMachine:
+    """What a run has measured, from its result. Raises ConfigError. `auto`: the parameter that needs it."""
+    how = f"dinfer run --{auto.replace('_', '-')} auto --json FILE"
+    if not path:
+        raise ConfigError(
+            f"{auto} is auto, which is chosen by what layers and links take, but no measurement is given: give a "
+            f"value, or --measured FILE, which {how} writes."
+        )
+    try:
+        found = json.loads(as_text(read_bytes(path, MAX_BYTES)))
+        return MeasuredMachine.of(found["machine"])
+    except OSError as error:
+        raise ConfigError(f"the measurement {path!r} cannot be read: {error.strerror}.") from None
+    except (FileError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{path!r} holds no measurement of layers and links: give a file that {how} has written."
+        ) from None
 
 
 @app.command()

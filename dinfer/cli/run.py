@@ -4,6 +4,7 @@ import inspect
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, 
 from dinfer.config import Config, ConfigError, read_toml
 from dinfer.errors import DinferError
 from dinfer.launch.environment import Launched, launched_as, speaks
+from dinfer.run.measurement import without_auto
 
 SILENCE_S = 5.0
 
@@ -29,7 +31,8 @@ def run(**given: Any) -> None:
     )
     try:
         launched = launched_as(os.environ)
-        config = Config.of(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
+        values, auto = without_auto(_for_launched({**(read_toml(toml) if toml else {}), **values}, launched))
+        config = Config.of(values)
         if launched is None or launched.rank == 0:
             outputs = {"--json": json_path or "", "--trace": trace_path or ""}
             inputs = {"--prompt-file": config.prompt_file, "--config": toml or ""}
@@ -37,9 +40,9 @@ def run(**given: Any) -> None:
         if launched:
             from dinfer.launch.join import join
 
-            result = join(config, launched, trace_path)
+            result = join(config, launched, trace_path, auto)
         else:
-            result = _run_here(config, trace_path)
+            result = _run_here(config, trace_path, auto)
     except KeyboardInterrupt:
         stop("interrupted; all ranks were ended.", INTERRUPTED)
     except BrokenPipeError:
@@ -56,7 +59,7 @@ def run(**given: Any) -> None:
         keep_json(result, json_path)
 
 
-def _run_here(config: Config, trace_path: str | None) -> dict[str, Any]:
+def _run_here(config: Config, trace_path: str | None, auto: Sequence[str]) -> dict[str, Any]:
     from dinfer.job import prepare
 
     job = prepare(config)  # before torch is imported, so that mistakes are reported at once
@@ -66,7 +69,7 @@ def _run_here(config: Config, trace_path: str | None) -> dict[str, Any]:
 
     interrupt_as_error()
     folder = new_run_folder(Path(config.log_dir))
-    return run_job(replace(job, config=job.config.with_(log_dir=str(folder))), trace_path)
+    return run_job(replace(job, config=job.config.with_(log_dir=str(folder))), trace_path, auto=auto)
 
 
 def _for_launched(values: dict[str, Any], launched: Launched | None) -> dict[str, Any]:

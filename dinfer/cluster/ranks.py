@@ -25,7 +25,9 @@ from dinfer.messages import (
     HandedOn,
     Lanes,
     Loading,
+    MeasuredForRun,
     Note,
+    RankMeasured,
     RankReport,
     Refused,
     Reply,
@@ -94,6 +96,8 @@ class RankState:
     comparing: Comparing | None = None
     struck: Struck | None = None
     store: StoreOpened | None = None
+    measured: RankMeasured | None = None
+    """of a run whose parameters are to be chosen"""
     result: BatchResult | None = None
     told_to_end: bool = False
 
@@ -242,6 +246,8 @@ class RankStates(ABC):
                     state.struck = report
                 case StoreOpened():
                     state.store = report
+                case MeasuredForRun():
+                    state.measured = report.found
                 case BatchResult():
                     state.result = report
                 case ToldToEnd():
@@ -291,9 +297,6 @@ def update(state: RankState, status: Status) -> None:
 class Ranks(RankStates):
     """The interface of both kinds of ranks: engines and threads."""
 
-    backend: Backend = "auto"
-    """what a run's backend "auto" means here"""
-
     can_kill = True
     """Whether one rank can be killed and started again."""
 
@@ -304,6 +307,10 @@ class Ranks(RankStates):
     @abstractmethod
     def describe(self) -> str:
         """One line for people."""
+
+    def usual_backend(self, gpu_ids: Sequence[int]) -> Backend:  # noqa: ARG002 - any GPUs
+        """What backend "auto" means here, for ranks on these GPUs (empty: on the CPU)."""
+        return "auto"
 
     def exits(self) -> list[int | None]:
         """By rank, the exit status of a process that has ended, else None."""

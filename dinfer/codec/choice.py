@@ -35,9 +35,6 @@ SCALE_BYTES = 2
 LENGTH_BYTES = 4
 """before K and V: how many bytes are K's"""
 
-CODEBOOK_BYTES = 17
-"""of the lossless codec, at most: the width of its codes, and the exponents that they stand for"""
-
 ITEM_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 

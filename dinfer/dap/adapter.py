@@ -36,6 +36,7 @@ CAPABILITIES: DapBody = {
     "supportsConfigurationDoneRequest": True,
     "supportsFunctionBreakpoints": True,
     "supportsConditionalBreakpoints": True,
+    "supportsHitConditionalBreakpoints": True,
     "supportsEvaluateForHovers": True,
     "supportsStepBack": True,
     "supportsSteppingGranularity": True,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, get_args
 from dinfer.dap.listing import RankListing
 from dinfer.errors import excerpt
 from dinfer.plan.breakpoints import parse_when
+from dinfer.plan.cut import count_of
 from dinfer.plan.ops import OpKind, PlanError
 
 FORMS = (
@@ -24,11 +25,12 @@ class BreakpointWords(NamedTuple):
     rank: int | None = None
     op: OpKind | None = None
     when: str | None = None
+    hit: int | None = None
 
 
-def breakpoint_words(name: str, condition: str = "") -> BreakpointWords:
-    """From the name of a function breakpoint, such as `chunk 1 layer 3 rank 2 if absmax > 100`, and a condition that
-    the editor keeps beside it. Raises PlanError."""
+def breakpoint_words(name: str, condition: str = "", hit: str = "") -> BreakpointWords:
+    """From the name of a function breakpoint, such as `chunk 1 layer 3 rank 2 if absmax > 100`, and a condition and the
+    number of a hit that the editor keeps beside it. Raises PlanError."""
     place, has_if, when = _parts(name)
     if has_if and not when:
         raise PlanError(f"{excerpt(name)} has no condition after 'if': 'nan', 'absmax > 100', …")
@@ -38,10 +40,12 @@ def breakpoint_words(name: str, condition: str = "") -> BreakpointWords:
     given = _place_words(name, place)
     if not given and not when:
         raise PlanError(f"{excerpt(name)} names no place; {_takes()}")
-    return BreakpointWords(**given, when=when or None)
+    return BreakpointWords(**given, when=when or None, hit=_hit(hit))
 
 
-def line_words(listing: RankListing, rank: int, line: int, condition: str = "") -> BreakpointWords:
+def line_words(
+    listing: RankListing, rank: int, line: int, condition: str = "", hit: str = ""
+) -> BreakpointWords:
     """From a line of a rank's plan. Raises PlanError for a line without an op."""
     found = listing.op_at(line)
     if found is None:
@@ -54,7 +58,20 @@ def line_words(listing: RankListing, rank: int, line: int, condition: str = "") 
         rank,
         op.kind,
         condition.strip() or None,
+        _hit(hit),
     )
+
+
+def _hit(text: str) -> int | None:
+    """The number of a hit, as `3` or `= 3`; None where there is none. Raises PlanError."""
+    if not text.strip():
+        return None
+    match = re.fullmatch(r"\s*={0,3}\s*(\d{1,9})\s*", text)
+    if match is None:
+        raise PlanError(
+            f"{excerpt(text)} is no hit: give its number, from 1, such as '3': the run stops at that only."
+        )
+    return count_of(int(match[1]), "hit")
 
 
 def _parts(name: str) -> tuple[str, bool, str]:

@@ -116,17 +116,13 @@ class DebugTarget:
 
     def set_functions(self, asked: Sequence[DapBreakpoint]) -> list[SetBreakpoint]:
         """Replace the function breakpoints."""
-        read = [
-            _read(breakpoint_words, str(one.get("name", "")), one.get("condition") or "") for one in asked
-        ]
+        read = [_read(breakpoint_words, str(one.get("name", "")), *_conditions(one)) for one in asked]
         return self._replace("functions", read)
 
     def set_lines(self, rank: int, asked: Sequence[DapBreakpoint]) -> list[SetBreakpoint]:
         """Replace those in the plan of a rank."""
         listing = self.listings[rank]
-        read = [
-            _read(line_words, listing, rank, one.get("line", 0), one.get("condition") or "") for one in asked
-        ]
+        read = [_read(line_words, listing, rank, one.get("line", 0), *_conditions(one)) for one in asked]
         return self._replace(listing.name, read)
 
     def set_exceptions(self, conditions: Sequence[str]) -> list[SetBreakpoint]:
@@ -273,6 +269,11 @@ class DebugTarget:
         with suppress(NoAnswer, RankRefused):
             return python_stacks(gather(self.session.ranks, [rank])[rank].text)
         return {}
+
+
+def _conditions(one: DapBreakpoint) -> tuple[str, str]:
+    """The condition and the number of a hit that stand beside a breakpoint, "" where there is none."""
+    return str(one.get("condition") or ""), str(one.get("hitCondition") or "")
 
 
 def _read(read: Callable[..., BreakpointWords], *given: Any, **named: Any) -> AskedBreakpoint:

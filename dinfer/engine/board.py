@@ -23,7 +23,7 @@ BOARD_BYTES = 8 * (_SESSION + 1)
 SESSIONS = ("awaited", "there", "gone")
 """how the watcher finds the connection to the session: not made yet, made, closed"""
 
-PHASES: tuple[Phase, ...] = ("starting", "loading", "prefill", "decode", "done")
+PHASES: tuple[Phase, ...] = ("starting", "loading", "measuring", "prefill", "decode", "done")
 
 
 class Board:

@@ -116,6 +116,8 @@ class Conditions:
         self._state, self._on_hit = state, on_hit
         self._lock = Lock()
         self._armed: tuple[Breakpoint, ...] = ()
+        self._met: dict[int, list[Op]] = {}
+        """the ops at which the condition of each breakpoint has held, in the order in which it first did, by number"""
 
     def arm(self, breakpoints: Sequence[Breakpoint]) -> None:
         """Evaluate these breakpoints' conditions from now on, and no others."""
@@ -128,10 +130,19 @@ class Conditions:
     def __call__(self, event: Event, op: Op) -> None:
         for one in self._armed:
             if one.matches(self._state.rank, op) and (found := self._evaluate(one, event, op)):
-                if self._on_hit:
-                    with self._lock:
+                with self._lock:
+                    is_hit = self._is_hit(one, op)
+                    if is_hit and self._on_hit:
                         self._on_hit(one, op, found)
-                return
+                if is_hit:
+                    return
+
+    def _is_hit(self, one: Breakpoint, op: Op) -> bool:
+        """Whether a condition that holds at this op stops the run. An op that is done again counts once."""
+        met = self._met.setdefault(one.number, [])
+        if op not in met:
+            met.append(op)
+        return one.hit is None or met[one.hit - 1 : one.hit] == [op]
 
     def _evaluate(self, one: Breakpoint, event: Event, op: Op) -> str:
         """Why the condition holds, as text; empty if it does not."""

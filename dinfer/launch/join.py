@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +30,7 @@ from dinfer.launch.environment import DEBUGGER, Launched
 from dinfer.launch.meet import Roll, meet
 from dinfer.launch.runner import ProgressLines, conclude
 from dinfer.launch.watch import ProcessWatch
-from dinfer.messages import KillRank, RankLink, ToldToEnd
+from dinfer.messages import KillRank, RankLink, RunChosen, ToldToEnd
 from dinfer.plan.ops import PlanError
 from dinfer.rank.batch import run_rank
 from dinfer.rank.control import Control
@@ -39,6 +39,7 @@ from dinfer.rank.failure import describe
 from dinfer.rank.logs import new_run_folder
 from dinfer.rank.worker import log_to
 from dinfer.run.failure import RankFailed
+from dinfer.run.measurement import run_to_measure
 from dinfer.severity import Severity
 from dinfer.transport.connect import open_comm
 from dinfer.transport.gloo import Comm, Store
@@ -54,22 +55,27 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 log = logging.getLogger("dinfer")
 
 
-def join(config: Config, launched: Launched, trace_path: str | Path | None) -> dict[str, Any] | None:
-    """Run this process's rank. Returns the result on rank 0, else None. If a rank fails, rank 0 says why and exits."""
+def join(
+    config: Config, launched: Launched, trace_path: str | Path | None, auto: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """Run this process's rank. Returns the result on rank 0, else None. If a rank fails, rank 0 says why and exits.
+    `auto`: the parameters that the planner is to choose."""
     if launched.rank == 0:
-        return _lead(config, launched, trace_path)
-    _follow(config, launched)
+        return _lead(config, launched, trace_path, auto)
+    _follow(config, launched, auto)
     return None
 
 
-def _lead(config: Config, launched: Launched, trace_path: str | Path | None) -> dict[str, Any]:
+def _lead(
+    config: Config, launched: Launched, trace_path: str | Path | None, auto: Sequence[str]
+) -> dict[str, Any]:
     job = _prepare(config, launched)
     try:
         store, address = meet(config, launched)
         roll, show = Roll(store, launched.world_size), ProgressLines(job)
         told = _told_to_end()
         roll.call(config.start_timeout, show.say, told.is_set)
-        return _run_all(job, launched, store, address, show, told, trace_path)
+        return _run_all(job, launched, store, address, show, told, trace_path, auto)
     except BaseException as error:
         # Lanes may be blocked in the transport, and MPI waits for everyone: an ordinary exit might never end.
         interrupted, mistaken = isinstance(error, KeyboardInterrupt), isinstance(error, ConfigError)
@@ -85,6 +91,7 @@ def _run_all(
     show: ProgressLines,
     told: threading.Event,
     trace_path: str | Path | None,
+    auto: Sequence[str],
 ) -> dict[str, Any]:
     link = Link(launched.world_size, own_address_towards(address))  # loopback where all ranks are on one host
     try:
@@ -95,16 +102,16 @@ def _run_all(
             for rank in range(launched.world_size)
         ]
         Roll(store, launched.world_size).give_links(parts)
-        rank = _RankThread(job, launched, store, _control(parts[0], job.config))
+        rank = _RankThread(job, launched, store, _control(parts[0], job.config), auto)
         rank.start()
-        result = _keep_session(job, link, show, told, trace_path)
+        result = _keep_session(job, link, show, told, trace_path, auto)
         rank.join()
         return result
     finally:
         link.close()
 
 
-def _follow(config: Config, launched: Launched) -> None:
+def _follow(config: Config, launched: Launched, auto: Sequence[str]) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_DFL
     )  # as long as there is nothing to clean up: end at once and silently
@@ -124,7 +131,7 @@ def _follow(config: Config, launched: Launched) -> None:
         raise
     assert job  # or rank 0 would not have gone on
     config = config.with_(log_dir=str(Path(config.log_dir) / part.run_folder))
-    _RankThread(job, launched, store, _control(part, config)).outlast()
+    _RankThread(job, launched, store, _control(part, config), auto).outlast()
 
 
 def _prepare(config: Config, launched: Launched) -> Job:
@@ -133,14 +140,17 @@ def _prepare(config: Config, launched: Launched) -> Job:
 
 def _control(link: RankLink, config: Config) -> Control:
     log_to(Path(config.log_dir), link.rank, config.log_level)
-    return Control(msgspec.structs.replace(link, launcher=os.getppid()))
+    return Control(msgspec.structs.replace(link, launcher=os.getppid()), awaited=(RunChosen,))
 
 
 class _RankThread:
     """The rank's own work, on a thread of its own: the main thread stays free for signals and for the session."""
 
-    def __init__(self, job: Job, launched: Launched, store: Store, control: Control) -> None:
+    def __init__(
+        self, job: Job, launched: Launched, store: Store, control: Control, auto: Sequence[str]
+    ) -> None:
         self._job, self._launched, self._store, self._control = job, launched, store, control
+        self._to_measure = run_to_measure(job) if auto else None
         self._ended = threading.Event()
         self._error = ""
         self._thread = threading.Thread(target=self._run, name="rank", daemon=True)
@@ -186,7 +196,7 @@ class _RankThread:
 
         try:
             listen_for_debugger(rank)
-            result = run_rank(rank, config, self._job.ids, self._control, found)
+            result = run_rank(rank, config, self._job.ids, self._control, found, self._to_measure)
             self._control.report(result)
             self._control.close()
         except BaseException as error:  # whatever it is, the other ranks must hear why this one ends
@@ -199,10 +209,15 @@ class _RankThread:
 
 
 def _keep_session(
-    job: Job, link: Link, show: ProgressLines, told: threading.Event, trace_path: str | Path | None
+    job: Job,
+    link: Link,
+    show: ProgressLines,
+    told: threading.Event,
+    trace_path: str | Path | None,
+    auto: Sequence[str],
 ) -> dict[str, Any]:
-    show.introduce()
-    watch = ProcessWatch(job, link, on_text=show.on_text, on_hang=show.warn)
+    show.introduce(auto)
+    watch = ProcessWatch(job, link, on_text=show.on_text, on_hang=show.warn, auto=auto, on_chosen=show.chosen)
     try:
         while not watch.look(LOOK_S):
             show.progress(link.ranks)
@@ -216,7 +231,7 @@ def _keep_session(
         raise SystemExit(FAILED) from None
     finally:
         _end_others(link)
-    return conclude(job, link.ranks, show, trace_path)
+    return conclude(watch.job, link.ranks, show, trace_path)
 
 
 def _end_others(link: Link) -> None:

@@ -18,6 +18,7 @@ from dinfer.job import Job
 from dinfer.launch.watch import ProcessWatch
 from dinfer.messages import MeetAt, RankJob
 from dinfer.rank.logs import make_log_folder
+from dinfer.run.measurement import run_to_measure
 from dinfer.transport.interface import check_own_address
 from dinfer.verdict.verdict import Verdict
 
@@ -66,14 +67,23 @@ class Processes:
         *,
         on_text: Callable[[str], None] | None = None,
         on_hang: Callable[[Verdict], None] = lambda _: None,
+        auto: Sequence[str] = (),
+        on_chosen: Callable[[Job], None] = lambda _: None,
     ) -> None:
-        self.job = job
+        """The parameters after `job` are those of ProcessWatch."""
+        self._to_measure = run_to_measure(job) if auto else None
         self.link = Link(job.config.world_size)
         self._watch = ProcessWatch(
-            job, self.link, self._exits, on_text, while_looking=self._introduce, on_hang=on_hang
-        )
+            job, self.link, self._exits, on_text,
+            while_looking=self._introduce, on_hang=on_hang, auto=auto, on_chosen=on_chosen,
+        )  # fmt: skip
         self._processes: list[subprocess.Popen[bytes]] = []
         self._introduced: set[int] = set()
+
+    @property
+    def job(self) -> Job:
+        """The run; once what is `auto` is chosen, with that."""
+        return self._watch.job
 
     def __enter__(self) -> Self:
         check_own_address(self.job.config.master_addr)
@@ -105,7 +115,7 @@ class Processes:
     def _start(self, rank: int) -> "subprocess.Popen[bytes]":
         config = self.job.config
         link = self.link.job_part(rank, launcher=os.getpid())
-        job = RankJob(rank, asdict(config), tuple(self.job.ids), link)
+        job = RankJob(rank, asdict(config), tuple(self.job.ids), link, self._to_measure)
         folder = Path(config.log_dir)
         make_log_folder(folder)
         with (folder / f"rank{rank}.err").open("wb") as errors:

@@ -55,18 +55,33 @@ class ProgressLines:
         self._port_told = False
         self.text = ""
 
-    def introduce(self) -> None:
-        """Say what is about to run, and why it cannot hang."""
-        config, plan = self._job.config, self._job.plan
-        chunks = len(plan.shape.chunks)
+    def introduce(self, auto: Sequence[str] = ()) -> None:
+        """Say what is about to run, and why it cannot hang, or what is to be chosen first."""
+        config, shape = self._job.config, self._job.plan.shape
         self.say(
-            f"{config.model_path}: {len(self._job.ids)} prompt tokens in {chunks} chunk{'s' * (chunks > 1)}, "
-            f"{plan.shape.layers} layers on {plan.world_size} rank{'s' * (plan.world_size > 1)}, "
-            f"threads each: {config.threads}, over {config.backend}\n"
-            f"plan ({plan.schedule}, {plan.sync_strategy}) {self._job.verdict}"
+            f"{config.model_path}: {len(self._job.ids)} prompt tokens, "
+            f"{shape.layers} layers on {shape.world_size} rank{'s' * (shape.world_size > 1)}, "
+            f"threads each: {config.threads}, over {config.backend}"
         )
+        if auto:
+            self.say(f"to be chosen, once layers and links are measured: {', '.join(auto)}")
+        else:
+            self._introduce_plan()
         if ignored := ignored_generation(self._job.spec.path):
             self.say(ignored)
+
+    def chosen(self, job: Job) -> None:
+        """Say what the planner has chosen, and why."""
+        self._job = job
+        self.say("\n".join(job.because))
+        self._introduce_plan()
+
+    def _introduce_plan(self) -> None:
+        plan = self._job.plan
+        chunks = len(plan.shape.chunks)
+        self.say(
+            f"plan ({plan.schedule}, {plan.sync_strategy}, {chunks} chunk{'s' * (chunks > 1)}) {self._job.verdict}"
+        )
 
     def on_text(self, piece: str) -> None:
         if not self.text and piece:
@@ -116,12 +131,18 @@ class ProgressLines:
         self.out.flush()
 
 
-def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = None) -> dict[str, Any]:
-    """Run the job; what the ranks measured (see `result_of`). `trace_path`: see `conclude`. Raises RankFailed; a
-    KeyboardInterrupt ends all ranks."""
+def run(
+    job: Job,
+    trace_path: str | Path | None = None,
+    out: TextIO | None = None,
+    *,
+    auto: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run the job; what the ranks measured (see `result_of`). `trace_path`: see `conclude`; `auto`: the parameters that
+    the planner is to choose. Raises RankFailed; a KeyboardInterrupt ends all ranks."""
     show = ProgressLines(job, out)
-    show.introduce()
-    with Processes(job, on_text=show.on_text, on_hang=show.warn) as ranks:
+    show.introduce(auto)
+    with Processes(job, on_text=show.on_text, on_hang=show.warn, auto=auto, on_chosen=show.chosen) as ranks:
         try:
             while not ranks.watch(PROGRESS_S):
                 show.progress(ranks.link.ranks)
@@ -129,7 +150,7 @@ def run(job: Job, trace_path: str | Path | None = None, out: TextIO | None = Non
             show.nonfinite(ranks.link.ranks)
             raise
         show.progress(ranks.link.ranks)  # also of a run that was over before it was looked at
-        return conclude(job, ranks.link.ranks, show, trace_path)
+        return conclude(ranks.job, ranks.link.ranks, show, trace_path)
 
 
 def conclude(

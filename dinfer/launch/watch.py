@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from dinfer.cluster.link import Link
 from dinfer.cluster.ranks import LOST
 from dinfer.job import Job
+from dinfer.messages import RunChosen
 from dinfer.monitor import watch as hangs
 from dinfer.run.failure import SILENT, RankFailed, broken, ending, silence_limit, standstill
+from dinfer.run.measurement import chosen_job, measured, run_to_measure
 from dinfer.verdict.verdict import Verdict
 
 GRACE_S = 1.0
@@ -21,7 +23,7 @@ POLL_S = 0.05
 
 class ProcessWatch:
     """`exits()`: by rank, the exit status of a process that has ended, else None. Who did not start the ranks leaves it
-    out, and learns of their end through their watchers."""
+    out, and learns of their end through their watchers. `job`: the run; once what is `auto` is chosen, with that."""
 
     def __init__(
         self,
@@ -31,9 +33,14 @@ class ProcessWatch:
         on_text: Callable[[str], None] | None = None,
         while_looking: Callable[[], None] = lambda: None,
         on_hang: Callable[[Verdict], None] = lambda _: None,
+        *,
+        auto: Sequence[str] = (),
+        on_chosen: Callable[[Job], None] = lambda _: None,
     ) -> None:
-        """`on_hang` is called with why the run does not move, once that is known, and again if the reason changes."""
-        self._job, self._link, self._on_text, self._while_looking = job, link, on_text, while_looking
+        """`on_hang` is called with why the run does not move, once that is known, and again if the reason changes.
+        `auto`: the parameters to choose once the ranks have measured; then `on_chosen(job)` is called."""
+        self.job, self._link, self._on_text, self._while_looking = job, link, on_text, while_looking
+        self._auto, self._on_chosen = tuple(auto), on_chosen
         self._processes_ended = exits or self._lost
         self._hangs, self._on_hang = hangs.HangWatch(job, link), on_hang
         self._told: Verdict | None = None
@@ -48,6 +55,7 @@ class ProcessWatch:
             with self._link.changed:
                 self._link.changed.wait(min(left, POLL_S))
             self._while_looking()
+            self._choose()
             finished = all(state.result for state in self._link.ranks)
             self._show_text()
             if finished:
@@ -56,11 +64,21 @@ class ProcessWatch:
             self._look_whether_it_hangs()
         return False
 
+    def _choose(self) -> None:
+        """Choose what is `auto`, once all ranks have measured, and tell them."""
+        found = {n: state.measured for n, state in enumerate(self._link.ranks) if state.measured}
+        if not self._auto or len(found) < len(self._link.ranks):
+            return
+        auto, self._auto = self._auto, ()
+        choice = chosen_job(self.job, measured(found, run_to_measure(self.job).tokens), auto)
+        self.job, self._hangs = choice.job, hangs.HangWatch(choice.job, self._link)
+        self._on_chosen(self.job)
+        for rank in found:
+            self._link.send(rank, RunChosen(choice.parameters, choice.plan))
+
     def _look_whether_it_hangs(self) -> None:
         ended = {
-            rank: ending(code, self._job.config)
-            for rank, code in enumerate(self._exits())
-            if code is not None
+            rank: ending(code, self.job.config) for rank, code in enumerate(self._exits()) if code is not None
         }
         decoding = any(state.phase == "decode" for state in self._link.ranks)
         self._hangs.look(decoding=decoding, ended=ended)
@@ -74,7 +92,7 @@ class ProcessWatch:
         if self._broken():
             with self._link.changed:
                 self._link.changed.wait_for(self._all_told, GRACE_S)
-        plan, ranks, config = self._job.plan, self._link.ranks, self._job.config
+        plan, ranks, config = self.job.plan, self._link.ranks, self.job.config
         if failure := broken(plan, ranks, self._exits(), config):
             raise RankFailed(failure.why)
         if standing := standstill(plan, ranks, config, time.monotonic(), self._told):
@@ -93,7 +111,7 @@ class ProcessWatch:
                 self._on_text(text)
 
     def _lost(self) -> list[int | None]:
-        now, limit = time.monotonic(), silence_limit(self._job.config.timeout)
+        now, limit = time.monotonic(), silence_limit(self.job.config.timeout)
         return [
             LOST if state.gone else SILENT if 0 < state.heard < now - limit else None
             for state in self._link.ranks

@@ -241,6 +241,7 @@ method(
     OF_RANK,
     argument("--op", help="layer (the default), embed, send, recv or norm"),
     argument("--when", nargs="+", metavar="CONDITION", help="nan, inf, absmax > 100, digest differs, …"),
+    argument("--hit", type=number_or_word, help="stop only at its hit of this number, from 1"),
 )
 def break_(call: Call) -> Any:
     """Stop after such ops: layer=7 chunk=1 rank=2 op=recv when=slower than 5 ms, or as flags."""

@@ -5,7 +5,7 @@ here and evaluated on the rank, on what the op has made.
 """
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -29,7 +29,9 @@ class Breakpoint(Tidy):
     run.
 
     One that is not `enabled` stops nothing. `condition`: the kind of what `when` says; `bound`: for absmax the largest
-    absolute value that does not stop the run, for slower the milliseconds.
+    absolute value that does not stop the run, for slower the milliseconds. `hit`: where given, the only one of its hits
+    that stops the run, from 1: of all matching ops in the order in which steps by op run them; with a condition, of
+    those of one rank at which it has held. So a run that goes back and on stops at the same op again.
     """
 
     number: int
@@ -40,6 +42,7 @@ class Breakpoint(Tidy):
     condition: Condition = ""
     bound: float = 0.0
     enabled: bool = True
+    hit: int | None = None
 
     def matches(self, rank: int, op: Op) -> bool:
         """Whether it stops after this op of this rank, if its condition holds."""
@@ -66,6 +69,7 @@ class Breakpoint(Tidy):
         """The call that sets it, for example `run.break_at(chunk=2, layer=7)`."""
         op, when = (None if self.op == "layer" else self.op), self.when or None
         given = {"rank": self.rank, "op": op, "chunk": self.chunk, "layer": self.layer, "when": when}
+        given["hit"] = self.hit
         listed = [f"{name}={value!r}" for name, value in given.items() if value is not None]
         return f"run.break_at({', '.join(listed)})"
 
@@ -79,6 +83,7 @@ class Breakpoint(Tidy):
         where += [f"chunk {self.chunk}"] * (self.chunk is not None)
         where += [f"on rank {self.rank}"] * (self.rank is not None)
         where += [f"when {self.when}"] * bool(self.condition)
+        where += [f"only at hit {self.hit}"] * (self.hit is not None)
         return f"#{self.number}: after {', '.join(where)}" + " (disabled)" * (not self.enabled)
 
     __repr__ = __str__
@@ -103,8 +108,13 @@ def check(breakpoint: Breakpoint, cuts: Cuts) -> None:
     """Raises PlanError if no op of the plan matches; the message has the valid values."""
     if breakpoint.op not in get_args(OpKind):
         raise PlanError(f"op is {breakpoint.op!r}; it must be one of {', '.join(get_args(OpKind))}.")
-    if any(breakpoint.matches(place.rank, op) for place, op in cuts.plan.places()):
+    count = len(cuts.ops_where(breakpoint.matches))
+    if count >= (breakpoint.hit or 1):
         return
+    if count:
+        raise PlanError(
+            f"hit is {breakpoint.hit}; {count} ops of this run match, so it is hit {count} times at most."
+        )
     shape = cuts.plan.shape
     for name, count in (("chunk", len(shape.chunks)), ("layer", shape.layers), ("rank", shape.world_size)):
         if (value := getattr(breakpoint, name)) is not None:
@@ -123,13 +133,22 @@ def next_stop(cuts: Cuts, cut: Cut, breakpoints: list[Breakpoint]) -> tuple[Cut,
     places = [one for one in breakpoints if not one.condition]
     if not places:
         return cuts.end, []
-    found = cuts.after_next(cut, lambda rank, op: any(one.matches(rank, op) for one in places))
+    stops = {one.number: _stops(cuts, one) for one in places}
+    found = cuts.after_next(cut, lambda rank, op: any(stop(rank, op) for stop in stops.values()))
     if found is None:
         return cuts.end, []
     stop, rank, op = found
     if op.kind == "layer":
         stop = join(cut, cuts.after_block(op.chunk, op.layer))
-    return stop, [one for one in places if one.matches(rank, op)]
+    return stop, [one for one in places if stops[one.number](rank, op)]
+
+
+def _stops(cuts: Cuts, one: Breakpoint) -> Callable[[int, Op], bool]:
+    """Whether a breakpoint without a condition stops a run after this op of this rank."""
+    if one.hit is None or not one.enabled:
+        return one.matches
+    matching = cuts.ops_where(one.matches)
+    return lambda rank, op: (rank, op) == matching[one.hit - 1]  # type: ignore[operator]
 
 
 def previous_stop(
@@ -140,11 +159,15 @@ def previous_stop(
     `met`: for breakpoints with a condition, by number, the ops at which it is known to have been met.
     """
 
-    def stops(one: Breakpoint, rank: int, op: Op) -> bool:
-        return one.matches(rank, op) and (not one.condition or (rank, op) in met.get(one.number, ()))
+    stops = {one.number: _stops(cuts, one) for one in breakpoints if not one.condition}
+
+    def has_stopped(one: Breakpoint, rank: int, op: Op) -> bool:
+        if not one.condition:
+            return stops[one.number](rank, op)
+        return one.matches(rank, op) and (rank, op) in met.get(one.number, ())
 
     for rank, op in cuts.ops_back(cut):
-        there = [one for one in breakpoints if stops(one, rank, op)]
+        there = [one for one in breakpoints if has_stopped(one, rank, op)]
         if not there:
             continue
         after = cuts.after_block(op.chunk, op.layer) if op.kind == "layer" else None

@@ -99,6 +99,12 @@ class Cuts:
                 return self._positions(inside), rank, op
         return None
 
+    def ops_where(self, matches: Callable[[int, Op], bool]) -> list[tuple[int, Op]]:
+        """All ops for which `matches(rank, op)` holds, each with its rank, as steps by op run them."""
+        graph = self._graph
+        found = ((graph.ranks[number], graph.ops[number]) for number in self._op_order)
+        return [one for one in found if matches(*one)]
+
     def ops_back(self, cut: Cut) -> Iterator[tuple[int, Op]]:
         """The ops of a cut, each with its rank, as steps back by op undo them."""
         inside, graph = self._numbers(cut), self._graph

@@ -102,10 +102,15 @@ class Planner:
     def seconds(self, candidate: Candidate) -> float:
         """How long the candidate's plan takes by simulation."""
         if candidate not in self._known:
-            graph = Graph(candidate.plan(self.layers))
+            graph = Graph(self.machine.as_run(candidate.plan(self.layers)))
             self._used += len(graph.ops) * len(candidate.starts) // 3
             self._known[candidate] = timed(graph, self.machine).makespan
         return self._known[candidate]
+
+    def lanes(self, candidate: Candidate) -> tuple[object, ...]:
+        """What is the same for candidates that run the same ops: with two ranks both strategies do."""
+        plan = candidate.plan(self.layers)
+        return plan.shape, plan.lanes
 
     def choose(self, default: Candidate, free: Iterable[str]) -> Chosen:
         """The fastest plan that differs from `default` only in what is `free`: any of CHOICES. Raises PlanError."""

@@ -1,8 +1,9 @@
 """What one layer costs on one rank, as a function of a chunk's position and length, fitted to measured times."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from math import fsum
+from statistics import median
 from typing import NamedTuple
 
 from dinfer.plan.ops import PlanError
@@ -54,6 +55,20 @@ def fit(measured: Sequence[LayerTime]) -> LayerCost:
     scaled = [[value / scale for value, scale in zip(row, scales, strict=True)] for row in rows]
     factors = _not_negative(scaled)
     return LayerCost(*(factor / scale for factor, scale in zip(factors, scales, strict=True)))
+
+
+def as_in_run(cost: LayerCost, measured: Sequence[LayerTime]) -> LayerCost:
+    """The cost of a layer by itself, made one among the other ops of a run, by some times measured there: so many times
+    as much (cores and caches are shared), and so much more for each op. The cost itself without such times."""
+    known = [(cost.seconds(one.position, one.tokens), one.seconds) for one in measured]
+    known = [(alone, there) for alone, there in known if alone > 0 and there > 0]
+    if not known:
+        return cost
+    found = _least_squares([[alone / there, 1 / there] for alone, there in known])
+    if found is None or min(found) < 0:  # of one length, or too noisy for two numbers
+        found = [median(there / alone for alone, there in known), 0.0]
+    scaled = cost.times(found[0])
+    return replace(scaled, fixed=scaled.fixed + found[1])
 
 
 def _not_negative(rows: Sequence[Sequence[float]]) -> list[float]:

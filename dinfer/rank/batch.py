@@ -12,10 +12,21 @@ from dinfer.config import Config
 from dinfer.engine.engine import Engine
 from dinfer.engine.finite import largest_values
 from dinfer.engine.kernels import Graphs, Kernels, kernels_of
+from dinfer.engine.measure import measure
 from dinfer.kv.digests import block_digests, row_digests
-from dinfer.messages import BatchResult, BlockCorrupt, FirstNonFinite, TextPiece
+from dinfer.messages import (
+    BatchResult,
+    BlockCorrupt,
+    FirstNonFinite,
+    MeasuredForRun,
+    MeasureRank,
+    RankMeasured,
+    RunChosen,
+    TextPiece,
+)
 from dinfer.model.decoder import Decoder
 from dinfer.model.text import TextStream, load_tokenizer
+from dinfer.plan.plan import parse_plan
 from dinfer.rank.agreement import agree, facts_of
 from dinfer.rank.control import Control
 from dinfer.rank.failure import explained
@@ -27,9 +38,15 @@ log = logging.getLogger("dinfer")
 
 
 def run_rank(
-    rank: int, config: Config, ids: Sequence[int], control: Control, meet: Callable[[], Comm]
+    rank: int,
+    config: Config,
+    ids: Sequence[int],
+    control: Control,
+    meet: Callable[[], Comm],
+    to_measure: MeasureRank | None = None,
 ) -> BatchResult:
-    """Load, `meet()` the other ranks, prefill, decode; this rank's part of the result.
+    """Load, `meet()` the other ranks, prefill, decode; this rank's part of the result. `to_measure`: what to measure
+    first, so that the planner can choose; `control` must await RunChosen then.
 
     Raises OutOfMemory, with what to change, where memory runs out.
     """
@@ -39,17 +56,24 @@ def run_rank(
         board.set_phase("loading")
         decoder = Decoder.load(config.model_path, config.dtype, device)
         log.info("loaded %s on %s, %d threads", config.model_path, decoder.device, config.threads)
-        graphs = Kernels().prepare(decoder, config)
+        kernels = Kernels()
+        graphs = kernels.prepare(decoder, config)
         warm_up(decoder, config, len(ids), graphs)
-        comm = meet()
+        comm, own = meet(), ""
+        if to_measure:  # who measures nothing would wait for another message
+            facts = facts_of(config, decoder.spec, ids, 0, kernels_of(graphs))
+            agree(comm, {**facts, "to be measured": str(to_measure)})
+            config, own = _chosen(decoder, comm, control, config, to_measure, kernels)
+            graphs = kernels.prepare(decoder, config)
         engine = Engine(
             decoder, comm, config, graphs=graphs, board=board, memory=control.recorder_memory,
             on_op=OpLog(log, decoder.num_layers),
             on_corrupt=lambda found: control.report(BlockCorrupt(found.as_dict())),
             on_nonfinite=lambda found: control.report(FirstNonFinite(found.as_dict())),
         )  # fmt: skip
-        agree(comm, facts_of(config, decoder.spec, ids, engine.plan_for(len(ids)).id, kernels_of(graphs)))
-        plan = engine.prepare(ids).plan
+        plan = parse_plan(own) if own else engine.plan_for(len(ids))
+        agree(comm, facts_of(config, decoder.spec, ids, plan.id, kernels_of(graphs)))
+        plan = engine.prepare(ids, plan=plan).plan
         recorder = engine.recorder
         assert recorder is not None
         control.attach(rank, recorder.lanes)
@@ -59,7 +83,7 @@ def run_rank(
         assert engine.cache is not None
         kv_sha256 = engine.cache.sha256(len(ids))
         comm.all_gather(b"d")  # nobody leaves while another still needs it
-        kernels = engine.kernels
+        ran = engine.kernels
         engine.release()
         comm.close()
         return BatchResult(
@@ -67,7 +91,7 @@ def run_rank(
             device=str(decoder.device),
             threads=torch.get_num_threads(),
             dtype=str(decoder.dtype).removeprefix("torch."),
-            kernels=kernels,
+            kernels=ran,
             kv_sha256=kv_sha256,
             tokens=tuple(tokens),
             plan_id=plan.id,
@@ -76,6 +100,36 @@ def run_rank(
             log_trouble=log_trouble(log),
             stopped=_stopped(tokens, engine),
         )
+
+
+def measured(decoder: Decoder, comm: Comm, command: MeasureRank, kernels: Kernels) -> RankMeasured:
+    """What layers and links take here; all ranks do this together. Graphs that are captured for it are given up."""
+    try:
+        found = measure(decoder, comm, command, kernels)
+    finally:
+        if command.kernels != "exact":
+            kernels.drop()
+    return RankMeasured(
+        tuple(found.layers), tuple(found.links), found.hidden_bytes, found.block_bytes, tuple(found.codecs),
+        tuple(found.in_run), command.kernels, found.padded, command.backend != "gloo",
+    )  # fmt: skip
+
+
+def _chosen(
+    decoder: Decoder,
+    comm: Comm,
+    control: Control,
+    config: Config,
+    command: MeasureRank,
+    kernels: Kernels,
+) -> tuple[Config, str]:
+    """Measure, and wait for what the planner chooses by it: the config with its choices, and the plan's text, "" where
+    the config says it all. All ranks do this together."""
+    control.board.set_phase("measuring")
+    control.report(MeasuredForRun(measured(decoder, comm, command, kernels)))
+    chosen = control.wait_for(RunChosen, config.start_timeout)
+    log.info("chosen: %s", chosen.parameters)
+    return config.with_(**chosen.parameters), chosen.plan
 
 
 def warm_up(decoder: Decoder, config: Config, tokens: int, graphs: Graphs | None) -> None:

@@ -23,7 +23,6 @@ from dinfer.engine.decoding import NotANumber, TokensDiffer
 from dinfer.engine.engine import Engine
 from dinfer.engine.kernels import Kernels, kernels_of
 from dinfer.engine.lanes import LaneExecutor, OpFailed
-from dinfer.engine.measure import time_codecs, time_layers, time_links, token_bytes
 from dinfer.errors import NotPossible
 from dinfer.model.decoder import Decoder
 from dinfer.plan.breakpoints import Breakpoint
@@ -31,7 +30,7 @@ from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import parse_plan
 from dinfer.rank.agreement import agree, facts_of
-from dinfer.rank.batch import warm_up
+from dinfer.rank.batch import measured, warm_up
 from dinfer.rank.commands import CommandTable, looking, quick, slow, table_of
 from dinfer.rank.decode import PromptOnRank, TokenFailed, Tokens
 from dinfer.rank.failure import describe
@@ -264,21 +263,16 @@ class RankService:
         return messages.LeftGroup(free)
 
     def _measure(self, command: messages.MeasureRank) -> messages.RankMeasured:
-        """All ranks do this together: layers at the same time, as in a run, then one link after another."""
+        """All ranks do this together."""
         decoder, comm = self.decoder, self.comm
         if decoder is None or comm is None:
             raise RuntimeError(f"rank {self.rank} has no checkpoint yet: session.load(…) first.")
         self._preparing = True
         try:
             self._give_up_prompt()
-            comm.all_gather(b"m")
-            layers = time_layers(decoder, command.tokens, command.lengths, digests=command.digests)
-            hidden, block = token_bytes(decoder)
-            links = time_links(comm, block * command.link_tokens)
-            codecs = time_codecs(decoder, command.link_tokens)
+            return measured(decoder, comm, command, self._kernels)
         finally:
             self._preparing = False
-        return messages.RankMeasured(tuple(layers), tuple(links), hidden, block, tuple(codecs))
 
     # -- the prompt
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from dinfer.config import Config
-from dinfer.messages import MeetAt, RankJob, StoreOpened
+from dinfer.messages import MeetAt, RankJob, RunChosen, StoreOpened
 from dinfer.rank.batch import run_rank
 from dinfer.rank.control import Control
 from dinfer.rank.debugger import listen_for_debugger
@@ -31,7 +31,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which ends the ranks
     config, rank = Config.of(job.config), job.rank
     log_to(Path(config.log_dir), rank, config.log_level)
-    control = Control(job.link, awaited=(MeetAt,))
+    control = Control(job.link, awaited=(MeetAt, RunChosen))
     try:
         listen_for_debugger(rank)
         store = None
@@ -46,7 +46,7 @@ def main() -> int:
                 found = join_store(config.master_addr, port, config.start_timeout)
             return open_comm(config.backend, rank, config.world_size, found, config.start_timeout)
 
-        result = run_rank(rank, config, job.ids, control, meet)
+        result = run_rank(rank, config, job.ids, control, meet, job.to_measure)
     except BaseException as error:  # whatever it is, the launcher must hear why this process ends
         log.error("this rank failed\n%s", traceback.format_exc())
         control.report(describe(error))

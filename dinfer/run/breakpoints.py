@@ -46,7 +46,8 @@ class BreakpointTable:
         return self._here[1][0] if self._here else None
 
     def add(self, cuts: Cuts, op: OpKind | None, when: str | None, **where: int | None) -> Breakpoint:
-        """Set a breakpoint; `where`: rank, chunk and layer. Raises PlanError where no op of the plan could meet it."""
+        """Set a breakpoint; `where`: rank, chunk, layer and hit. Raises PlanError where no op of the plan could meet
+        it."""
         condition, bound = parse_when(when)
         if condition == "digest" and not self._config.digests:
             raise PlanError(f"when is {when!r}, but this run has digests=False: start it with digests=True.")

@@ -139,8 +139,8 @@ class Armed(Tidy, Displayable, called="run.faults"):
         """Raises PlanError where a fault would wait on the host while a GPU goes on."""
         if self._state.job.config.uses_streams:
             raise PlanError(
-                f"{fault.kind} works where a thread of the host carries out each op: in sessions on threads, and over "
-                f"gloo. The ops of this run are issued to streams (backend {self._state.job.config.backend})."
+                f"{fault.kind} works where a thread of the host carries out each op. The ops of this run are issued to "
+                f'streams (backend {self._state.job.config.backend}): session.load(…, backend="gloo").'
             )
         if fault.factor is not None and self._state.devices[fault.rank or 0].startswith("cuda"):
             raise PlanError(

@@ -9,7 +9,7 @@ from dinfer.plan.ops import PlanError
 from dinfer.results import Moved
 from dinfer.run.breakpoints import BreakpointTable
 from dinfer.run.failure import RankFailed
-from dinfer.run.state import RunState
+from dinfer.run.state import IN_OPS, RunState
 from dinfer.run.stepper import Fleet, Move, NoProgress, Stepper
 from dinfer.severity import Severity
 from dinfer.verdict.where import moved_lines
@@ -17,13 +17,16 @@ from dinfer.verdict.where import moved_lines
 INTERRUPT_S = 1.5
 """how long an interrupted call waits for the ranks to stop"""
 
+WAIT_S = 0.1
+"""how often whoever waits for the end of prefill checks whether the run can still go on"""
+
 HALT_S = 5.0
 """how long ranks that an earlier session has left may take to come to a cut"""
 
 
 class Moves:
-    """A stepper with breakpoints. A plan that was refuted has no consistent cuts: it can only be let go. `check()`
-    raises where the run cannot go on; `went(move)` is called after every move to a cut."""
+    """A stepper with breakpoints. A plan that was refuted has no consistent cuts: it can only be let go, and frozen as
+    it is. `check()` raises where the run cannot go on; `went(move)` is called after every move to a cut."""
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class Moves:
         went: Callable[[Move], None],
     ) -> None:
         self._state, self._breakpoints, self.went = state, breakpoints, went
+        self._check = check
         self._fleet = Fleet(state.plan, state.ranks, check)
         self._stepper: Stepper | None = None
 
@@ -64,8 +68,8 @@ class Moves:
 
     @property
     def at_end(self) -> bool:
-        """Whether prefill is done; True of a plan that cannot be stepped."""
-        return self._stepper is None or self._stepper.at_end
+        """Whether prefill is done."""
+        return self._stepper.at_end if self._stepper else self._state.is_prefilled
 
     def leaving(self) -> Stepper:
         """The stepper, for a move to elsewhere than the next breakpoint. Raises PlanError."""
@@ -145,6 +149,7 @@ class Moves:
         """Let the ranks go on to the next breakpoint, or the end of prefill; returns at once."""
         if self._stepper is None:
             end = tuple(tuple(len(lane.ops) for lane in lanes) for lanes in self._state.plan.lanes)
+            self._state.note_frozen(is_frozen=False)
             self._fleet.set_limits(end)
             return
         cut = self._stepper.pause()
@@ -158,19 +163,24 @@ class Moves:
         """Resume and wait; False if the run stopped before the end of prefill. `is_stopped()`: whether a pause was
         asked for since the caller began, perhaps before there was anything to pause. `on_way()` is called once the
         ranks are on their way to the end."""
-        if self._stepper and not self._stepper.at_end:
+        if not self.at_end:
             self.resume()
-            if self._stepper.heads_for_end:
+            if self._stepper and self._stepper.heads_for_end:
                 on_way()
             if is_stopped():
                 self.pause()
-            self._stepper.wait(None)
+            if self._stepper:
+                self._stepper.wait(None)
+            while self._state.is_doing(IN_OPS, WAIT_S):
+                self._check()
         return self.at_end
 
     def pause(self) -> None:
-        """Stop at the nearest cut, also a move that another thread waits for."""
+        """Stop at the nearest cut, also a move that another thread waits for; where there are no cuts, each rank after
+        what it computes, in the transfers that it is in."""
         if self._stepper is None:
             self._fleet.freeze()
+            self._state.note_frozen(is_frozen=True)
         else:
             self._breakpoints.expect([])
             self._stepper.pause()

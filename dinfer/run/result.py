@@ -9,6 +9,7 @@ from dinfer.engine.corruption import Corruption
 from dinfer.job import Job
 from dinfer.messages import BlockCorrupt
 from dinfer.run.nonfinite import NonFiniteBlocks, nonfinite_of
+from dinfer.run.prediction import HEADS, figures_beside, predicted, rows_beside
 from dinfer.trace.clocks import on_one_clock
 from dinfer.trace.events import Event
 from dinfer.trace.trace import OVERLAP, Trace, rank_table
@@ -54,6 +55,9 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         "schedule": job.plan.schedule,
         "sync_strategy": job.plan.sync_strategy,
         "codec": job.config.codec,
+        "chosen": _chosen(job),
+        "predicted": _predicted(job, trace),
+        "machine": job.machine.as_dict() if job.machine else None,
         "ranks": [
             {
                 "rank": rank,
@@ -73,6 +77,32 @@ def result_of(job: Job, ranks: Sequence[RankState], trace: Trace, text: str) -> 
         "corrupt": [{**one.as_dict(), "text": str(one)} for one in corrupt],
         "nonfinite": _nonfinite(nonfinite_of([state.notes for state in ranks], trace.events)),
     }
+
+
+def _chosen(job: Job) -> dict[str, Any] | None:
+    """What the planner has chosen; None where nothing was `auto`. `because`: a sentence on each choice."""
+    if not job.because:
+        return None
+    shape = job.plan.shape
+    return {
+        "schedule": job.plan.schedule,
+        "chunks": [len(chunk) for chunk in shape.chunks],
+        "layer_split": list(shape.starts[1:]),
+        "sync_strategy": job.plan.sync_strategy,
+        "codec": job.config.codec,
+        "predicted_s": job.predicted_s,
+        "because": list(job.because),
+    }
+
+
+def _predicted(job: Job, trace: Trace) -> list[dict[str, Any]] | None:
+    """What the planner has predicted, beside what was measured; None where nothing was measured before the run."""
+    if job.machine is None:
+        return None
+    return [
+        {"of": name, "predicted_s": wanted, "measured_s": found}
+        for name, wanted, found in figures_beside(predicted(job), trace)
+    ]
 
 
 def _nonfinite(known: NonFiniteBlocks) -> dict[str, Any] | None:
@@ -106,4 +136,8 @@ def table(result: dict[str, Any]) -> str:
     about_tokens = f"{new} new token{'s' * (new != 1)}; stopped because {stopped}"
     about_links = Table(["link", "transfers", "MB", "median ms", "MB/s on the wire"], links)
     about_ranks = f"{rank_table(result['ranks'])}\n{OVERLAP}"
-    return "\n\n".join([about_ranks, *[str(about_links)] * bool(links), about_tokens])
+    wanted = [(one["of"], one["predicted_s"], one["measured_s"]) for one in result["predicted"] or ()]
+    about_wanted = Table(HEADS, rows_beside(wanted))
+    return "\n\n".join(
+        [about_ranks, *[str(about_links)] * bool(links), *[str(about_wanted)] * bool(wanted), about_tokens]
+    )

@@ -320,14 +320,17 @@ class Run(Tidy, Displayable):
         rank: int | None = None,
         op: OpKind | None = None,
         when: str | None = None,
+        hit: int | None = None,
     ) -> Breakpoint:
         """Stop after ops of this layer, chunk and rank, each None for any, and of this kind ("layer" by default).
 
         `when`: only where that holds: "nan", "inf", "absmax > 100" (of what the op made), "digest differs" (bytes
-        changed on their way), "slower than 5 ms". Without it, the run stops as `run_to` would. Raises PlanError.
+        changed on their way), "slower than 5 ms". Without it, the run stops as `run_to` would. `hit`: only at its hit
+        of that number, from 1, in the order of steps by op; with `when`, each rank counts its own. Raises PlanError.
         """
         cuts = self._moves.stepper.cuts
-        return self._breakpoints.add(cuts, op, when, rank=rank, chunk=chunk, layer=layer)
+        number = None if hit is None else count_of(hit, "hit")
+        return self._breakpoints.add(cuts, op, when, rank=rank, chunk=chunk, layer=layer, hit=number)
 
     @property
     def breakpoints(self) -> Breakpoints:

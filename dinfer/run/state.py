@@ -241,6 +241,8 @@ class RunState:
             self.tokens: list[int] = []  # the new tokens that all ranks have
             self.by_rank: dict[int, list[int]] = {}  # those that each rank has reported after the last decode
             self.text = ""  # the text of the new tokens, in whole characters
+            self.is_frozen = False
+            """the user has paused a run whose plan has no cuts: it stands as it is, also in transfers"""
             self.is_decoding = False
             self.is_token_pending = False
             """a call of decode is under way or ended with an error: ranks may wait for each other's token"""
@@ -271,7 +273,8 @@ class RunState:
         with self.ranks.changed:
             if self.failure or self.closed or self.playing or self.activity not in STANDING:
                 return None
-            return tuple(stand.positions for stand in self.stands())
+            stands = self.stands()
+            return None if any(any(stand.started) for stand in stands) else tuple(s.positions for s in stands)
 
     @property
     def hang_now(self) -> Verdict | None:
@@ -283,7 +286,26 @@ class RunState:
     def activity(self) -> State:
         """What the lanes are doing, whatever is wrong with the run: one of MOVING or STANDING."""
         with self.ranks.changed:
-            return State.DECODING if self.is_decoding else state_of_lanes(self.plan, self.stands())
+            if self.is_decoding:
+                return State.DECODING
+            stands = self.stands()
+            found = state_of_lanes(self.plan, stands)
+            is_frozen = self.is_frozen and found == State.RUNNING and not self._computes(stands)
+            return State.PAUSED if is_frozen else found
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether all lanes are at their end."""
+        with self.ranks.changed:
+            return state_of_lanes(self.plan, self.stands()) == State.DONE
+
+    def _computes(self, stands: Sequence[Stand]) -> bool:
+        """Whether a lane is in an op that is no transfer, and so will end."""
+        return any(
+            started and not lane.ops[position].is_transfer
+            for stand, lanes in zip(stands, self.plan.lanes, strict=True)
+            for lane, position, started in zip(lanes, stand.positions, stand.started, strict=True)
+        )
 
     def is_doing(self, activities: Sequence[State], wait_s: float = 0.0) -> bool:
         """Whether the run is doing one of these; also while it hangs or a rank does not answer, since it goes on by
@@ -383,6 +405,11 @@ class RunState:
         """Why the run does not move; None: it moves, or is not meant to."""
         with self.ranks.changed:
             self.hang = hang
+
+    def note_frozen(self, *, is_frozen: bool) -> None:
+        """A run whose plan has no cuts is paused, or let go again."""
+        with self.ranks.changed:
+            self.is_frozen = is_frozen
 
     def note_decoding(self, *, is_decoding: bool) -> None:
         """A call of decode has begun or ended."""

@@ -9,12 +9,18 @@ Interval = tuple[int, int]
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
     """All of these intervals, as disjoint ones in order."""
+    ordered = sorted(intervals)
+    if not ordered:
+        return []
     merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
+    begin, until = ordered[0]
+    for start, end in ordered:
+        if start > until:
+            merged.append((begin, until))
+            begin, until = start, end
+        elif end > until:
+            until = end
+    merged.append((begin, until))
     return merged
 
 

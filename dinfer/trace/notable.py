@@ -1,24 +1,27 @@
-"""What to look at in a trace: ops that took long, messages that a rank kept waiting, and long bubbles. Pure."""
+"""What to look at in a trace: ops that took long, messages that were long on the wire or that a rank kept waiting, and
+long bubbles. Pure."""
 
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
-from statistics import median
+from itertools import chain
+from statistics import median, median_low
 from typing import Literal, NamedTuple
 
-from dinfer.trace.events import COMPUTE, Event
+from dinfer.trace.events import COMPUTE, Event, block_text
 from dinfer.trace.shares import shares
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import Transfer, transfers
+from dinfer.trace.transfers import LinkRanks, Transfer, transfers
 
-NotableKind = Literal["slow op", "late", "bubble"]
+NotableKind = Literal["slow op", "slow message", "late", "bubble"]
 
 MOST = 40
 """of each kind, the longest"""
 
 SLOW_TIMES, LATE_TIMES = 2.0, 2.0
-"""an op is slow that took so many times the median of its kind and number of tokens; a message is late that waited for
-so many times the median that a message of its kind was on the wire"""
+"""an op is slow that took so many times the median of its kind and number of tokens; a message is slow that was on the
+wire for so many times what one of its kind is on a usual link, and late that waited for so many times the median of
+that"""
 
 LEAST_NS = 100_000
 """what is shorter is not told: clocks, and Python itself, are no better"""
@@ -28,8 +31,9 @@ BUBBLE_PART = 0.02
 
 
 class Notable(NamedTuple):
-    """`rank`: the one that computed, came late, or had nothing to do; `lane`: of it, if known; `peer`: of a late
-    message, the rank that waited. `begin`, `end`: nanoseconds on the trace's clock; `text`: in words."""
+    """`rank`: the one that computed, received a slow message, came late, or had nothing to do; `lane`: of it, if known;
+    `peer`: of a slow message, the rank that sent it, of a late one the rank that waited. `begin`, `end`: nanoseconds on
+    the trace's clock; `text`: in words; `op`: the kind of a slow op; `what`, `link`: of a message."""
 
     kind: NotableKind
     rank: int
@@ -40,6 +44,9 @@ class Notable(NamedTuple):
     begin: int
     end: int
     text: str
+    op: str = ""
+    what: str = ""
+    link: LinkRanks | None = None
 
     @property
     def took(self) -> int:
@@ -48,14 +55,27 @@ class Notable(NamedTuple):
 
 
 def notable(trace: Trace) -> list[Notable]:
-    """The slow ops, late messages and bubbles of prefill, in the order of time. Computed once."""
-    return trace.once(_notable)
+    """The longest slow ops, slow and late messages and bubbles of prefill, MOST of each, in the order of time. Computed
+    once."""
+    return trace.once(_longest)
 
 
-def _notable(trace: Trace) -> list[Notable]:
-    kinds = (_slow(trace), _late(trace), _bubbles(trace))
-    longest = [one for kind in kinds for one in sorted(kind, key=lambda one: -one.took)[:MOST]]
+def all_notable(trace: Trace) -> list[Notable]:
+    """All of them, the longest first. Computed once."""
+    return trace.once(_all)
+
+
+def _longest(trace: Trace) -> list[Notable]:
+    kinds: dict[str, list[Notable]] = defaultdict(list)
+    for one in all_notable(trace):
+        kinds[one.kind].append(one)
+    longest = [one for some in kinds.values() for one in some[:MOST]]
     return sorted(longest, key=lambda one: (one.begin, one.rank))
+
+
+def _all(trace: Trace) -> list[Notable]:
+    kinds = (_slow(trace), _slow_messages(trace), _late(trace), _bubbles(trace))
+    return sorted(chain.from_iterable(kinds), key=lambda one: -one.took)
 
 
 def milliseconds(nanoseconds: float) -> str:
@@ -77,7 +97,26 @@ def _slow(trace: Trace) -> Iterator[Notable]:
                     f"{event.busy / max(usual, 1):.1f} × the median"
                 )
                 place = (event.rank, event.lane, event.layer, event.chunk, None)
-                yield Notable("slow op", *place, event.met, event.end, text)
+                yield Notable("slow op", *place, event.met, event.end, text, op=event.kind)
+
+
+def _slow_messages(trace: Trace) -> Iterator[Notable]:
+    """A link is usual that is in the middle of all links: of two the faster one, so that a slow one is told."""
+    alike: dict[str, dict[LinkRanks, list[Transfer]]] = defaultdict(lambda: defaultdict(list))
+    for one in transfers(trace):
+        alike[one.what][one.link].append(one)
+    for links in alike.values():
+        usual = median_low(median(one.wire for one in some) for some in links.values())
+        for one in chain.from_iterable(links.values()):
+            if one.wire > SLOW_TIMES * usual and one.wire - usual > LEAST_NS:
+                text = (
+                    f"slow: {_name(one)} took {milliseconds(one.wire)} on the wire, {one.wire / max(usual, 1):.1f} × "
+                    "what is usual"
+                )
+                place = (one.target, "", one.layer, one.chunk, one.source)
+                yield Notable(
+                    "slow message", *place, one.met, one.end, text, what=one.what, link=one.link
+                )  # fmt: skip
 
 
 def _late(trace: Trace) -> Iterator[Notable]:
@@ -90,16 +129,14 @@ def _late(trace: Trace) -> Iterator[Notable]:
             if one.late is None or one.waited <= max(LATE_TIMES * usual, LEAST_NS):
                 continue
             waiter = one.target if one.late == one.source else one.source
-            block = " ".join(filter(None, (what, _of(one.chunk, "c"), _of(one.layer, "l"))))
-            text = (
-                f"late: {block} {one.source}→{one.target}: rank {waiter} waited {milliseconds(one.waited)} for rank "
-                f"{one.late}"
-            )
-            yield Notable("late", one.late, "", one.layer, one.chunk, waiter, one.offered, one.met, text)
+            text = f"late: {_name(one)}: rank {waiter} waited {milliseconds(one.waited)} for rank {one.late}"
+            place = (one.late, "", one.layer, one.chunk, waiter)
+            yield Notable("late", *place, one.offered, one.met, text, what=what, link=one.link)
 
 
-def _of(number: int | None, letter: str) -> str:
-    return "" if number is None else f"{letter}{number}"
+def _name(one: Transfer) -> str:
+    """For example `kv c3 l5 0→1`."""
+    return f"{block_text(one.what, one.chunk, one.layer)} {one.source}→{one.target}"
 
 
 def _bubbles(trace: Trace) -> Iterator[Notable]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from math import floor
+from operator import attrgetter
 from typing import NamedTuple
 
 from dinfer.trace.events import COLLECTIVES
@@ -16,19 +17,27 @@ from dinfer.trace.intervals import Interval, common, length, minus, seconds, uni
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import Transfer, by_link, transfers
 
+LEAST_PAUSE_NS = 10_000_000
+
 
 def pauses(trace: Trace) -> list[Interval]:
-    """The times of at least 10 ms in which no rank had an op that was allowed to start. A watched program has none: it
-    works, then."""
+    """The times of at least LEAST_PAUSE_NS in which no rank had an op that was allowed to start. A watched program has
+    none: it works, then."""
     return [] if trace.is_watched else trace.once(_pauses)
 
 
 def _pauses(trace: Trace) -> list[Interval]:
-    busy = union((event.ready, event.end) for event in trace.events)
-    if not busy:
-        return []
-    gaps = minus([(busy[0][0], busy[-1][1])], busy)
-    return [gap for gap in gaps if gap[1] - gap[0] >= 10_000_000]
+    found: list[Interval] = []
+    ended = [event for event in trace.events if event.end]
+    ended.sort(key=attrgetter("end"), reverse=True)
+    ready = ended[0].end if ended else 0  # the earliest of those that have been seen
+    for event in (
+        ended
+    ):  # all that follow end no later than this one, so none of them lies between its end and `ready`
+        if ready - event.end >= LEAST_PAUSE_NS:
+            found.append((event.end, ready))
+        ready = min(ready, event.ready)
+    return found[::-1]
 
 
 def without_pauses(trace: Trace) -> Trace:

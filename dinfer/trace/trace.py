@@ -4,7 +4,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from numbers import Integral
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeVar
@@ -106,9 +108,7 @@ class Trace(Tidy, Tabular, Composed):
     @classmethod
     def merge(cls, by_rank: Iterable[Sequence[Event]], **about: Any) -> "Trace":
         """One trace of each rank's events, whose clocks are the same or have been aligned."""
-        events = sorted(
-            (event for events in by_rank for event in events), key=lambda e: (e.end, e.rank, e.lane)
-        )
+        events = sorted(chain.from_iterable(by_rank), key=attrgetter("end", "rank", "lane"))
         return cls(tuple(events), about)
 
     def _parts(self) -> Iterable[str | Displayable]:
@@ -183,7 +183,17 @@ class Trace(Tidy, Tabular, Composed):
 
     def prefill(self, rank: int | None = None) -> Iterator[Event]:
         """The events of prefill, of one rank or of all: without those of decode and of the check before it."""
-        return prefill_events(self.events if rank is None else self._of(rank))
+        if rank is not None:
+            self._of(rank)  # refuses what is no rank
+        return iter(self._prefill.get(rank, ()))
+
+    @cached_property
+    def _prefill(self) -> dict[int | None, list[Event]]:
+        """The same, of all ranks under None."""
+        found: dict[int | None, list[Event]] = {None: list(prefill_events(self.events))}
+        for event in found[None]:
+            found.setdefault(event.rank, []).append(event)
+        return found
 
     def rank_figures(self, rank: int) -> RankFigures:
         """One rank's figures. Raises TraceError for a rank without events."""

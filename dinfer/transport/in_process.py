@@ -1,22 +1,24 @@
-"""Exchange: the transport between ranks that are threads of one process, for tests, lessons and laptops.
+"""Exchange: the transport between ranks that are threads of one process, for tests, lessons, laptops and one GPU.
 
 Like gloo, it keeps the order of a channel's messages; sends wait for their recv (rendezvous) or are buffered. Its
-streams behave like NCCL: transfers with one peer on one communicator run in issue order ("pairs"), or all of a rank's
-work does ("serial"), the worst case on CUDA.
+streams on a CPU behave like NCCL: transfers with one peer on one communicator run in issue order ("pairs"), or all of a
+rank's work does ("serial"), the worst case on CUDA. On a GPU they are CUDA's, and messages are copied within it.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Callable
 from time import monotonic_ns
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dinfer.plan.graph import Channel
+from dinfer.transport.cuda_streams import CudaStreams, HeaderToSend
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import CommError
-from dinfer.transport.streams import LocalStreams, Streams
+from dinfer.transport.header import HEADER_BYTES
+from dinfer.transport.streams import After, Issued, LocalStreams, Streams
 
 StreamOrder = Literal["pairs", "serial"]
 
@@ -28,6 +30,13 @@ class _Message:
         self.received = False
 
 
+class _OnGpu(NamedTuple):
+    """A message in memory of its own on the GPU: header, then payload, uint8. `written`: when both are there."""
+
+    data: Tensor
+    written: torch.cuda.Event
+
+
 class Exchange:
     """The queues that all ranks of one process share."""
 
@@ -37,6 +46,8 @@ class Exchange:
         self.world_size, self.gate, self.rendezvous, self.streams = world_size, gate, rendezvous, streams
         self.queues: dict[Channel, deque[_Message]] = defaultdict(deque)
         self.taken: dict[Channel, _Message] = {}
+        self.on_gpu: dict[Channel, deque[_OnGpu]] = defaultdict(deque)
+        """messages that have been issued to a stream and not yet to that of their receiver"""
         self.gathered: dict[int, dict[int, bytes]] = defaultdict(dict)
         """gathers under way: by number and rank, what the rank passed"""
         self.closed = False
@@ -109,7 +120,20 @@ class LocalComm:
         return [parts[rank] for rank in range(self.world_size)]
 
     def open_streams(self, device: torch.device, largest: int) -> Streams:  # noqa: ARG002
+        if device.type == "cuda":
+            return LocalCudaStreams(self, device)
         return LocalStreams(self, self._exchange.gate, serial=self._exchange.streams == "serial")
+
+    def hand_over(self, channel: Channel, data: Tensor, written: torch.cuda.Event) -> None:
+        """Give the receiver a message whose copy has been issued to a stream."""
+        with self._exchange.gate.change():
+            self._exchange.on_gpu[channel].append(_OnGpu(data, written))
+
+    def take_over(self, channel: Channel) -> tuple[Tensor, torch.cuda.Event]:
+        """The next message of a channel; waits until its sender has issued it. Raises CommError."""
+        queue = self._exchange.on_gpu[channel]
+        self._wait(lambda: bool(queue), f"receiving from rank {channel.source}")
+        return queue.popleft()
 
     def close(self) -> None:
         self._exchange.close()
@@ -119,3 +143,44 @@ class LocalComm:
         exchange.gate.wait(lambda: exchange.closed or happened() or None)
         if not happened():
             raise CommError(f"{doing} failed: the ranks were closed")
+
+
+class LocalCudaStreams(CudaStreams):
+    """One rank's CUDA streams, whose messages are copied within the GPU that all ranks share.
+
+    A stream never waits for what has not been issued yet: the thread that issues a recv waits until its send has been.
+    So it does not matter that all ranks' layers share one stream, nor how many streams the GPU runs side by side; a
+    lowered plan is proved for ranks that do one op after another.
+    """
+
+    def __init__(self, comm: LocalComm, device: torch.device) -> None:
+        super().__init__(comm.rank, device)
+        self._comm = comm
+
+    def compute(self, where: str, work: Callable[[], object], after: After) -> Issued:
+        # Other ranks' layers lie between this rank's on their stream: the start has to be marked, too.
+        with self._on(where, after) as issued:
+            work()
+            issued.met = issued.start
+        return issued
+
+    def _put(self, channel: Channel, header: HeaderToSend, payload: Tensor, met: torch.cuda.Event) -> None:
+        met.record()
+        data = torch.empty(HEADER_BYTES + len(payload), dtype=torch.uint8, device=payload.device)
+        header.write(data[:HEADER_BYTES])
+        data[HEADER_BYTES:].copy_(payload, non_blocking=True)
+        written = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        written.record()
+        self._comm.hand_over(channel, data, written)
+
+    def _take(self, channel: Channel, header: Tensor, payload: Tensor, met: torch.cuda.Event) -> None:
+        data, written = self._comm.take_over(channel)
+        stream = torch.cuda.current_stream(payload.device)
+        stream.wait_event(written)
+        met.record()
+        header.copy_(data[:HEADER_BYTES], non_blocking=True)
+        came = data[HEADER_BYTES:][: len(payload)]  # of another size only by a fault, which the header tells
+        payload[: len(came)].copy_(came, non_blocking=True)
+        data.record_stream(
+            stream
+        )  # it was allocated on the sender's, and is not used again before this has run

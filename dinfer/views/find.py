@@ -19,8 +19,9 @@ from dinfer.plan.plan import Plan
 from dinfer.run.state import Mark, Standing
 from dinfer.severity import Severity
 from dinfer.trace.events import COMPUTE, Event, block_text
-from dinfer.trace.notable import NotableKind, milliseconds, notable
+from dinfer.trace.notable import Notable, NotableKind, all_notable, milliseconds
 from dinfer.trace.transfers import Transfer, transfers
+from dinfer.views.slowest import slowest
 from dinfer.views.timeline import Timeline
 
 MOST = 100
@@ -45,8 +46,10 @@ MARKS: dict[str, tuple[str, ...]] = {
 }
 """kinds of marks on blocks, by word"""
 
+SLOW_LINK = "slow link"
+
 NOTABLE: dict[str, tuple[NotableKind, ...]] = {
-    "slow": ("slow op",),
+    "slow": ("slow op", "slow message"),
     "late": ("late",),
     "bubble": ("bubble",),
     "bubbles": ("bubble",),
@@ -54,13 +57,13 @@ NOTABLE: dict[str, tuple[NotableKind, ...]] = {
 
 ALLOWED = (
     "text of the prompt; layer 5, chunk 2 or rank 1 (l5, c2, r1, l5-9); a link, 0→1 or 0>1; ops: "
-    f"{', '.join(KINDS)}, {', '.join(WHATS)}; {', '.join(MARKS)}; slowest, slow, late, bubble, waiting"
+    f"{', '.join(KINDS)}, {', '.join(WHATS)}; {', '.join(MARKS)}; slowest, slow, slow link, late, bubble, waiting"
 )
 """what may be searched for"""
 
 TOGETHER = (
-    "layers, chunks and ranks go with everything; a link with ops, slow, late, bubble, slowest and waiting; ops with "
-    "slowest and waiting; text in quotes is text, whatever it says"
+    "layers, chunks and ranks go with everything; a link with ops, slow, slow link, late, slowest and waiting; ops "
+    "with slow, late (of messages), slowest and waiting; text in quotes is text, whatever it says"
 )
 """what may be searched for at once"""
 
@@ -154,6 +157,9 @@ def parsed(query: str) -> Query:
             small = f"{name}{words.popleft()}"
         if small == "link" and words and _LINK.fullmatch(words[0]):
             continue
+        if small.rstrip("s") == "link" and found.words[-1:] == ["slow"]:
+            found.words[-1] = SLOW_LINK
+            continue
         if place := _PLACE.fullmatch(small):
             name, first, last = place.groups()
             ends = sorted((int(first), int(last or first)))
@@ -191,14 +197,14 @@ def _apart(query: Query) -> list[str]:
     for group in (MARKS, NOTABLE):
         named = [word for word in query.words if word in group]
         subjects += named[:1] + [word for word in named if not {*group[word]} & {*group[named[0]]}]
-    subjects += [word for word in ("slowest", "waiting") if query.has(word)]
+    subjects += [word for word in (SLOW_LINK, "slowest", "waiting") if query.has(word)]
     if len(subjects) > 1:
         return subjects[:2]
     ops = [word for word in query.words if word in (*KINDS, *WHATS)]
-    has_ops = not query.text and (not subjects or query.has("slowest", "waiting"))
+    has_ops = not query.text and (not subjects or query.has("slow", "late", "slowest", "waiting"))
     if subjects and ops and not has_ops:
         return [subjects[0], ops[0]]
-    if query.link and subjects and not has_ops and not query.has(*NOTABLE):
+    if query.link and subjects and not has_ops and not query.has(SLOW_LINK):
         return [subjects[0], "→".join(map(str, query.link))]
     return []
 
@@ -210,7 +216,7 @@ def _check(query: Query, run: Searched) -> None:
     for name, (_, last) in named:
         if last >= counts[name]:
             raise FindError(f"{name} is {last}; there are {name}s 0–{counts[name] - 1}.")
-    needs_trace = [word for word in query.words if word in NOTABLE or word == "slowest"]
+    needs_trace = [word for word in query.words if word in (*NOTABLE, SLOW_LINK, "slowest")]
     if needs_trace and run.timeline is None:
         raise FindError(f"{needs_trace[0]!r} is read off a trace, and the run moves: pause it, or wait.")
 
@@ -222,6 +228,8 @@ def _hits(query: Query, run: Searched) -> Iterator[FindHit]:
         yield from _marks(query, run.standing.marks)
     elif query.has(*NOTABLE) and run.timeline:
         yield from _notables(query, run.timeline)
+    elif query.has(SLOW_LINK) and run.timeline:
+        yield from _slow_links(query, run.timeline)
     elif query.has("waiting"):
         yield from _waiting(query, run)
     else:
@@ -267,13 +275,34 @@ def _marks(query: Query, marks: Iterable[Mark]) -> Iterator[FindHit]:
 
 def _notables(query: Query, timeline: Timeline) -> Iterator[FindHit]:
     kinds = _kinds(query, NOTABLE)
-    for one in sorted(notable(timeline.trace), key=lambda one: -one.took):
+    for one in all_notable(timeline.trace):
         places = (one.layer, one.chunk)
         ranks = (one.rank,) if one.peer is None else (one.rank, one.peer)
-        is_on_link = not query.link or (one.peer is not None and set(query.link) == set(ranks))
-        if one.kind in kinds and is_on_link and any(query.is_inside(*places, rank) for rank in ranks):
+        is_inside = any(query.is_inside(*places, rank) for rank in ranks)
+        if one.kind in kinds and is_inside and _fits_notable(query, one):
             at = (one.begin + one.end) // 2 - timeline.began
             yield FindHit(one.text, *places, one.rank, one.lane, at, Severity.WARNING)
+
+
+def _fits_notable(query: Query, one: Notable) -> bool:
+    """Whether it is of the kinds of ops, and of the link, that are given. A message is a send, and a recv."""
+    if one.link is None:
+        return query.fits(one.op, "", one.rank, None)
+    source, target = one.link
+    return query.fits("recv", one.what, target, source) or query.fits("send", one.what, source, target)
+
+
+def _slow_links(query: Query, timeline: Timeline) -> Iterator[FindHit]:
+    """The links whose messages take longer than those of others, the slowest first, each with its longest message."""
+    slow = [one for one in slowest(timeline.trace) if one.is_slow]
+    for one in sorted(slow, key=lambda one: -one.usual):
+        link, places = (one.source, one.target), (one.layer, one.chunk)
+        if query.link in (None, link) and any(query.is_inside(*places, rank) for rank in link):
+            text = (
+                f"slow link {one.source}→{one.target}: {milliseconds(one.usual)} on the wire in the median; longest, "
+                f"{milliseconds(one.took)}: {one.text}"
+            )
+            yield FindHit(text, *places, one.rank, one.lane, one.at - timeline.began, Severity.WARNING)
 
 
 def _waiting(query: Query, run: Searched) -> Iterator[FindHit]:

@@ -1,6 +1,6 @@
 """ReadOnlyRun: a saved run, or a trace, as views hold a run: it answers what is known, and refuses to move."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import NoReturn
 
@@ -102,6 +102,11 @@ class ReadOnlyRun:
             positions = _ended_ops(self.plan, self._saved.trace)
         return tuple(Stand(tuple(at), (False,) * len(at), tuple(at)) for at in positions)
 
+    @property
+    def predicted(self) -> Mapping[str, float]:
+        """What the planner had predicted, seconds by name; empty where it had not."""
+        return self._saved.findings.predicted
+
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         self._listeners.append(callback)
         return lambda: self._listeners.remove(callback)
@@ -183,6 +188,7 @@ class ReadOnlyRun:
         chunk: int | None = None,  # noqa: ARG002
         rank: int | None = None,  # noqa: ARG002
         when: str | None = None,  # noqa: ARG002
+        hit: int | None = None,  # noqa: ARG002
     ) -> object:
         self._refuse()
 

@@ -96,6 +96,7 @@ def breakpoints(found: Breakpoints) -> list[Json]:
             "chunk": one.chunk,
             "rank": one.rank,
             "when": one.when,
+            "hit": one.hit,
             "enabled": one.enabled,
             "hits": found.hits(one.number),
             "plain": one.op == ("recv" if one.condition == "digest" else "layer"),

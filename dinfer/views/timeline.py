@@ -4,7 +4,8 @@ A trace does not say when a run went back, only that ops were done again: a bloc
 brought it until that op, or one before it on its lane, is ready once more.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +35,8 @@ class Timeline:
         self.began = trace.began
         self.span = max((event.end for event in trace.events), default=self.began) - self.began
         self.lanes = sorted({(event.rank, event.lane) for event in trace.events})
-        rows = [_row(event, void, shape) for event, void in _with_voids(trace.events)]
-        self._ops = np.ascontiguousarray(np.array(rows, np.int64).reshape(-1, 6).T)
+        ended, voids = _ended_ops(trace.events)
+        self._ops = np.concatenate([_rows(ended, shape), np.array([voids], np.int64)])
         """of each ended op: rank, cell or −1, whether it computes that cell, met, end, and until when it counts"""
 
     def states(self, at: int) -> CellStates:
@@ -100,35 +101,37 @@ def _covered(intervals: Sequence[Interval], edges: NDArray[np.float64]) -> NDArr
     return covered
 
 
-def _with_voids(events: Sequence[Event]) -> Iterator[tuple[Event, int]]:
-    """Each event of a run's ops that has ended, and until when it counts: NEVER, or when its lane went back before it,
-    which is known once an op with its number or a lower one is ready again."""
-    standing: dict[tuple[int, str], list[Event]] = {}
+def _ended_ops(events: Sequence[Event]) -> tuple[list[Event], list[int]]:
+    """The events of a run's ops that have ended, and until when each counts: NEVER, or when its lane went back before
+    it, which is known once an op with its number or a lower one is ready again."""
+    ended, voids = list[Event](), list[int]()
+    standing: dict[tuple[int, str], list[tuple[int, int]]] = {}
     for event in events:
-        if event.index is None or not event.end or event.what == "token" or event.kind == "decode":
+        number = event.index
+        if number is None or not event.end or event.what == "token" or event.kind == "decode":
             continue
         lane = standing.setdefault((event.rank, event.lane), [])
-        while lane and _number(lane[-1]) >= _number(event):
-            yield lane.pop(), event.ready
-        lane.append(event)
-    for lane in standing.values():
-        yield from ((event, NEVER) for event in lane)
+        while lane and lane[-1][0] >= number:
+            voids[lane.pop()[1]] = event.ready
+        lane.append((number, len(ended)))
+        ended.append(event)
+        voids.append(NEVER)
+    return ended, voids
 
 
-def _number(event: Event) -> int:
-    return -1 if event.index is None else event.index
+def _rows(events: Sequence[Event], shape: tuple[int, int, int]) -> NDArray[np.int64]:
+    """For each event a row of Timeline._ops, without the last; [5, events]."""
 
+    def column(values: Iterable[int]) -> NDArray[np.int64]:
+        return np.fromiter(values, np.int64, len(events))
 
-def _row(event: Event, void: int, shape: tuple[int, int, int]) -> tuple[int, int, bool, int, int, int]:
     layers, chunks, ranks = shape
-    computes = event.kind == "layer"
-    layer, chunk, rank = event.layer, event.chunk, event.rank
-    cell = -1
-    if (
-        (computes or (event.kind == "recv" and event.what == "kv"))
-        and layer is not None
-        and chunk is not None
-    ):
-        is_inside = layer < layers and chunk < chunks and rank < ranks
-        cell = (layer * chunks + chunk) * ranks + rank if is_inside else -1
-    return rank, cell, computes, event.met, event.end, void
+    rank = column(event.rank for event in events)
+    computes = column(event.kind == "layer" for event in events)
+    brings = computes | column(event.kind == "recv" and event.what == "kv" for event in events)
+    layer = column(-1 if event.layer is None else event.layer for event in events)
+    chunk = column(-1 if event.chunk is None else event.chunk for event in events)
+    is_inside = (layer >= 0) & (layer < layers) & (chunk >= 0) & (chunk < chunks) & (rank < ranks)
+    cell = np.where((brings > 0) & is_inside, (layer * chunks + chunk) * ranks + rank, -1)
+    met, end = (column(map(attrgetter(name), events)) for name in ("met", "end"))
+    return np.stack([rank, cell, computes, met, end])

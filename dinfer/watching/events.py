@@ -116,5 +116,5 @@ def _with_met(events: Sequence[Event], groups: Mapping[str, Group]) -> list[Even
     for event in events:
         at = came.get(id(event), event.start)
         met = max(event.start, min(at, event.end)) if event.end else event.start
-        found.append(replace(event, met=met))
+        found.append(event if met == event.met else replace(event, met=met))
     return found

@@ -33,9 +33,11 @@ def test_every_case_has_its_figures(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert len(found["cases"]) + len(found["skipped"]) == 3
+    assert [case["case"] for case in found["cases"]][0::2] == ["even", "one link 10 × slower"]
+    assert "Mbit/s" in found["cases"][2]["links"]
     for case in found["cases"]:
         assert min(case["chosen_s"], case["predicted_s"], case["best_s"]) > 0
         assert case["best_s"] <= case["chosen_s"]
         assert case["best"] == "chosen" or case["best"] in case["swept"]
+        assert {"prefill", "rank 0 computes", "link 0→1"} <= set(case["beside"])
         assert [line.split()[0] for line in case["because"]] == list(CHOICES)

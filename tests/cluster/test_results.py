@@ -19,6 +19,7 @@ from dinfer.plan.ops import Op
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
+from dinfer.planner.machine import MeasuredMachine
 from dinfer.trace.read import read_jsonl
 from dinfer.trace.trace import Trace
 from tests.support.expected_tokens import Expected, expected
@@ -224,6 +225,25 @@ def test_text_streams_in_whole_characters_and_flags_win_over_the_config_file(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_what_is_auto_is_chosen_by_what_the_ranks_measure(model: Path, start: Start) -> None:
+    """Chunks need not be equal, so the KV is that of transformers only in its tokens' choice."""
+    auto = dict.fromkeys(("schedule", "chunk_size", "layer_split", "sync_strategy"), "auto")
+    run = start(model, prompt_ids=IDS, max_new_tokens=NEW_TOKENS, world_size=2, **auto)
+    assert run.finish() == 0, run.err
+    found = run.result()
+    chosen = found["chosen"]
+    assert [line.split()[0] for line in chosen["because"]] == [*auto, "world_size"]
+    assert all(line in run.out for line in chosen["because"])
+    assert sum(chosen["chunks"]) == len(IDS)
+    assert (found["schedule"], found["sync_strategy"]) == (chosen["schedule"], chosen["sync_strategy"])
+    assert found["tokens"] == list(expected(model, IDS, CHUNK, NEW_TOKENS).tokens)
+    assert len({rank["kv_sha256"] for rank in found["ranks"]}) == 1
+    told = {one["of"]: one["predicted_s"] for one in found["predicted"]}
+    assert told["prefill"] == pytest.approx(chosen["predicted_s"])
+    assert {"rank 0 computes", "rank 1 computes", "link 0→1", "link 1→0"} <= set(told)
+    assert MeasuredMachine.of(found["machine"]).hidden_bytes == HIDDEN * FLOAT_BYTES
+
+
 def test_a_full_disk_costs_the_files_but_not_the_run(model: Path, tmp_path: Path, start: Start) -> None:
     (tmp_path / "sitecustomize.py").write_text(FULL, encoding="utf-8")
     (tmp_path / "result.json").symlink_to("/dev/full")

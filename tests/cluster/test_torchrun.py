@@ -87,6 +87,17 @@ def test_ranks_join_and_agree_with_transformers(parrot: Path, launch: Launch) ->
     assert run.out.count("rank  device") == 1
 
 
+def test_ranks_that_torchrun_has_started_measure_and_run_what_is_chosen(model: Path, launch: Launch) -> None:
+    run = launch(model, program=PAIR, chunk_size="auto", layer_split="auto")
+    assert run.finish() == 0, run.err
+    found = run.result()
+    assert [line.split()[0] for line in found["chosen"]["because"]] == [
+        "chunk_size", "layer_split", "world_size",
+    ]  # fmt: skip
+    assert run.out.count("chunk_size ") == 1, "one rank alone says it"
+    assert len({rank["kv_sha256"] for rank in found["ranks"]}) == 1
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [

@@ -245,16 +245,3 @@ def editor_in_process() -> Iterator[Editor]:
             editor.hang_up()
             editor.wait_until_ended()
             adapter.join()
-
-
-def conversation(transcript: list[Message]) -> Iterator[str]:
-    """A line for each message, as people read them."""
-    for one in transcript:
-        kind = one["type"]
-        if kind == "request":
-            yield f"→ {one['command']} {json.dumps(one['arguments'], ensure_ascii=False)}"
-        elif kind == "response":
-            what = one.get("body", {}) if one["success"] else f"REFUSED: {one['message']}"
-            yield f"← {one['command']}: {json.dumps(what, ensure_ascii=False)}"
-        else:
-            yield f"   event {one['event']}: {json.dumps(one.get('body', {}), ensure_ascii=False)}"

@@ -78,9 +78,10 @@ class Bare:
         chunk: int | None = None,
         rank: int | None = None,
         when: str | None = None,
+        hit: int | None = None,
     ) -> None:
         number = max(self.found, default=0) + 1
-        self.found[number] = Breakpoint(number, rank, "layer", chunk, layer, *parse_when(when))
+        self.found[number] = Breakpoint(number, rank, "layer", chunk, layer, *parse_when(when), hit=hit)
         self.listeners.tell()
 
     def verdict(self) -> str:

@@ -18,7 +18,6 @@ from dinfer.run.run import Run
 WORLD_SIZES = (2, 3, 4)
 DTYPES = ("float32", "bfloat16")
 BLOCK_KINDS = tuple(kind for kind in KINDS if kind != "repeat_row")
-SINGLE = ("bitflip", "nan")
 
 
 class Setup(NamedTuple):

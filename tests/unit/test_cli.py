@@ -20,6 +20,8 @@ from dinfer.cli import app
 from dinfer.cli.desk import open_page
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
+from dinfer.planner.costs import LayerCost
+from dinfer.planner.machine import Links, LinkSpeed, MeasuredMachine
 from dinfer.trace.simulated import paper_trace
 from dinfer.version import __version__
 from tests.support.runs import DEADLINE_S, wait_for
@@ -208,6 +210,8 @@ def mistake(folder: Path, *arguments: object) -> str:
         (("--prompt-ids", "1,2", "--world-size", "5"), "use at most 4 ranks"),
         (("--prompt-ids", "1,2", "--schedule", "piplined"), "Did you mean pipelined?"),
         (("--prompt-ids", "1,2", "--sync-strategy", "pairwize"), "Did you mean pairwise?"),
+        (("--prompt-ids", "1,2", "--threads", "auto"), "threads is 'auto'; it must be a whole number."),
+        (("--prompt-ids", "1,2", "--sync-strategy", "Auto"), "sync_strategy is 'Auto'; it must be one of"),
         (("--prompt-ids", "1,2", "--chunk-size", "four"), "chunk_size is 'four'; it must be a whole number."),
         (("--prompt-ids", "1,2", "--prompt", "x"), "prompt and prompt_ids are given"),
         (("--prompt-file", "/nowhere/prompt.txt"), "prompt_file '/nowhere/prompt.txt' cannot be read"),
@@ -219,6 +223,46 @@ def test_a_mistake_is_told_before_ranks_start(
     model: Path, tmp_path: Path, flags: Sequence[str], words: str
 ) -> None:
     assert words in mistake(tmp_path, "--model", model, "--chunk-size", "4", *flags)
+
+
+MEASURED = MeasuredMachine(
+    (LayerCost(1e-4, 0, 1e-4), LayerCost(2e-4, 0, 2e-4)),
+    Links((LinkSpeed(0, 1, 1e-5, 1e9, 1e9), LinkSpeed(1, 0, 1e-5, 1e9, 1e9))),
+    64,
+    128,
+)
+
+
+def test_plan_chooses_by_what_a_run_has_measured(tmp_path: Path) -> None:
+    """Rank 1 takes twice as long for a layer, so it gets fewer."""
+    (tmp_path / "found.json").write_text(json.dumps({"machine": MEASURED.as_dict()}), encoding="utf-8")
+    sizes = ("--layers", 6, "--tokens", 64, "--world-size", 2, "--chunk-size", 16)
+    asked = ("--layer-split", "auto", "--measured", tmp_path / "found.json")
+    answer = dinfer("plan", *sizes, *asked)
+    assert answer.status == PROVED
+    assert answer.out.startswith("dinfer plan 1\n")
+    assert "# layer_split 4: stages of 4, 2 layers take" in answer.out
+    assert dinfer("verify", "-", stdin=answer.out).status == PROVED
+    found = json.loads(dinfer("plan", *sizes, *asked, "--json").out)
+    assert "layer c0 l3" in {lane["lane"]: lane["ops"] for lane in found["ranks"][0]}["compute"]
+
+
+def test_plan_without_a_measurement_says_where_one_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "bare.json").write_text('{"machine": null}', encoding="utf-8")
+    (tmp_path / "list.json").write_text("[1]", encoding="utf-8")
+    told = dinfer("plan", *SIZES, "--chunk-size", "auto")
+    assert told == Answer(
+        BAD_INPUT,
+        "",
+        "dinfer: ✖ error: chunk_size is auto, which is chosen by what layers and links take, but no measurement is "
+        "given: give a value, or --measured FILE, which dinfer run --chunk-size auto --json FILE writes.\n",
+    )
+    for name in ("bare.json", "list.json"):
+        told = dinfer("plan", *SIZES, "--chunk-size", "auto", "--measured", tmp_path / name)
+        assert f"{name}' holds no measurement of layers and links: give a file that dinfer run" in told.err
+    (tmp_path / "found.json").write_text(json.dumps({"machine": MEASURED.as_dict()}), encoding="utf-8")
+    told = dinfer("plan", *SIZES, "--schedule", "auto", "--measured", tmp_path / "found.json")
+    assert "2 ranks were measured, but the plan has 3" in told.err
 
 
 def test_a_config_file_is_judged_like_flags(model: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dinfer.messages import (
     NotedKv,
     RankReport,
     Reply,
+    RunChosen,
     SetLimits,
     SpyOnRank,
     Stand,
@@ -31,7 +32,7 @@ from dinfer.messages import (
     unpack_request,
 )
 
-NOT_BY_A_SERVICE = {AllStands, Beat, DumpStacks, KillRank, MeetAt, SpyOnRank}
+NOT_BY_A_SERVICE = {AllStands, Beat, DumpStacks, KillRank, MeetAt, RunChosen, SpyOnRank}
 """commands that a rank's control thread, or its watcher, takes"""
 
 

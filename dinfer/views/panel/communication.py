@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from dinfer.run.prediction import figures_beside, prediction_of
 from dinfer.run.state import MOVING, STANDING
 from dinfer.trace.events import Event, prefill_events
 from dinfer.trace.trace import Trace
@@ -21,9 +22,11 @@ from dinfer.views.figures.exposure import exposure
 from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency
 from dinfer.views.figures.matrix import matrix
+from dinfer.views.figures.predicted import predicted
 from dinfer.views.figures.style import HTML_CONFIG
 from dinfer.views.panel.desk import Painter, Wants
 from dinfer.views.protocol import InspectableRun, Json
+from dinfer.views.recorded import RecordedRun
 
 EVENTS = 6000
 """the newest events, from which figures are drawn"""
@@ -44,6 +47,10 @@ FIGURES: dict[str, Callable[..., go.Figure]] = {
 }
 
 
+PREDICTED = "predicted"
+"""the figure of runs that the planner has predicted something of"""
+
+
 class FigureRequest(NamedTuple):
     """The figure that a browser shows; `have`: the number of events it has seen."""
 
@@ -55,7 +62,8 @@ class FigureRequest(NamedTuple):
 
 class Ring:
     """The newest events of prefill. `count`: how many have arrived of this run; `behind`: how many more ops are done,
-    whose events have not arrived; `seen`: grows with all that is new, also when the run begins again."""
+    whose events have not arrived; `ops`: how many are done whose events have; `seen`: grows with all that is new, also
+    when the run begins again."""
 
     def __init__(self, run: InspectableRun, most: int = EVENTS) -> None:
         self._run = run
@@ -64,7 +72,7 @@ class Ring:
         self._read: list[int] = []
         self._newest: dict[tuple[int, str], int] = {}
         """by rank and lane, the index of its newest event"""
-        self.seen = self.count = self.behind = 0
+        self.seen = self.count = self.behind = self.ops = 0
         self.caption = ""
         """from which events figures are drawn, in words"""
 
@@ -88,6 +96,7 @@ class Ring:
             for rank, (lanes, stand) in enumerate(zip(self._run.plan.lanes, standing.stands, strict=True))
             for lane, position in zip(lanes, stand.positions, strict=True)
         )
+        self.ops = sum(sum(stand.positions) for stand in standing.stands) - self.behind
         moves = standing.state in MOVING
         self.drawn = min(len(self._events), self._affordable if moves else self._most)
         caption = self._caption(may_come=moves or standing.state in STANDING)
@@ -123,18 +132,23 @@ class Ring:
 
 
 class Communication:
-    """The figures of one panel. `send(content, buffers)` sends to all its browsers."""
+    """The figures of one panel. `send(content, buffers)` sends to all its browsers; `figures`: their names, PREDICTED
+    among them where something is predicted of the run."""
 
-    def __init__(self, run: InspectableRun, send: Callable[..., object]) -> None:
+    def __init__(
+        self, run: InspectableRun, send: Callable[..., object], recorded: RecordedRun | None = None
+    ) -> None:
         self._send = send
-        self._ring = Ring(run)
+        self._ring, self._recorded = Ring(run), recorded or RecordedRun(run)
+        self._prediction = prediction_of(run)
+        self.figures = [*FIGURES, *[PREDICTED] * bool(self._prediction)]
         self._painter = Painter(self._serve, "figures", period=PERIOD_S, rest=2.0, longest=MOST_REST_S)
         self._wants = Wants[FigureRequest]()
 
     def ask(self, message: Json) -> None:
         """A browser asks for a newer figure. Returns at once."""
         name, have = str(message.get("name")), message.get("have")
-        if name not in FIGURES:
+        if name not in self.figures:
             return
         view, dark = str(message.get("view")), bool(message.get("dark"))
         self._wants[view] = FigureRequest(view, name, dark, have if isinstance(have, int) else -1)
@@ -160,15 +174,30 @@ class Communication:
         ring = self._ring
         for want in self._wants.taken(ring.seen):
             found = {"view": want.view, "name": want.name, "seen": ring.seen, "caption": ring.caption}
-            found |= {"events": ring.count, "behind": ring.behind}
+            found |= {"events": ring.count, "ops": ring.ops}
             if ring.count:
                 began = time.monotonic()
                 try:
-                    found["json"] = FIGURES[want.name](ring.trace(), dark=want.dark).to_json()
-                    ring.drew(time.monotonic() - began)
+                    if want.name == PREDICTED:
+                        found |= self._predicted(dark=want.dark)
+                    else:
+                        found["json"] = FIGURES[want.name](ring.trace(), dark=want.dark).to_json()
+                        ring.drew(time.monotonic() - began)
                 except Exception as error:  # nothing else would report it
                     found["error"] = f"{type(error).__name__}: {error}"
             self._send({"figure": found})
+
+    def _predicted(self, *, dark: bool) -> Json:
+        """The figure PREDICTED, of all events: the newest ones do not tell what a rank has computed in all."""
+        assert self._prediction
+        stood, ring = self._recorded.now(), self._ring
+        if stood:
+            trace = stood.timeline.trace
+        elif ring.count == ring.drawn:
+            trace = ring.trace()
+        else:  # to be asked again, also where nothing new comes
+            return {"seen": -1, "caption": f"{ring.caption}; predicted beside measured once the run stands"}
+        return {"json": predicted(figures_beside(self._prediction(), trace), dark=dark).to_json()}
 
 
 def _cut_off(event: Event, since: int) -> Event:

@@ -16,7 +16,7 @@ from dinfer.run.state import MOVING, RECOVER, Standing, State
 from dinfer.severity import Severity
 from dinfer.views.cells import CellMap
 from dinfer.views.panel.actions import board_of, is_edit, log_of, verb_of
-from dinfer.views.panel.communication import FIGURES, Communication
+from dinfer.views.panel.communication import Communication
 from dinfer.views.panel.desk import Action, Painter, Worker
 from dinfer.views.panel.finder import Finder
 from dinfer.views.panel.inspector import Inspector, stamp_of
@@ -90,10 +90,11 @@ def _noted(run: InspectableRun, call: str, do: Callable[[], object], *, asks: bo
 
 
 def _break_at(run: InspectableRun, message: Json) -> Action:
-    """Set a breakpoint; layer, chunk or rank is left out for any. `instead`: the breakpoint that it replaces, which
-    stays if the new one is refused."""
+    """Set a breakpoint; layer, chunk or rank is left out for any, hit for each. `instead`: the breakpoint that it
+    replaces, which stays if the new one is refused."""
     given = {name: message[name] for name in ("layer", "chunk", "rank") if isinstance(message.get(name), int)}
     given |= {"when": str(message["when"])} if message.get("when") else {}
+    given |= {"hit": message["hit"]} if isinstance(message.get("hit"), int) else {}
     call = f"run.break_at({', '.join(f'{name}={value!r}' for name, value in given.items())})"
     instead = message.get("instead")
     if not isinstance(instead, int):
@@ -141,9 +142,9 @@ class Panel(SlottedWidget):
             for name in ("worker", "pauser", "editor")
         )
         self._workers = (self._pauser, self._editor, self._worker)
-        self._inspector, self._communication = Inspector(run, self.send), Communication(run, self.send)
+        self._inspector, recorded = Inspector(run, self.send), RecordedRun(run)
+        self._communication = Communication(run, self.send, recorded)
         self._kv_tools = KvTools(run, self.send)
-        recorded = RecordedRun(run)
         self._scrubber, self._finder = Scrubber(run, recorded, self.send), Finder(run, recorded, self.send)
         self._runs = RunsPage(run, self.send)
         self._why = Why(run, self.send)
@@ -153,7 +154,12 @@ class Panel(SlottedWidget):
         """the number of actions done when the last one ended, and the stamp of the run then"""
         board = layout(run.plan, run.chunk_labels())
         super().__init__(
-            board={**board, "figures": list(FIGURES), "read_only": read_only(run), **board_of(run)}
+            board={
+                **board,
+                "figures": self._communication.figures,
+                "read_only": read_only(run),
+                **board_of(run),
+            }
         )
         self._paint()
         self.on_msg(self._on_message)

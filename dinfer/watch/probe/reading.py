@@ -5,7 +5,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,7 @@ class _ProcessFiles:
         """by the group's number and the device"""
         self._threads: dict[int, str] = {}
         self._errors: dict[int, str] = {}
-        self._segments: list[tuple[bytes, list[WatchedOp]]] = []
+        self._segments: list[_SegmentOps] = []
         self._broken: RecordsError | None = None
 
     def read(self) -> WatchedProcess | None:
@@ -174,10 +174,9 @@ class _ProcessFiles:
         process = self._process
         for number, data in enumerate(segments):
             if number == len(self._segments):
-                self._segments.append((b"", []))
-            if data != self._segments[number][0]:
-                self._segments[number] = (data, self._ops_of(data, process.clock))
-        ops = [op for _, found in self._segments for op in found]
+                self._segments.append(_SegmentOps())
+            self._segments[number].take(data, lambda record: self._op(record, process.clock))
+        ops = [op for segment in self._segments for op in segment.ops]
         if len(self._segments) > 1:
             ops.sort(key=_seq)
         process.ops = ops
@@ -221,17 +220,6 @@ class _ProcessFiles:
                     )
                 segments.append(data)
             return header, segments
-
-    def _ops_of(self, data: bytes, clock: int) -> list[WatchedOp]:
-        found = []
-        for record in RECORD.iter_unpack(data):
-            commit = record[COMMIT]
-            if commit == 0:
-                continue
-            if commit == record[-1]:  # else it is being written
-                found.append(self._op(record, clock))
-        found.sort(key=_seq)
-        return found
 
     def _op(self, record: tuple[int, ...], clock: int) -> WatchedOp:
         (
@@ -391,6 +379,37 @@ class _ProcessFiles:
         )  # fmt: skip
         taken = StacksTaken(line.number("number"), line.number("at_ns") + process.clock, threads)
         process.stacks.append(taken)
+
+
+BLOCK_BYTES = 32 * RECORD.size
+"""of a segment, so many are compared at a time with what was read before"""
+
+
+class _SegmentOps:
+    """The ops of a segment. Of a long run most are over, so that a look finds few records that have changed."""
+
+    def __init__(self) -> None:
+        self.ops: list[WatchedOp] = []
+        self._data = b""
+        self._blocks: list[list[WatchedOp]] = []
+
+    def take(self, data: bytes, op: Callable[[tuple[int, ...]], WatchedOp]) -> None:
+        """The segment as it is now; `op`: makes one of a record. Raises RecordsError."""
+        if data == self._data:
+            return
+        before, self._data = self._data, b""
+        for number, start in enumerate(range(0, len(data), BLOCK_BYTES)):
+            block = data[start : start + BLOCK_BYTES]
+            if number == len(self._blocks):
+                self._blocks.append([])
+            if block != before[start : start + BLOCK_BYTES]:
+                # A record counts while its first and its last word name it: else it is empty, or being written.
+                self._blocks[number] = [
+                    op(record) for record in RECORD.iter_unpack(block) if record[COMMIT] == record[-1] != 0
+                ]
+        self.ops = [op for block in self._blocks for op in block]
+        self.ops.sort(key=_seq)
+        self._data = data
 
 
 _seq = attrgetter("seq")

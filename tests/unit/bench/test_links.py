@@ -10,6 +10,7 @@ import pytest
 from dinfer.bench.link_rank import RankLinks, TimedPlan
 from dinfer.bench.links import cell, check_asked, codecs_of, hidden_figures, machine_of, rate_of, table
 from dinfer.config import Config, ConfigError
+from dinfer.engine.measure import Measured
 from dinfer.plan.partition import partition
 from dinfer.plan.plan import Plan
 from dinfer.plan.schedule import build
@@ -41,7 +42,8 @@ def ranks(plan: Plan, seconds: float, layer_s: float = 0.01) -> list[RankLinks]:
 
 
 def one(times: list[LayerTime], *plans: TimedPlan) -> RankLinks:
-    return RankLinks(times, list(LINKS.speeds), 64, 128, list(plans), [CodecCost("int8", 0.25, 1e-4, 1e-4)])
+    found = Measured(times, [], list(LINKS.speeds), 64, 128, [CodecCost("int8", 0.25, 1e-4, 1e-4)])
+    return RankLinks(found, list(plans))
 
 
 def test_a_rate_is_in_bits_per_second() -> None:

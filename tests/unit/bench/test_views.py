@@ -25,7 +25,7 @@ def test_a_machine_without_a_browser_is_told_that_opening_was_not_timed(
     assert said == ["figures are timed", "the report is written", "live views are timed"]
     assert [line.split()[0] for line in lines[2 : 2 + len(REPORT_FIGURES)]] == list(REPORT_FIGURES)
     live = [line for line in lines if line.startswith("live: ")]
-    of_size = ["map", "moment", "strip", "search"]
+    of_size = ["map", "opening", "moment", "strip", "search", "first"]
     assert [line.split()[1] for line in live] == [*of_size, *of_size, "inspector", "latency"]
     assert 4_000_000 < result["report"]["bytes"] < 10_000_000
     assert f"opening: {views.NEEDED}" in lines

@@ -136,6 +136,24 @@ def test_a_condition_stops_the_rank_on_which_it_holds(started: Editor) -> None:
     assert (stop["threadId"], stop["reason"]) == (2, "function breakpoint")
 
 
+def test_a_number_of_a_hit_stops_there_only(started: Editor) -> None:
+    asked = [
+        {"name": "layer 2", "hitCondition": "3"},
+        {"name": "layer 5", "condition": "absmax > 0", "hitCondition": "== 2"},
+        {"name": "layer 1", "hitCondition": "> 2"},
+        {"name": "layer 1", "hitCondition": "999"},
+    ]
+    found = started.ask("setFunctionBreakpoints", breakpoints=asked)["breakpoints"]
+    assert [one["verified"] for one in found] == [True, True, False, False]
+    assert "'> 2' is no hit: give its number" in found[2]["message"]
+    assert "hit is 999; " in found[3]["message"]
+    stops = [started.go("continue") for _ in range(3)]
+    assert sorted(stop.get("hitBreakpointIds", [0])[0] for stop in stops) == [0, 1, 2]
+    texts = {stop.get("hitBreakpointIds", [0])[0]: stop["text"] for stop in stops}
+    assert "`layer c1 l5`" in texts[2]
+    assert stops[-1]["description"] == "Prefill is done"
+
+
 def test_reverse_continue_goes_to_the_breakpoint_before_and_to_the_start(started: Editor) -> None:
     started.functions("chunk 1 layer 3", "chunk 3 layer 2 if absmax > 0")
     first = started.go("continue")

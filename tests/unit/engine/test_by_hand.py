@@ -128,6 +128,17 @@ def test_a_condition_stops_the_rank_at_the_op_that_meets_it(small: Decoder) -> N
     assert made.close()
 
 
+def test_a_condition_with_the_number_of_a_hit_stops_the_rank_there_only(small: Decoder) -> None:
+    made, hits = conditional(small, Breakpoint(1, condition="absmax", bound=0.0, hit=3))
+    engine = made.engines[0]
+    end = [len(lane.ops) for lane in engine.executor.plan.lanes[0]]
+    ops = [op for lane in engine.executor.plan.lanes[0] for op in lane.ops if op.kind == "layer"]
+    engine.executor.set_limits(end)
+    assert engine.executor.wait(lambda: bool(hits) and engine.executor.stand().at_limits, 30)
+    assert [op for _, op, _ in hits] == [str(ops[2])]
+    assert made.close()
+
+
 def test_a_condition_that_never_holds_stops_nothing(small: Decoder) -> None:
     made, hits = conditional(small, Breakpoint(1, condition="nan"))
     assert made.engines[0].executor.run_to_end(30)

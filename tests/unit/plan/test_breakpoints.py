@@ -62,6 +62,10 @@ def test_it_reads_as_a_sentence_and_comes_back_from_json() -> None:
     one = Breakpoint(2, 1, "layer", 0, 3, "absmax", 100.0)
     assert str(one) == "#2: after layer 3, chunk 0, on rank 1, when absmax > 100"
     assert Breakpoint(**one.as_dict()) == one
+    third = Breakpoint(3, chunk=1, hit=3)
+    assert str(third) == "#3: after each layer, chunk 1, only at hit 3"
+    assert third.call == "run.break_at(chunk=1, hit=3)"
+    assert Breakpoint(**third.as_dict()) == third
 
 
 def test_one_that_nothing_can_meet_is_refused() -> None:
@@ -111,6 +115,35 @@ def test_going_on_meets_every_matching_op_and_ends(
             assert target == found.end
         cut, stops = target, stops + 1
     assert stops <= 60
+
+
+@given(cuts, st.integers(1, 9), st.none() | st.integers(0, 2))
+def test_a_number_of_a_hit_stops_there_only_and_again_after_going_back(
+    found: Cuts, hit: int, chunk: int | None
+) -> None:
+    every = Breakpoint(1, chunk=chunk)
+    matching = found.ops_where(every.matches)
+    if hit > len(matching):
+        with pytest.raises(PlanError, match=rf"hit is {hit}; {len(matching)} ops of this run match"):
+            check(Breakpoint(1, chunk=chunk, hit=hit), found)
+        return
+    one = Breakpoint(1, chunk=chunk, hit=hit)
+    check(one, found)
+    stop, met = next_stop(found, found.start, [one])
+    assert met == [one]
+    _, op = matching[hit - 1]
+    assert stop == found.after_block(op.chunk, op.layer)
+    assert next_stop(found, stop, [one]) == (found.end, [])
+    assert previous_stop(found, found.end, [one], {}) in ((stop, [one]), (found.start, []))
+    assert previous_stop(found, found.after_block(op.chunk, op.layer), [one], {})[0] == found.start
+    both = [one, Breakpoint(2, layer=op.layer, chunk=op.chunk)]
+    assert next_stop(found, found.start, both) == (stop, both)
+
+
+def test_a_disabled_one_with_a_number_of_a_hit_stops_nothing() -> None:
+    one = Breakpoint(1, hit=2, enabled=False)
+    assert next_stop(PIPELINED, PIPELINED.start, [one]) == (PIPELINED.end, [])
+    assert previous_stop(PIPELINED, PIPELINED.end, [one], {}) == (PIPELINED.start, [])
 
 
 # -- going back

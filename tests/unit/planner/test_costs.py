@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dinfer.plan.ops import PlanError
-from dinfer.planner.costs import LayerCost, LayerTime, fit
+from dinfer.planner.costs import LayerCost, LayerTime, as_in_run, fit
 
 POINTS = [(0, 32), (960, 32), (1984, 32), (0, 64), (0, 128), (896, 128), (1920, 128), (0, 256), (1792, 256)]
 
@@ -59,3 +59,31 @@ def test_times_that_grow_smaller_with_length_give_no_negative_part() -> None:
 def test_what_cannot_be_fitted_is_refused(given: list[LayerTime]) -> None:
     with pytest.raises(PlanError, match=r"measure at least one|above 0"):
         fit(given)
+
+
+def test_among_other_ops_a_layer_takes_so_many_times_as_much_and_so_much_more() -> None:
+    alone = LayerCost(1e-3, 1e-7, 1e-4, 1e-9)
+    there = [
+        LayerTime(*at, 1.2 * alone.seconds(*at) + 3e-4) for at in ((0, 32), (32, 32), (0, 128), (128, 128))
+    ]
+    found = as_in_run(alone, there)
+    for at in ((0, 64), (1024, 256)):
+        assert found.seconds(*at) == pytest.approx(1.2 * alone.seconds(*at) + 3e-4, rel=1e-3)
+
+
+def test_times_of_one_length_tell_one_number() -> None:
+    alone = LayerCost(0, 0, 1e-4, 0)
+    found = as_in_run(alone, [LayerTime(0, 32, 1.5 * alone.seconds(0, 32))] * 2)
+    assert found.seconds(0, 128) == pytest.approx(1.5 * alone.seconds(0, 128))
+
+
+def test_without_times_of_a_run_the_cost_is_that_of_a_layer_alone() -> None:
+    alone = LayerCost(1e-3, 0, 1e-4, 0)
+    assert as_in_run(alone, []) == alone
+
+
+def test_no_op_costs_less_than_nothing_among_others() -> None:
+    """Noise that would make an op's own cost negative."""
+    alone = LayerCost(0, 0, 1e-4, 0)
+    found = as_in_run(alone, [LayerTime(0, 32, 2e-3), LayerTime(0, 128, 2e-2)])
+    assert min(vars(found).values()) >= 0

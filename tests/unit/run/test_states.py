@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from dinfer.errors import NotPossible
 from dinfer.job import Job
 from dinfer.messages import Failed
 from dinfer.model.checkpoint import check
+from dinfer.model.decoder import Decoder
 from dinfer.model.mapped import WeightsChanged
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
@@ -253,6 +255,39 @@ def test_mending_a_hang_begins_the_run_again_without_a_word_of_it(session: Sessi
     assert (standing.last_call, standing.begun) == (RECOVER, begun + 1)
     assert str(where).startswith("paused\n")
     assert "deadlock" not in str(where)
+
+
+def test_a_run_whose_plan_has_no_cuts_is_paused_in_the_transfers_that_it_is_in(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 waits for what rank 0, which was told to stop, has not sent: nothing moves, and no hang is told."""
+    feed, go_on = Decoder.embed, threading.Event()
+
+    def late(decoder: Decoder, *given: Any) -> Any:
+        assert go_on.wait(60)
+        return feed(decoder, *given)
+
+    monkeypatch.setattr(Decoder, "embed", late)
+    run = session.prefill(IDS, chunk_size=4, schedule="batched", unsafe=True)
+    wait_for(lambda: any(any(stand.started) for stand in run.standing().stands), "a rank is in an op")
+    run.pause()
+    go_on.set()
+    wait_for(lambda: run.standing().state == "paused", "it stands")
+    assert any(any(stand.started) for stand in run.standing().stands), "in a transfer"
+    assert run.wait(60).state == "paused"
+    run.resume()
+    with pytest.raises(Hung, match="deadlock"):
+        run.wait(60)
+    with pytest.raises(Hung, match="deadlock"):
+        run.pause()
+    assert run.standing().state == "hung", "a pause mends no deadlock"
+
+
+def test_decode_of_a_plan_without_cuts_runs_prefill_first_or_says_why_it_hangs(session: Session) -> None:
+    run = session.prefill(IDS, chunk_size=4, schedule="batched", unsafe=True, paused=True)
+    with pytest.raises(Hung, match="deadlock"):
+        run.decode(2)
+    assert (run.standing().state, run.tokens) == ("hung", [])
 
 
 def test_what_needs_no_mending_is_refused(session: Session) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dinfer.run.prediction import figures_beside
+from dinfer.run.state import State
 from dinfer.trace.events import Event
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
@@ -49,7 +51,7 @@ def test_every_figure_is_that_of_the_trace(browser: Browser, name: str) -> None:
     found = browser.figure(name)
     assert json.loads(found["json"]) == json.loads(FIGURES[name](on_paper(4, 3, 3), dark=False).to_json())
     assert found["caption"] == f"{len(browser.run.events):,} events of prefill"
-    assert (found["events"], found["behind"]) == (len(browser.run.events), 0)
+    assert found["events"] == len(browser.run.events)
 
 
 def test_before_anything_has_run_that_is_said() -> None:
@@ -117,7 +119,7 @@ def test_events_on_their_way_are_counted_until_they_have_arrived() -> None:
     for arrived in (0, 20, len(events) - 1):
         run.events, run.state = events[:arrived], "running"
         ring.read()
-        assert ring.behind == len(events) - arrived
+        assert (ring.ops, ring.behind) == (arrived, len(events) - arrived)
         assert ring.caption == f"catching up: {arrived:,} of {len(events):,} events of prefill"
         seen = ring.seen
     run.state = "failed"
@@ -204,3 +206,52 @@ def test_where_drawing_is_slow_a_run_that_moves_is_drawn_from_fewer_events_and_a
     assert len(ring.trace().events) == len(run.events)
     assert ring.caption == f"{len(run.events):,} events of prefill"
     assert ring.seen > seen
+
+
+def predicting(events: list[Event], predicted: dict[str, float]) -> Browser:
+    """A browser of a run of which the planner has predicted something, as a saved one has it."""
+    made = Browser(events)
+    made.live.close()
+    made.run.predicted = predicted  # type: ignore[attr-defined]
+    made.live = Communication(made.run, lambda content, buffers=None: made.heard.append((content, buffers)))
+    return made
+
+
+def test_predicted_stands_beside_measured_by_rank_and_link() -> None:
+    trace = on_paper(4, 3, 3)
+    measured = dict(row[:2] for row in as_measured(trace))
+    wanted = {name: 2 * seconds for name, seconds in measured.items()}
+    browser = predicting(list(trace.events), wanted)
+    assert browser.live.figures == [*FIGURES, "predicted"]
+    bars = json.loads(browser.figure("predicted")["json"])["data"]
+    assert [one["name"] for one in bars] == ["predicted", "measured"]
+    assert bars[0]["y"] == bars[1]["y"] == list(wanted)
+    assert {"prefill", "rank 0 computes", "link 0→1"} <= set(wanted)
+    assert bars[0]["text"] == ["+100%"] * len(wanted)
+    browser.live.close()
+
+
+def test_without_a_prediction_there_is_no_such_figure(browser: Browser) -> None:
+    assert browser.live.figures == list(FIGURES)
+
+
+def test_while_a_long_run_moves_its_prediction_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest events, of which the others are drawn, do not tell what a rank has computed in all."""
+    events = list(on_paper(4, 3, 3).events)
+    browser = predicting(events, {"prefill": 1.0})
+    monkeypatch.setattr(browser.live, "_ring", Ring(browser.run, 10))
+    browser.run.state = State.RUNNING
+    found = browser.figure("predicted")
+    assert "json" not in found
+    assert found["caption"].endswith("predicted beside measured once the run stands")
+    assert found["seen"] == -1
+    browser.run.state = State.DONE
+    assert "json" in browser.figure("predicted")
+    browser.live.close()
+
+
+def as_measured(trace: Trace) -> list[tuple[str, float, float]]:
+    """Each figure, measured twice."""
+    names = ["prefill", *(f"rank {rank} computes" for rank in range(3))]
+    names += [f"link {a}→{b}" for a, b in sorted({(one.source, one.target) for one in transfers(trace)})]
+    return [(name, found, found) for name, _, found in figures_beside(dict.fromkeys(names, 0.0), trace)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
@@ -47,6 +49,10 @@ RUN = Searched(PLAN, LABELS, paper_run().standing(), Timeline(TRACE, SIZE))
         ("link 0→1 recv kv", Query(link=(0, 1), words=["recv", "kv"])),
         ("0->1", Query(link=(0, 1))),
         ("0>1 slowest", Query(link=(0, 1), words=["slowest"])),
+        ("slow 0>1", Query(link=(0, 1), words=["slow"])),
+        ("Slow link", Query(words=["slow link"])),
+        ("slow links l2", Query(places={"layer": (2, 2)}, words=["slow link"])),
+        ("slow link 0>1", Query(link=(0, 1), words=["slow"])),
         ("layer", Query(words=["layer"])),
         ("of Lima", Query(text="of Lima")),
         ('"layer 5"', Query(text="layer 5")),
@@ -118,6 +124,51 @@ def test_late_and_bubbles_lead_to_their_time() -> None:
     assert find("bubble", RUN).total
 
 
+def test_messages_slow_on_the_wire_are_found_by_link_and_op() -> None:
+    expected = sorted(
+        (one.layer, one.chunk) for one in transfers(TRACE) if one.link == (0, 1) and one.what == "kv"
+    )
+    for query in ("slow kv 0>1", "slow recv kv 0>1", "slow send kv 0>1", "slow link 0>1 kv"):
+        hits, total = find(query, RUN)
+        assert total == len(expected) > 0, query
+        assert sorted((hit.layer, hit.chunk) for hit in hits) == expected
+        assert {hit.rank for hit in hits} == {1}
+    hit = find("slow kv 0>1", RUN).hits[0]
+    assert hit.text.startswith("slow: kv c")
+    assert " 0→1 took " in hit.text
+    assert hit.at is not None
+    assert not find("slow kv 1>0", RUN).total
+    assert not find("slow layer 0>1", RUN).total  # a layer goes over no link
+
+
+def test_a_slow_link_is_found_with_its_longest_message() -> None:
+    [hit] = find("slow link", RUN).hits
+    assert hit.text.startswith("slow link 0→1: ")
+    assert (hit.rank, hit.severity.word, hit.at is None) == (1, "warning", False)
+    assert find("slow link rank 0", RUN).total == 1
+    assert find("slow link rank 2", RUN).total == 0
+
+
+def test_what_is_late_is_found_in_its_direction() -> None:
+    recv = next(e for e in TRACE.events if (e.kind, e.what, e.peer, e.rank) == ("recv", "kv", 1, 2))
+    later = recv.met + 50_000_000
+    send = next(
+        e for e in TRACE.events if (e.name, e.rank, e.peer) == (recv.name.replace("recv", "send"), 1, 2)
+    )
+    changed = {
+        recv: replace(recv, start=later, met=later, end=later + recv.busy),
+        send: replace(send, met=later, end=later + recv.busy),
+    }
+    trace = Trace.merge([[changed.get(event, event) for event in TRACE.events]])
+    run = RUN._replace(timeline=Timeline(trace, SIZE))
+    for query in ("late 1>2", "late kv 1>2", "late recv 1>2"):
+        [hit] = find(query, run).hits
+        assert (hit.layer, hit.chunk, hit.rank) == (recv.layer, recv.chunk, 2)
+        assert " 1→2: rank 1 waited " in hit.text
+    for query in ("late 2>1", "late hidden 1>2"):
+        assert not find(query, run).total
+
+
 def test_what_there_is_not_is_refused_with_what_there_is() -> None:
     with pytest.raises(FindError, match="layer is 99; there are layers 0–5"):
         find("layer 99", RUN)
@@ -143,7 +194,9 @@ def test_what_there_is_not_is_refused_with_what_there_is() -> None:
         ("nan slow", "nan", "slow"),
         ("nan armed inf", "nan", "armed"),
         ("slow late", "slow", "late"),
-        ("slow recv", "slow", "recv"),
+        ("bubble recv", "bubble", "recv"),
+        ("slow link recv", "slow link", "recv"),
+        ("bubble 0>1", "bubble", "0→1"),
         ("differs 0>1", "differs", "0→1"),
         ("slowest waiting", "slowest", "waiting"),
     ],

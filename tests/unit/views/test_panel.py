@@ -114,7 +114,8 @@ def test_breakpoints_and_faults_are_changed_while_a_step_goes_on(paper: Held) ->
     paper.see("working", ['run.step("chunk")'])
     paper.press("break_at", layer=2, chunk=1, when="")
     shown = {"number": 1, "text": "#1: after layer 2, chunk 1", "layer": 2, "chunk": 1, "rank": None}
-    paper.see("breakpoints", [{**shown, "when": "", "enabled": True, "hits": 0, "plain": True}])
+    rest = {"when": "", "hit": None, "enabled": True, "hits": 0, "plain": True}
+    paper.see("breakpoints", [{**shown, **rest}])
     paper.press("remove_breakpoint", number=1)
     paper.see("breakpoints", [])
     paper.run.faults.lines.append("armed: #1 bitflip")
@@ -137,6 +138,9 @@ def test_a_breakpoint_is_changed_unless_the_new_one_is_refused(paper: Held) -> N
     paper.press("break_at", layer=2, when="nan", instead=1)
     wait_for(lambda: listed() == ["#2: after layer 2, when nan"], "the new one is there alone")
     paper.see("error", "")
+    paper.press("break_at", layer=2, when="", hit=3, instead=2)
+    wait_for(lambda: listed() == ["#3: after layer 2, only at hit 3"], "its form has the number of a hit")
+    assert paper.panel.shown["breakpoints"][0]["hit"] == 3
 
 
 def test_what_is_asked_for_is_answered_and_dismissed(paper: Held) -> None:

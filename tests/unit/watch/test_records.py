@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from dinfer.watch.probe import writing
+from dinfer.watch.probe import reading, writing
 from dinfer.watch.probe.reading import Reader, ask_stacks, read
 from dinfer.watch.probe.records import (
     HEADER_BYTES,
     KINDS,
     NOTHING,
+    RECORD,
     SEGMENT_BYTES,
     SEGMENT_RECORDS,
     RecordsError,
+    WatchedOp,
 )
 from dinfer.watch.probe.writing import OpsWriter, Records
 
@@ -97,6 +99,39 @@ def test_old_ops_make_room_and_open_ones_last(tmp_path: Path) -> None:
     assert process.dropped == 10
     written.ops.done(*open_one, 5)
     assert read(tmp_path)[0].ops[0].state == "done"
+
+
+def test_a_look_reads_again_only_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also an old op that ends, and records that make room; what it finds is what a first look finds."""
+    written = Records(tmp_path, "none")
+    (tmp_path / f"{written.name}.ops").unlink()
+    written.ops = OpsWriter(tmp_path / f"{written.name}.ops", most_segments=2)
+    reader, block = Reader(tmp_path), reading.BLOCK_BYTES // RECORD.size
+    tickets = [begin(written, number) for number in range(SEGMENT_RECORDS + 100)]
+
+    def look() -> int:
+        """How many records it reads."""
+        made, original = list[object](), reading._ProcessFiles._op
+
+        def op(files: reading._ProcessFiles, record: tuple[int, ...], clock: int) -> WatchedOp:
+            made.append(record)
+            return original(files, record, clock)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reading._ProcessFiles, "_op", op)
+            (process,) = reader.read()
+        assert process.ops == read(tmp_path)[0].ops
+        return len(made)
+
+    assert look() == len(tickets)
+    assert look() == 0
+    written.ops.done(*tickets[5], 7)
+    assert look() == block
+    begin(written, len(tickets))
+    assert 0 < look() <= block
+    for number in range(SEGMENT_RECORDS - 90):  # the last ones take the places of the first
+        begin(written, number)
+    assert look() < SEGMENT_RECORDS + 16 * block
 
 
 def test_the_end_of_an_op_that_made_room_is_not_written_into_another(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 // Live figures of the links: the kernel makes figures, and plotly's own script, which it sends once, draws them. Nothing
 // here can upload data.
 
-const TITLES = { latency: "latency", distribution: "distribution", matrix: "rank × rank", gantt: "lanes", exposure: "exposed" };
+const TITLES = { latency: "latency", distribution: "distribution", matrix: "rank × rank", gantt: "lanes", exposure: "exposed", predicted: "predicted" };
+const MAY_COME = ["preparing", "running", "decoding", "paused", "done"]; // states of runs whose events may still arrive
 const TALLEST = 480; // of what is seen of a figure, as in panel.css; a taller one scrolls
 const TOOLS = 46; // the margin at the right, in which plotly's tools stand: above, they would lie over legends and titles
 const EXPLAINED = {
@@ -10,11 +11,12 @@ const EXPLAINED = {
   matrix: "bytes, bandwidth and latency from each rank to each other",
   gantt: "what each lane did when; bubble: there was nothing to do",
   exposure: "communication is exposed unless computing hides it",
+  predicted: "seconds that the planner predicted, beside those measured: a rank computes, a link carries data",
 };
 
 class Communication {
   constructor(parent, root, board, name, send) {
-    Object.assign(this, { root, name, send, have: -1, figure: board.figures[0] });
+    Object.assign(this, { root, name, send, have: -1, figure: board.figures[0], told: { caption: "", events: 0, ops: 0 }, done: 0 });
     const bar = make("div", "fields", parent);
     this.tabs = board.figures.map((figure) => {
       const button = make("button", "", bar, TITLES[figure] ?? figure);
@@ -101,10 +103,21 @@ class Communication {
     this.choose(this.figure);
   }
 
-  async take({ seen, caption, events, json, error, name }) {
+  // What the panel shows of the run is newer than the figure: what the figure lacks is said at once. `shown`: panel.py's
+  // trait; null once nothing more can come.
+  follow(shown) {
+    this.done = MAY_COME.includes(shown?.state) ? shown.ranks.reduce((sum, { done }) => sum + done, 0) : 0;
+    this.say();
+  }
+
+  say() {
+    const { caption, events, ops } = this.told, missing = this.done - ops;
+    const text = missing > 0 ? `catching up: ${number(events)} of ${number(events + missing)} events of prefill` : caption;
+    if (this.caption.textContent !== text) this.caption.textContent = text;
+  }
+
+  async take({ seen, caption, events, ops, json, error, name }) {
     this.have = seen;
-    this.caption.textContent = caption;
-    if (error) this.caption.textContent = error;
     if (json) {
       const { data, layout } = JSON.parse(json);
       const paper = getComputedStyle(this.root).getPropertyValue("--dinfer-back").trim();
@@ -112,13 +125,15 @@ class Communication {
       layout.annotations?.forEach((one) => { one.font = { size: 12 }; });
       shown.margin = { t: 34, ...layout.margin, r: TOOLS };
       shown.modebar = { orientation: "v", remove: ["select", "lasso"] }; // nothing here is selected
-      if (layout.height > TALLEST) this.caption.textContent += " · scroll to see all";
+      if (layout.height > TALLEST) caption += " · scroll to see all";
       this.place.style.minHeight = `${Math.min(layout.height, TALLEST)}px`; // until it is drawn, panel.css sets the height
       await globalThis.dinferPlotly.react(this.plotOf(name), data, shown, globalThis.dinferPlotlyConfig);
       this.place.dataset.name = name;
       this.place.dataset.points = data.reduce((sum, { x }) => sum + (x?.length ?? x?._inputArray?.length ?? 0), 0);
     }
     Object.assign(this.place.dataset, { seen, events });
+    this.told = { caption: error || caption, events, ops };
+    this.say();
     this.ask();
   }
 }

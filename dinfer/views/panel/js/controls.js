@@ -94,6 +94,8 @@ class BreakpointList {
     });
     this.when = make("input", "when", form);
     Object.assign(this.when, { name: "when", placeholder: "when …", title: `empty, or one of: ${WHENS.join(", ")}` });
+    this.hit = make("input", "", form);
+    Object.assign(this.hit, { type: "number", name: "hit", min: 1, placeholder: "hit", title: "stop only at its hit of this number, from 1; empty: at each" });
     this.submit = make("button", "", form);
     form.onsubmit = (event) => this.add(event);
     form.onkeydown = (event) => this.key(event);
@@ -106,8 +108,9 @@ class BreakpointList {
     this.sent = null;
     for (const field of this.fields) field.value = one?.[field.name] ?? "";
     this.when.value = one?.when ?? "";
+    this.hit.value = one?.hit ?? "";
     this.submit.textContent = one ? `change #${one.number}` : "add";
-    this.submit.title = `run.break_at(layer=…, chunk=…, rank=…, when=…)${one ? `; run.breakpoints.remove(${one.number})` : ""}`;
+    this.submit.title = `run.break_at(layer=…, chunk=…, rank=…, when=…, hit=…)${one ? `; run.breakpoints.remove(${one.number})` : ""}`;
     if (one) this.when.focus();
   }
 
@@ -127,7 +130,7 @@ class BreakpointList {
 
   add(event) {
     event.preventDefault();
-    const places = this.fields.filter((field) => field.value !== "").map((field) => [field.name, Number(field.value)]);
+    const places = [...this.fields, this.hit].filter((field) => field.value !== "").map((field) => [field.name, Number(field.value)]);
     this.sent = this.numbers;
     this.send({ do: "break_at", ...Object.fromEntries(places), when: this.when.value.trim(), instead: this.instead });
   }

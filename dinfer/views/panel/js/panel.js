@@ -368,6 +368,7 @@ class View {
     }
     this.call(shown.call);
     this.runs.follow(shown);
+    this.communication.follow(this.ended ? null : shown);
     const log = this.model.get("log") ?? NO_CALLS, undo = this.root.querySelector("[data-do=undo]");
     this.log?.show(log);
     undo.title = `run.undo(): undo ${log.undo || "the last action, whatever it was"}; again: the one before it  [u]`;

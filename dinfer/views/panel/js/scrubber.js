@@ -6,7 +6,7 @@ const STRIP = { left: 72, ruler: 16, row: 13, lane: 9, tall: 320, mark: 7 };
 const STEPS = 200; // arrow keys go by this part of what is seen
 const LEAST_NS = 1000; // of what is seen
 const PART_COLOURS = { compute: "compute", wire: "wire", wait: "wait", bubble: "bubble", data: "data" };
-const NOTABLE_SIGNS = { "slow op": "▲", late: "◆", bubble: "●" };
+const NOTABLE_SIGNS = { "slow op": "▲", "slow message": "▶", late: "◆", bubble: "●" };
 const TIME_KEYS = "Arrow keys move the time, PageUp and PageDown further, Home and End to the begin and to now; with Shift they select "
   + "a stretch; + − 0 zoom; n and N go to the next and the last of what is late, slow or a bubble; Escape leaves";
 

@@ -1,16 +1,19 @@
-"""What `session.measure` returns, and which plan `session.prefill(…, schedule="auto", …)` takes by it."""
+"""What `session.measure` returns, and which plan a run takes by it whose parameters are `auto`: in a session, or by
+`dinfer run`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from dinfer.config import Config, ConfigError
+from dinfer.config import Config
 from dinfer.display import Displayable, Table, Tidy
-from dinfer.job import Job
-from dinfer.messages import Holdings, RankMeasured
+from dinfer.job import Job, prepare_loaded
+from dinfer.messages import Holdings, MeasureRank, RankMeasured
+from dinfer.plan.lower import lower
+from dinfer.plan.partition import Shape
 from dinfer.planner.choose import CHOICES, SLACK, Candidate, Chosen, Planner, sized_lengths
-from dinfer.planner.costs import LayerTime, fit
-from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine, unmeasured
+from dinfer.planner.costs import LayerTime, as_in_run, fit
+from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine
 from dinfer.planner.ranks import ranks_told
 from dinfer.tabular import TableRow, Tabular
 
@@ -22,18 +25,19 @@ AUTOS = (*CHOICES, "codec")
 LOSSLESS: tuple[str, ...] = ("none", "lossless")
 """codecs that may be chosen: never one that loses anything, unless it was asked for"""
 
-TOKENS, LENGTHS, LINK_TOKENS = 2048, (32, 64, 128, 256, 512), 128
-"""what is measured: layers at positions up to so many tokens, for chunks of these lengths; links by blocks of so many
-tokens"""
+TOKENS, LENGTHS, GRAPH_LENGTHS, LINK_TOKENS = 2048, (32, 64, 128, 256, 512), (64, 128, 256), 128
+"""what is measured: layers at positions up to so many tokens, for chunks of these lengths, or those with graphs; links
+by blocks of so many tokens"""
 
 
 @dataclass(frozen=True, repr=False)
 class Measurement(Tidy, Tabular, Displayable):
     """What layers and links take on these ranks. `machine`: all of it, for `dinfer.planner`; `tokens`: the positions up
-    to which layers were timed."""
+    to which layers were timed; `kernels`: of runs that asked for these."""
 
     machine: MeasuredMachine
     tokens: int
+    kernels: str = "exact"
 
     def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """A row for each figure: seconds of a layer on a rank by position, and each link's latency and speeds."""
@@ -88,14 +92,43 @@ class Measurement(Tidy, Tabular, Displayable):
         return "\n".join(map(str, [layers, links, codecs] if machine.links.speeds else [layers]))
 
 
+def kernels_asked(config: Config) -> str:
+    """The kernels that a run asks for: "exact" on a CPU, whatever the config says."""
+    return config.kernels if config.wants_graphs else "exact"
+
+
+def to_measure(tokens: int, config: Config) -> MeasureRank:
+    """What ranks are to measure for prompts of up to so many tokens, in runs of this config, whose backend is
+    chosen. Each length takes graphs of its own, so of these there are fewer."""
+    lengths = GRAPH_LENGTHS if config.wants_graphs else LENGTHS
+    fitting = tuple(length for length in lengths if length <= tokens) or (tokens,)
+    kernels: Any = kernels_asked(config)
+    backend: Any = config.backend
+    return MeasureRank(tokens, fitting, min(LINK_TOKENS, tokens), config.digests, kernels, backend)
+
+
+def run_to_measure(job: Job) -> MeasureRank:
+    """What the ranks of one run are to measure: as much as its prompt needs."""
+    return to_measure(min(TOKENS, len(job.ids)), job.config)
+
+
 def measured(answers: Mapping[int, RankMeasured], tokens: int) -> Measurement:
     """The measurement of all ranks, from the answer of each."""
-    costs = tuple(fit([LayerTime(*time) for time in answers[rank].layers]) for rank in sorted(answers))
+    costs = tuple(
+        as_in_run(
+            fit([LayerTime(*time) for time in answers[rank].layers]),
+            [LayerTime(*time) for time in answers[rank].in_run],
+        )
+        for rank in sorted(answers)
+    )
     first = answers[0]
-    links = Links(tuple(LinkSpeed(*link) for link in first.links))
+    links = Links(tuple(LinkSpeed(*link) for link in first.links), hidden_first=not first.streams)
     codecs = tuple(CodecCost(*one) for one in first.codecs)
-    machine = MeasuredMachine(costs, links, first.hidden_bytes, first.block_bytes, codecs=codecs)
-    return Measurement(machine, tokens)
+    machine = MeasuredMachine(
+        costs, links, first.hidden_bytes, first.block_bytes,
+        codecs=codecs, padded=first.padded, streams=first.streams,
+    )  # fmt: skip
+    return Measurement(machine, tokens, first.asked)
 
 
 def measured_before(held: Sequence[Holdings]) -> dict[bool, Measurement]:
@@ -114,23 +147,15 @@ def without_auto(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     return {name: value for name, value in parameters.items() if name not in auto}, auto
 
 
-def check_auto(config: Config, auto: Sequence[str]) -> None:
-    """Raises ConfigError where what is `auto` cannot be chosen, since runs of this config are not measured."""
-    if auto and (found := unmeasured(config)):
-        raise ConfigError(
-            f"{auto[0]} is auto, which needs {found.name} {found.value}: {found.why}. Give a value, or {found.remedy}."
-        )
-
-
-def choose(measurement: Measurement, job: Job, auto: Sequence[str]) -> Chosen:
-    """The fastest plan for this job's prompt that differs from its own only in what is `auto`; see `check_auto`. Its
-    sentences end with one on the number of ranks. `codec` is set only where it is chosen, among LOSSLESS."""
-    config, shape = job.config, job.plan.shape
+def choose(machine: MeasuredMachine, config: Config, shape: Shape, auto: Sequence[str]) -> Chosen:
+    """The fastest plan for a prompt of this shape that differs from the config's only in what is `auto`. Its sentences
+    end with one on the number of ranks. `codec` is set only where it is chosen, among LOSSLESS, and none on streams.
+    Raises PlanError where another number of ranks was measured."""
     default = Candidate(
         shape.starts, sized_lengths(shape.tokens, config.chunk_size), config.schedule, config.sync_strategy
     )
-    machine, free = measurement.machine, [name for name in auto if name in CHOICES]
-    known = {one.name for one in machine.codecs}
+    free = [name for name in auto if name in CHOICES]
+    known = set() if machine.streams else {one.name for one in machine.codecs}
     codecs = [one for one in LOSSLESS if one == "none" or one in known] if "codec" in auto else [config.codec]
     found = []
     for codec in codecs:
@@ -157,15 +182,39 @@ def _codec_told(seconds: Mapping[str, float], chosen: Chosen) -> str:
     return f"codec {chosen.codec}: it takes {seconds[chosen.codec]:.4g} s, {', '.join(others)}; {lossy}."
 
 
-def with_choice(config: Config, chosen: Chosen, layers: int) -> tuple[Config, str]:
-    """The config of the chosen plan, and the plan's text if no config can say it: chunks of different lengths."""
-    found = chosen.candidate
+class ChosenJob(NamedTuple):
+    """A run whose parameters were chosen. `parameters`: these, as a config has them; `plan`: the plan's text if no
+    config can say it, since its chunks have different lengths, else ""."""
+
+    job: Job
+    parameters: dict[str, Any]
+    plan: str
+    chosen: Chosen
+
+
+def chosen_job(job: Job, measurement: Measurement, auto: Sequence[str]) -> ChosenJob:
+    """The job with what is `auto` chosen by the measurement; see `choose`."""
+    chosen = choose(measurement.machine, job.config, job.plan.shape, auto)
+    found, layers = chosen.candidate, job.plan.shape.layers
     shape = found.shape(layers)
-    config = config.with_(
-        schedule=found.schedule,
-        sync_strategy=found.sync_strategy,
-        layer_split=found.starts[1:],
-        chunk_size=shape.chunk_size,
-        codec=chosen.codec or config.codec,
-    )
-    return config, found.plan(layers).text() if shape.lengths else ""
+    parameters: dict[str, Any] = {
+        "schedule": found.schedule,
+        "sync_strategy": found.sync_strategy,
+        "layer_split": found.starts[1:],
+        "chunk_size": shape.chunk_size,
+        "codec": chosen.codec or job.config.codec,
+    }
+    plan = ""
+    if shape.lengths:  # which no config can say
+        built = found.plan(layers)
+        plan = (lower(built) if job.config.uses_streams else built).text()
+    made = prepare_loaded(job.config.with_(**parameters), job.spec, plan or None)
+    made = replace(made, predicted_s=chosen.predicted_s, because=chosen.because)
+    return ChosenJob(predictable(made, measurement), parameters, plan, chosen)
+
+
+def predictable(job: Job, measurement: Measurement | None) -> Job:
+    """The job with the machine as measured, by which its times are predicted, where that tells of such runs."""
+    if measurement is None or measurement.kernels != kernels_asked(job.config):
+        return job
+    return replace(job, machine=replace(measurement.machine, codec=job.config.codec))
