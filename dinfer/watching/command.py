@@ -1,7 +1,9 @@
 """Runs a command under watch: every Python process that it starts, at any depth, records its torch.distributed ops."""
 
 import os
+import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +30,19 @@ ZIP = "probe.zip"
 
 NOT_STARTED = 127
 """exit status of a command that is not found, as a shell's"""
+
+
+def found(command: Sequence[str]) -> list[str]:
+    """The command, with its program beside this Python where it is not on the path, as in kernels and shells whose
+    environment is not activated."""
+    program, *others = command
+    beside = str(Path(sys.executable).parent / program)
+    return [beside if not shutil.which(program) and shutil.which(beside) else program, *others]
+
+
+def not_found(program: str) -> str:
+    """What to say of a program that is not there."""
+    return f"the command {program!r} was not found: it is not on the path, nor beside {sys.executable}."
 
 
 def exit_status(status: int) -> int:
