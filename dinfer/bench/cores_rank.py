@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dinfer.bench.cores import DECODE, GENERATE, NEW_TOKENS
 from dinfer.bench.rank import work_as_rank
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
@@ -19,19 +18,22 @@ from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm
 from dinfer.transport.in_process import Exchange
 
+DECODE, GENERATE = "decode, dinfer", "decode, transformers' generate"
+
 PROMPT = 256
 """tokens of the prompt before decode"""
 
 
 class CoresJob(NamedTuple):
     """What a rank is started with: the fields of its Config, the prompt, texts of plans by variant, the chunk sizes of
-    one process by variant, and how often."""
+    one process by variant, how often, and how many steps of decode."""
 
     config: dict[str, Any]
     ids: Sequence[int]
     plans: Mapping[str, str]
     alone: Mapping[str, int]
     repeats: int
+    new_tokens: int
 
 
 class CoresTimes(NamedTuple):
@@ -50,8 +52,8 @@ def measure(job: CoresJob, decoder: Decoder, comm: Comm, config: Config) -> Core
         **{
             name: partial(_together, decoder, comm, config, job.ids, text) for name, text in job.plans.items()
         },
-        DECODE: partial(_on_rank_0, comm, partial(_decode, decoder, config, job.ids)),
-        GENERATE: partial(_on_rank_0, comm, partial(_generate, decoder, job.ids)),
+        DECODE: partial(_on_rank_0, comm, partial(_decode, decoder, config, job.ids, job.new_tokens)),
+        GENERATE: partial(_on_rank_0, comm, partial(_generate, decoder, job.ids, job.new_tokens)),
     }
     # What is slow the first time: torch's kernels, transformers' generation, connections of gloo.
     _on_rank_0(comm, partial(alone, job.ids[:PROMPT], config.chunk_size))
@@ -82,7 +84,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def _single(decoder: Decoder, config: Config, chunk_size: int) -> Engine:
     """An engine without other ranks."""
-    alone = config.with_(world_size=1, layer_split=(), chunk_size=chunk_size, max_new_tokens=NEW_TOKENS)
+    alone = config.with_(world_size=1, layer_split=(), chunk_size=chunk_size)
     return Engine(decoder, Exchange(1, Gate()).comm(0), alone)
 
 
@@ -112,28 +114,28 @@ def _together(decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int], 
     return took
 
 
-def _decode(decoder: Decoder, config: Config, ids: Sequence[int]) -> float:
-    """Seconds of NEW_TOKENS steps of decode after a prompt of PROMPT tokens, with as many threads as a rank has."""
+def _decode(decoder: Decoder, config: Config, ids: Sequence[int], steps: int) -> float:
+    """Seconds of so many steps of decode after a prompt of PROMPT tokens, with as many threads as a rank has."""
     engine, clock = _single(decoder, config, config.chunk_size), _Clock()
     engine.prefill_phase(ids[:PROMPT])
-    engine.decode_phase(max_new_tokens=NEW_TOKENS + 1, on_token=clock.note)
+    engine.decode_phase(max_new_tokens=steps + 1, on_token=clock.note)
     engine.release()
-    return clock.step_s * NEW_TOKENS
+    return clock.step_s * steps
 
 
-def _generate(decoder: Decoder, ids: Sequence[int]) -> float:
+def _generate(decoder: Decoder, ids: Sequence[int], steps: int) -> float:
     """The same of transformers' `generate`."""
     clock = _Clock()
     with torch.no_grad():
         decoder.model.generate(
             torch.tensor([list(ids[:PROMPT])]),
-            max_new_tokens=NEW_TOKENS + 1,
-            min_new_tokens=NEW_TOKENS + 1,
+            max_new_tokens=steps + 1,
+            min_new_tokens=steps + 1,
             do_sample=False,
             pad_token_id=0,
             streamer=clock,
         )
-    return clock.step_s * NEW_TOKENS
+    return clock.step_s * steps
 
 
 class _Clock:
