@@ -26,7 +26,7 @@ class GivenUp(Exception):
     """The start was given up: its prompt is sent elsewhere, or released."""
 
 
-class Chosen(NamedTuple):
+class ChosenToken(NamedTuple):
     """A token, NO_TOKEN for logits that are not finite, and its logits [vocab_size]."""
 
     token: int
@@ -41,12 +41,12 @@ def record(recorder: Recorder, kind: str, start: int, end: int, **fields: Any) -
     recorder.record(lane, event)
 
 
-def choose(decoder: Decoder, sampler: Sampler, hidden: Tensor, number: int) -> Chosen:
+def choose(decoder: Decoder, sampler: Sampler, hidden: Tensor, number: int) -> ChosenToken:
     """New token `number` (from 0), from a normed hidden state [1, 1, hidden_size]."""
     logits = decoder.logits(hidden)
     # The maximum of values with a NaN is NaN; that is cheaper than a look at each. -Inf alone is no fault.
     token = NO_TOKEN if not logits.max().isfinite() else sampler(logits, number)
-    return Chosen(token, logits)
+    return ChosenToken(token, logits)
 
 
 class DecodeStart:
@@ -65,7 +65,7 @@ class DecodeStart:
     ) -> None:
         """`may_go_on()`: whether the prompt is on its way to its end as it was when this began; asked under the gate's
         lock."""
-        self.first: Chosen | None = None
+        self.first: ChosenToken | None = None
         self.hidden: Tensor | None = None
         self._decoder, self._cache = decoder, _UncountedCache(cache)
         self._executor, self._recorder = executor, recorder

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinfer.engine.ahead import Ahead
 from dinfer.engine.corruption import Corrupted, Corruption
-from dinfer.engine.decode_start import Chosen, DecodeStart, choose, record
+from dinfer.engine.decode_start import ChosenToken, DecodeStart, choose, record
 from dinfer.engine.prefill import Prefill
 from dinfer.errors import DinferError, ModelError
 from dinfer.model.cache import KVCache
@@ -168,7 +168,7 @@ class Decoding:
         self._rows.append(row)
         return token
 
-    def _forward(self, row: int) -> tuple[Chosen, int]:
+    def _forward(self, row: int) -> tuple[ChosenToken, int]:
         """The next token by the decoder's own forward, and the row after it."""
         hidden, state, started = self._final, self._state, self._start
         if not self.tokens and started and started.first:
