@@ -153,6 +153,9 @@ def _bench_prefill(
     names = compare.split(",") if compare else []
     lengths, chunks = whole_numbers("tokens", tokens), whole_numbers("chunk_size", chunk_size)
     strategies.check_asked(names, lengths, chunks, repeats)
+    Config.of(
+        {**sizes, "model_path": model or "demo", "chunk_size": chunks[0]}
+    )  # before a checkpoint is made
     with nullcontext(model) if model else prefill.random_checkpoint(prefill.BenchModel()) as folder:
         config = Config.of({**sizes, "model_path": str(folder), "chunk_size": chunks[0]})
         vocabulary = check(str(folder)).vocab_size
