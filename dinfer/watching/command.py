@@ -72,6 +72,20 @@ def start(
         )
 
 
+def final_verdict(
+    said: Evidence, told: Verdict | None, status: int, *, goes_on: bool, is_asked_to_end: bool
+) -> Verdict | None:
+    """The verdict on a job once its command has ended. `told`: that which stood before; `goes_on`: processes have
+    outlived the command; `is_asked_to_end`: somebody has told it to end."""
+    if goes_on:  # what was told of them still holds, and the command's end says nothing new of them
+        return told if said.problem else None
+    # A script may end well whatever its jobs do, and a program may kill its own helpers at its end.
+    problem = said.problem if status != 0 or told else None
+    if problem and is_asked_to_end and not told and is_end(problem, said):
+        return None
+    return problem
+
+
 class JobFollowed:
     """One job of the command: its last look, and the verdict that was told of it."""
 
@@ -267,10 +281,9 @@ class WatchedCommand:
                 said = followed.conclude(found, status, before_end)
                 said = replace(said.with_older(found), kv=self.watched.kv(said))
                 jobs.append(said)
-                # A script may end well whatever its jobs do, and a program may kill its own helpers at its end.
-                problem = said.problem if (status != 0 or told) and not self.living else None
-                if before_end is not None and not told and problem and is_end(problem, said):
-                    problem = None
+                problem = final_verdict(
+                    said, told, status, goes_on=bool(self.living), is_asked_to_end=before_end is not None
+                )
                 if problem and (not told or told.kind != problem.kind):
                     self._say(problem)
                 followed.alarm.standing = problem
