@@ -33,7 +33,7 @@ def bench(
     tokens: Annotated[
         str,
         Option(
-            help="length of the prompt; with --compare also several: 512,2048 ; default: 2048; planner: 768"
+            help="length of the prompt; with --compare also several: 512,2048; default: 2048, for planner 768"
         ),
     ] = "",
     chunk_size: Annotated[str, Option(help="tokens per chunk; with --compare also several: 64,128")] = "128",
