@@ -230,8 +230,14 @@ class Engine:
         state, config = executor.state, self.config
         # transformers' own layers, on a cache that nothing changes once blocks have come. Not on a GPU, where an op ends
         # when its kernels are launched: a block that is here may still be on its way.
-        is_plain = state.kernels == "exact" and self.decoder.device.type == "cpu" and not config.uses_streams
-        if not is_plain or state.faults.are_armed or Codec.of(config.codec).is_lossy or executor.is_done():
+        is_plain = state.kernels == "exact" and self.decoder.device.type == "cpu"
+        if (
+            not is_plain
+            or config.uses_streams
+            or state.faults.are_armed
+            or Codec.of(config.codec).is_lossy
+            or executor.is_done()
+        ):
             return None
         assert self.cache is not None
         assert self.recorder is not None
