@@ -174,7 +174,8 @@ class KvHash(Answer, frozen=True):
 class RankMeasured(Answer, frozen=True):
     """What layers take on this rank, alone and `in_run`, fields of `planner.costs.LayerTime`; and each link, fields of
     `planner.machine.LinkSpeed`, the same on every rank. Bytes are of one token. `codecs`: fields of
-    `planner.machine.CodecCost`."""
+    `planner.machine.CodecCost`. `asked`: the command's `kernels`; `padded`: chunks take as long as the longest of their
+    plan, as graphs do; `streams`: ops run on streams."""
 
     layers: tuple[tuple[int, int, float], ...]
     links: tuple[tuple[int, int, float, float, float, float], ...]
@@ -182,6 +183,9 @@ class RankMeasured(Answer, frozen=True):
     block_bytes: int
     codecs: tuple[tuple[str, float, float, float], ...] = ()
     in_run: tuple[tuple[int, int, float], ...] = ()
+    asked: str = "exact"
+    padded: bool = False
+    streams: bool = False
 
 
 class LeftGroup(Answer, frozen=True):
@@ -473,12 +477,14 @@ class LeaveGroup(Command[LeftGroup], frozen=True):
 
 class MeasureRank(Command[RankMeasured], frozen=True):
     """To all ranks at once: time layers for chunks of these lengths within `tokens` tokens, and all links, with
-    messages of `link_tokens` tokens' K and V."""
+    messages of `link_tokens` tokens' K and V, as runs with these `kernels` and this `backend` have them."""
 
     tokens: int
     lengths: tuple[int, ...]
     link_tokens: int
     digests: bool = True
+    kernels: Literal["auto", "exact", "graph", "compiled"] = "exact"
+    backend: Literal["gloo", "nccl", "ipc"] = "gloo"
 
 
 class GetStacks(Command[ThreadStacks], frozen=True):

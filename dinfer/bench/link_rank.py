@@ -10,8 +10,10 @@ from dinfer.bench.paced import PacedComm
 from dinfer.bench.rank import work_as_rank
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
+from dinfer.engine.kernels import Kernels
 from dinfer.engine.measure import Measured
 from dinfer.engine.measure import measure as time_all
+from dinfer.messages import MeasureRank
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
 from dinfer.plan.plan import parse_plan
@@ -67,7 +69,8 @@ def measure(job: LinksJob, decoder: Decoder, comm: Comm, config: Config) -> Rank
     if job.pace:
         comm = PacedComm(comm, {(source, target): speed for source, target, speed in job.pace})
     comm.all_gather(b"m")
-    found = time_all(decoder, comm, len(job.ids), job.lengths, config.chunk_size) if job.lengths else None
+    command = MeasureRank(len(job.ids), tuple(job.lengths), config.chunk_size)
+    found = time_all(decoder, comm, command, Kernels()) if job.lengths else None
     rounds: list[list[Round]] = [[] for _ in job.plans]
     for repeat in range(job.repeats + 1):
         codecs = job.codecs or ["none"] * len(job.plans)

@@ -15,7 +15,7 @@ from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, 
 from dinfer.config import Config, ConfigError, read_toml
 from dinfer.errors import DinferError
 from dinfer.launch.environment import Launched, launched_as, speaks
-from dinfer.run.measurement import check_auto, without_auto
+from dinfer.run.measurement import without_auto
 
 SILENCE_S = 5.0
 
@@ -63,7 +63,6 @@ def _run_here(config: Config, trace_path: str | None, auto: Sequence[str]) -> di
     from dinfer.job import prepare
 
     job = prepare(config)  # before torch is imported, so that mistakes are reported at once
-    check_auto(job.config, auto, in_shell=True)
     from dinfer.launch.processes import interrupt_as_error
     from dinfer.launch.runner import run as run_job
     from dinfer.rank.logs import new_run_folder

@@ -77,10 +77,10 @@ class BlockRoute:
                 at = source
                 break
             if source is not None:
-                text = ", where it changed on the wire"
+                text, op = ", where it changed on the wire", self.op(one, chunk, layer)
                 if one != rank:
-                    text = f"; it changed at hop {source}→{one}"
-                return Origin(one, "wire", self.op(one, chunk, layer), arrival + text, hops)
+                    text, op = f"; it changed at hop {source}→{one}", f"{op} on rank {one}"
+                return Origin(one, "wire", op, arrival + text, hops)
         text = f"; {how} in rank {at}'s memory, before it was passed on"
         if at == rank:
             text = f", {how} in its memory"

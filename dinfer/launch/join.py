@@ -39,7 +39,7 @@ from dinfer.rank.failure import describe
 from dinfer.rank.logs import new_run_folder
 from dinfer.rank.worker import log_to
 from dinfer.run.failure import RankFailed
-from dinfer.run.measurement import check_auto, run_to_measure
+from dinfer.run.measurement import run_to_measure
 from dinfer.severity import Severity
 from dinfer.transport.connect import open_comm
 from dinfer.transport.gloo import Comm, Store
@@ -69,7 +69,7 @@ def join(
 def _lead(
     config: Config, launched: Launched, trace_path: str | Path | None, auto: Sequence[str]
 ) -> dict[str, Any]:
-    job = _prepare(config, launched, auto)
+    job = _prepare(config, launched)
     try:
         store, address = meet(config, launched)
         roll, show = Roll(store, launched.world_size), ProgressLines(job)
@@ -116,7 +116,7 @@ def _follow(config: Config, launched: Launched, auto: Sequence[str]) -> None:
         signal.SIGINT, signal.SIG_DFL
     )  # as long as there is nothing to clean up: end at once and silently
     try:
-        job, refusal = _prepare(config, launched, auto), ""
+        job, refusal = _prepare(config, launched), ""
     except (ConfigError, ModelError, PlanError) as error:
         if launched.launcher == DEBUGGER:
             raise  # each rank has a console of its own
@@ -134,10 +134,8 @@ def _follow(config: Config, launched: Launched, auto: Sequence[str]) -> None:
     _RankThread(job, launched, store, _control(part, config), auto).outlast()
 
 
-def _prepare(config: Config, launched: Launched, auto: Sequence[str]) -> Job:
-    job = prepare(config, ranks_here=[launched.rank] if config.device_mode == "multi_node" else None)
-    check_auto(job.config, auto, in_shell=True)
-    return job
+def _prepare(config: Config, launched: Launched) -> Job:
+    return prepare(config, ranks_here=[launched.rank] if config.device_mode == "multi_node" else None)
 
 
 def _control(link: RankLink, config: Config) -> Control:

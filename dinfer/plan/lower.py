@@ -30,6 +30,25 @@ def lower(plan: Plan) -> Plan:
     return replace(plan, lanes=tuple((Lane(ISSUE, tuple(ops)),) for ops in issued))
 
 
+def by_stream(plan: Plan) -> Plan:
+    """A lowered plan with a lane for each stream to which its ops are issued (`transport.streams.stream_of`): to say
+    how long it takes, not to run it. On a stream ops go one after another, both directions with one peer together."""
+    lanes = []
+    for rank in plan.lanes:
+        streams = dict[str, list[Op]]()
+        for op in (op for lane in rank for op in lane.ops):
+            where = (
+                f"{op.communicator}:{op.peer}"
+                if op.is_transfer
+                else "entry"
+                if op.kind == "embed"
+                else "compute"
+            )
+            streams.setdefault(where, []).append(op)
+        lanes.append(tuple(Lane(name, tuple(ops)) for name, ops in streams.items()))
+    return replace(plan, lanes=tuple(lanes))
+
+
 def _global_order(graph: Graph) -> list[int]:
     """All ops, each after those that it needs and its predecessors on its lane; a recv right after its send.
 

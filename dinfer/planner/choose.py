@@ -102,7 +102,7 @@ class Planner:
     def seconds(self, candidate: Candidate) -> float:
         """How long the candidate's plan takes by simulation."""
         if candidate not in self._known:
-            graph = Graph(candidate.plan(self.layers))
+            graph = Graph(self.machine.as_run(candidate.plan(self.layers)))
             self._used += len(graph.ops) * len(candidate.starts) // 3
             self._known[candidate] = timed(graph, self.machine).makespan
         return self._known[candidate]

@@ -7,32 +7,12 @@ from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 from dinfer.codec.choice import BlockSize, Codec
-from dinfer.config import Config
 from dinfer.plan.graph import Channel
+from dinfer.plan.lower import by_stream, lower
 from dinfer.plan.ops import Op
 from dinfer.plan.partition import Shape
+from dinfer.plan.plan import Plan
 from dinfer.planner.costs import LayerCost
-
-
-class Unmeasured(NamedTuple):
-    """Why no measurement tells the times of a run: a parameter that would need another `value`."""
-
-    name: str
-    value: str
-    why: str
-
-    @property
-    def remedy(self) -> str:
-        return f'session.load(…, {self.name}="{self.value}")'
-
-
-def unmeasured(config: Config) -> Unmeasured | None:
-    """Why a run of this config, whose backend is chosen, is not among those that are measured; None if it is."""
-    if config.backend != "gloo":
-        return Unmeasured("backend", "gloo", f"how {config.backend} shares links is not measured")
-    if config.wants_graphs:
-        return Unmeasured("kernels", "exact", "graphs are not measured")
-    return None
 
 
 class CodecCost(NamedTuple):
@@ -60,13 +40,14 @@ class LinkSpeed(NamedTuple):
 @dataclass(frozen=True)
 class Links:
     """All links of a machine, and what messages get of them that travel at the same time: hidden states go first
-    (`transport.precedence`), blocks share what they leave.
+    (`transport.precedence`), blocks share what they leave; without `hidden_first`, as on streams, all share alike.
 
     Four things bound a message: its link; what its source can send and its target receive; and what the whole network
     carries. Each was seen at its largest in one of two measurements: a link alone, and all links together.
     """
 
     speeds: tuple[LinkSpeed, ...]
+    hidden_first: bool = True
 
     @cached_property
     def by_link(self) -> dict[tuple[int, int], LinkSpeed]:
@@ -96,8 +77,8 @@ class Links:
         """Rates grow alike until a bound is reached; those that it does not bind go on."""
         needed = [((c.source, c.target), ("from", c.source), ("to", c.target), "all") for c in moving]
         left, rates = dict(self._bounds), [0.0] * len(moving)
-        for communicator in ("hidden", "kv"):
-            growing = {n for n, channel in enumerate(moving) if channel.communicator == communicator}
+        for communicators in (("hidden",), ("kv",)) if self.hidden_first else (("hidden", "kv"),):
+            growing = {n for n, channel in enumerate(moving) if channel.communicator in communicators}
             while growing:
                 users = Counter[object](one for n in growing for one in needed[n])
                 tight = min(users, key=lambda one: left[one] / users[one])
@@ -121,7 +102,8 @@ def _most(speeds: Iterable[LinkSpeed]) -> float:
 class MeasuredMachine:
     """All that a simulation needs (`plan.timing.Timings`). `layers`: by rank; `hidden_bytes`, `block_bytes`: of one
     token's hidden state, and of its K and V in one layer; `measured`: by rank and op, seconds that count instead;
-    `codecs`: those that were measured; `codec`: what blocks are sent by, as in a config."""
+    `codecs`: those that were measured; `codec`: what blocks are sent by, as in a config; `padded`: a chunk takes as
+    long as the longest of its plan, as graphs do; `streams`: plans are lowered, and their ops issued to streams."""
 
     layers: tuple[LayerCost, ...]
     links: Links
@@ -130,6 +112,8 @@ class MeasuredMachine:
     measured: Mapping[tuple[int, Op], float] = field(default_factory=dict)
     codecs: tuple[CodecCost, ...] = ()
     codec: str = "none"
+    padded: bool = False
+    streams: bool = False
 
     @cached_property
     def _coding(self) -> CodecCost:
@@ -152,7 +136,12 @@ class MeasuredMachine:
         if op.kind != "layer":
             return 0.0
         rows = shape.chunks[op.chunk]
-        return self.layers[rank].seconds(rows.start, len(rows))
+        tokens = max(map(len, shape.chunks)) if self.padded else len(rows)
+        return self.layers[rank].seconds(rows.start, tokens)
+
+    def as_run(self, plan: Plan) -> Plan:
+        """The plan with the lanes in which its ops run here."""
+        return by_stream(lower(plan)) if self.streams else plan
 
     def message(self, op: Op) -> int:
         if op.what != "kv":
@@ -177,17 +166,21 @@ class MeasuredMachine:
             "block_bytes": self.block_bytes,
             "codecs": [one._asdict() for one in self.codecs],
             "codec": self.codec,
+            "padded": self.padded,
+            "streams": self.streams,
         }
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `as_dict`."""
         layers = tuple(LayerCost(**cost) for cost in values["layers"])
-        links = Links(tuple(LinkSpeed(**one) for one in values["links"]))
+        streams = values.get("streams", False)
+        links = Links(tuple(LinkSpeed(**one) for one in values["links"]), hidden_first=not streams)
         codecs = tuple(CodecCost(**one) for one in values.get("codecs", ()))
         return cls(
             layers, links, values["hidden_bytes"], values["block_bytes"],
             codecs=codecs, codec=values.get("codec", "none"),
+            padded=values.get("padded", False), streams=streams,
         )  # fmt: skip
 
 

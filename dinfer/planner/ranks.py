@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from dinfer.display import numbers_text
 from dinfer.planner.choose import OPS, SLACK, Candidate, Chosen, Planner, even_starts
-from dinfer.planner.machine import Links, MeasuredMachine
+from dinfer.planner.machine import MeasuredMachine
 
 
 def ranks_told(planner: Planner, chosen: Chosen, free: Iterable[str]) -> str:
@@ -47,5 +47,8 @@ def of_ranks(machine: MeasuredMachine, kept: tuple[int, ...]) -> MeasuredMachine
         if one.source in number and one.target in number
     )
     return replace(
-        machine, layers=tuple(machine.layers[rank] for rank in kept), links=Links(links), measured={}
+        machine,
+        layers=tuple(machine.layers[rank] for rank in kept),
+        links=replace(machine.links, speeds=links),
+        measured={},
     )

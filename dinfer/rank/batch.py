@@ -56,13 +56,15 @@ def run_rank(
         board.set_phase("loading")
         decoder = Decoder.load(config.model_path, config.dtype, device)
         log.info("loaded %s on %s, %d threads", config.model_path, decoder.device, config.threads)
-        graphs = Kernels().prepare(decoder, config)
+        kernels = Kernels()
+        graphs = kernels.prepare(decoder, config)
         warm_up(decoder, config, len(ids), graphs)
         comm, own = meet(), ""
         if to_measure:  # who measures nothing would wait for another message
             facts = facts_of(config, decoder.spec, ids, 0, kernels_of(graphs))
             agree(comm, {**facts, "to be measured": str(to_measure)})
-            config, own = _chosen(decoder, comm, control, config, to_measure)
+            config, own = _chosen(decoder, comm, control, config, to_measure, kernels)
+            graphs = kernels.prepare(decoder, config)
         engine = Engine(
             decoder, comm, config, graphs=graphs, board=board, memory=control.recorder_memory,
             on_op=OpLog(log, decoder.num_layers),
@@ -81,7 +83,7 @@ def run_rank(
         assert engine.cache is not None
         kv_sha256 = engine.cache.sha256(len(ids))
         comm.all_gather(b"d")  # nobody leaves while another still needs it
-        kernels = engine.kernels
+        ran = engine.kernels
         engine.release()
         comm.close()
         return BatchResult(
@@ -89,7 +91,7 @@ def run_rank(
             device=str(decoder.device),
             threads=torch.get_num_threads(),
             dtype=str(decoder.dtype).removeprefix("torch."),
-            kernels=kernels,
+            kernels=ran,
             kv_sha256=kv_sha256,
             tokens=tuple(tokens),
             plan_id=plan.id,
@@ -100,24 +102,31 @@ def run_rank(
         )
 
 
-def measured(decoder: Decoder, comm: Comm, command: MeasureRank) -> RankMeasured:
-    """What layers and links take here; all ranks do this together."""
-    found = measure(
-        decoder, comm, command.tokens, command.lengths, command.link_tokens, digests=command.digests
-    )
+def measured(decoder: Decoder, comm: Comm, command: MeasureRank, kernels: Kernels) -> RankMeasured:
+    """What layers and links take here; all ranks do this together. Graphs that are captured for it are given up."""
+    try:
+        found = measure(decoder, comm, command, kernels)
+    finally:
+        if command.kernels != "exact":
+            kernels.drop()
     return RankMeasured(
         tuple(found.layers), tuple(found.links), found.hidden_bytes, found.block_bytes, tuple(found.codecs),
-        tuple(found.in_run),
+        tuple(found.in_run), command.kernels, found.padded, command.backend != "gloo",
     )  # fmt: skip
 
 
 def _chosen(
-    decoder: Decoder, comm: Comm, control: Control, config: Config, command: MeasureRank
+    decoder: Decoder,
+    comm: Comm,
+    control: Control,
+    config: Config,
+    command: MeasureRank,
+    kernels: Kernels,
 ) -> tuple[Config, str]:
     """Measure, and wait for what the planner chooses by it: the config with its choices, and the plan's text, "" where
     the config says it all. All ranks do this together."""
     control.board.set_phase("measuring")
-    control.report(MeasuredForRun(measured(decoder, comm, command)))
+    control.report(MeasuredForRun(measured(decoder, comm, command, kernels)))
     chosen = control.wait_for(RunChosen, config.start_timeout)
     log.info("chosen: %s", chosen.parameters)
     return config.with_(**chosen.parameters), chosen.plan

@@ -268,7 +268,7 @@ class RankService:
         self._preparing = True
         try:
             self._give_up_prompt()
-            return measured(decoder, comm, command)
+            return measured(decoder, comm, command, self._kernels)
         finally:
             self._preparing = False
 

@@ -5,14 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from dinfer.config import Config, ConfigError
+from dinfer.config import Config
 from dinfer.display import Displayable, Table, Tidy
 from dinfer.job import Job, prepare_loaded
 from dinfer.messages import Holdings, MeasureRank, RankMeasured
+from dinfer.plan.lower import lower
 from dinfer.plan.partition import Shape
 from dinfer.planner.choose import CHOICES, SLACK, Candidate, Chosen, Planner, sized_lengths
 from dinfer.planner.costs import LayerTime, as_in_run, fit
-from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine, unmeasured
+from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine
 from dinfer.planner.ranks import ranks_told
 from dinfer.tabular import TableRow, Tabular
 
@@ -24,18 +25,19 @@ AUTOS = (*CHOICES, "codec")
 LOSSLESS: tuple[str, ...] = ("none", "lossless")
 """codecs that may be chosen: never one that loses anything, unless it was asked for"""
 
-TOKENS, LENGTHS, LINK_TOKENS = 2048, (32, 64, 128, 256, 512), 128
-"""what is measured: layers at positions up to so many tokens, for chunks of these lengths; links by blocks of so many
-tokens"""
+TOKENS, LENGTHS, GRAPH_LENGTHS, LINK_TOKENS = 2048, (32, 64, 128, 256, 512), (64, 128, 256), 128
+"""what is measured: layers at positions up to so many tokens, for chunks of these lengths, or those with graphs; links
+by blocks of so many tokens"""
 
 
 @dataclass(frozen=True, repr=False)
 class Measurement(Tidy, Tabular, Displayable):
     """What layers and links take on these ranks. `machine`: all of it, for `dinfer.planner`; `tokens`: the positions up
-    to which layers were timed."""
+    to which layers were timed; `kernels`: of runs that asked for these."""
 
     machine: MeasuredMachine
     tokens: int
+    kernels: str = "exact"
 
     def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
         """A row for each figure: seconds of a layer on a rank by position, and each link's latency and speeds."""
@@ -90,15 +92,24 @@ class Measurement(Tidy, Tabular, Displayable):
         return "\n".join(map(str, [layers, links, codecs] if machine.links.speeds else [layers]))
 
 
-def to_measure(tokens: int, *, digests: bool) -> MeasureRank:
-    """What ranks are to measure for prompts of up to so many tokens."""
-    lengths = tuple(length for length in LENGTHS if length <= tokens) or (tokens,)
-    return MeasureRank(tokens, lengths, min(LINK_TOKENS, tokens), digests)
+def kernels_asked(config: Config) -> str:
+    """The kernels that a run asks for: "exact" on a CPU, whatever the config says."""
+    return config.kernels if config.wants_graphs else "exact"
+
+
+def to_measure(tokens: int, config: Config) -> MeasureRank:
+    """What ranks are to measure for prompts of up to so many tokens, in runs of this config, whose backend is
+    chosen. Each length takes graphs of its own, so of these there are fewer."""
+    lengths = GRAPH_LENGTHS if config.wants_graphs else LENGTHS
+    fitting = tuple(length for length in lengths if length <= tokens) or (tokens,)
+    kernels: Any = kernels_asked(config)
+    backend: Any = config.backend
+    return MeasureRank(tokens, fitting, min(LINK_TOKENS, tokens), config.digests, kernels, backend)
 
 
 def run_to_measure(job: Job) -> MeasureRank:
     """What the ranks of one run are to measure: as much as its prompt needs."""
-    return to_measure(min(TOKENS, len(job.ids)), digests=job.config.digests)
+    return to_measure(min(TOKENS, len(job.ids)), job.config)
 
 
 def measured(answers: Mapping[int, RankMeasured], tokens: int) -> Measurement:
@@ -111,10 +122,13 @@ def measured(answers: Mapping[int, RankMeasured], tokens: int) -> Measurement:
         for rank in sorted(answers)
     )
     first = answers[0]
-    links = Links(tuple(LinkSpeed(*link) for link in first.links))
+    links = Links(tuple(LinkSpeed(*link) for link in first.links), hidden_first=not first.streams)
     codecs = tuple(CodecCost(*one) for one in first.codecs)
-    machine = MeasuredMachine(costs, links, first.hidden_bytes, first.block_bytes, codecs=codecs)
-    return Measurement(machine, tokens)
+    machine = MeasuredMachine(
+        costs, links, first.hidden_bytes, first.block_bytes,
+        codecs=codecs, padded=first.padded, streams=first.streams,
+    )  # fmt: skip
+    return Measurement(machine, tokens, first.asked)
 
 
 def measured_before(held: Sequence[Holdings]) -> dict[bool, Measurement]:
@@ -133,23 +147,15 @@ def without_auto(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
     return {name: value for name, value in parameters.items() if name not in auto}, auto
 
 
-def check_auto(config: Config, auto: Sequence[str], *, in_shell: bool = False) -> None:
-    """Raises ConfigError where what is `auto` cannot be chosen, since runs of this config are not measured."""
-    if auto and (found := unmeasured(config)):
-        remedy = f"--{found.name} {found.value}" if in_shell else found.remedy
-        raise ConfigError(
-            f"{auto[0]} is auto, which needs {found.name} {found.value}: {found.why}. Give a value, or {remedy}."
-        )
-
-
 def choose(machine: MeasuredMachine, config: Config, shape: Shape, auto: Sequence[str]) -> Chosen:
-    """The fastest plan for a prompt of this shape that differs from the config's only in what is `auto`; see
-    `check_auto`. Its sentences end with one on the number of ranks. `codec` is set only where it is chosen, among
-    LOSSLESS. Raises PlanError where another number of ranks was measured."""
+    """The fastest plan for a prompt of this shape that differs from the config's only in what is `auto`. Its sentences
+    end with one on the number of ranks. `codec` is set only where it is chosen, among LOSSLESS, and none on streams.
+    Raises PlanError where another number of ranks was measured."""
     default = Candidate(
         shape.starts, sized_lengths(shape.tokens, config.chunk_size), config.schedule, config.sync_strategy
     )
-    free, known = [name for name in auto if name in CHOICES], {one.name for one in machine.codecs}
+    free = [name for name in auto if name in CHOICES]
+    known = set() if machine.streams else {one.name for one in machine.codecs}
     codecs = [one for one in LOSSLESS if one == "none" or one in known] if "codec" in auto else [config.codec]
     found = []
     for codec in codecs:
@@ -198,7 +204,10 @@ def chosen_job(job: Job, measurement: Measurement, auto: Sequence[str]) -> Chose
         "chunk_size": shape.chunk_size,
         "codec": chosen.codec or job.config.codec,
     }
-    plan = found.plan(layers).text() if shape.lengths else ""
+    plan = ""
+    if shape.lengths:  # which no config can say
+        built = found.plan(layers)
+        plan = (lower(built) if job.config.uses_streams else built).text()
     made = prepare_loaded(job.config.with_(**parameters), job.spec, plan or None)
     made = replace(made, predicted_s=chosen.predicted_s, because=chosen.because)
     return ChosenJob(predictable(made, measurement), parameters, plan, chosen)
@@ -206,6 +215,6 @@ def chosen_job(job: Job, measurement: Measurement, auto: Sequence[str]) -> Chose
 
 def predictable(job: Job, measurement: Measurement | None) -> Job:
     """The job with the machine as measured, by which its times are predicted, where that tells of such runs."""
-    if measurement is None or unmeasured(job.config):
+    if measurement is None or measurement.kernels != kernels_asked(job.config):
         return job
     return replace(job, machine=replace(measurement.machine, codec=job.config.codec))

@@ -7,7 +7,7 @@ from dinfer.display import Table
 from dinfer.errors import NotPossible
 from dinfer.job import Job
 from dinfer.plan.plan import Plan
-from dinfer.planner.machine import MeasuredMachine, unmeasured
+from dinfer.planner.machine import MeasuredMachine
 from dinfer.trace.intervals import seconds, union
 from dinfer.trace.shares import shares
 from dinfer.trace.simulated import paper_trace
@@ -19,13 +19,10 @@ def prediction(job: Job, trace: Trace) -> Table:
     """Seconds predicted and measured, a row each for prefill, for what each rank computed, and for when data was on
     each link. Raises NotPossible where nothing that tells of the run was measured before it."""
     if job.machine is None:
-        if found := unmeasured(job.config):
-            why, remedy = f"it needs {found.name} {found.value}, since {found.why}", found.remedy
-        else:
-            why = "layers and links were not measured before it"
-            remedy = f"session.measure({'' if job.config.digests else 'digests=False'})"
+        remedy = f"session.measure({'' if job.config.digests else 'digests=False'})"
         raise NotPossible(
-            f"nothing is predicted of this run: {why}. {remedy}, then session.prefill(…) again."
+            "nothing is predicted of this run: layers and links, as it has them, were not measured before it. "
+            f"{remedy}, then session.prefill(…) again."
         )
     return Table(HEADS, beside(predicted(job), trace))
 
@@ -50,7 +47,7 @@ def prediction_of(run: object) -> Callable[[], Mapping[str, float]] | None:
 
 def predicted_figures(plan: Plan, machine: MeasuredMachine) -> dict[str, float]:
     """Seconds by name, as `beside` has them, of a plan on a machine."""
-    return _figures(paper_trace(plan, machine))
+    return _figures(paper_trace(machine.as_run(plan), machine))
 
 
 def beside(wanted: Mapping[str, float], trace: Trace) -> list[list[str]]:

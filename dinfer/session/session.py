@@ -32,8 +32,8 @@ from dinfer.run.measurement import (
     AUTOS,
     TOKENS,
     Measurement,
-    check_auto,
     chosen_job,
+    kernels_asked,
     measured,
     measured_before,
     predictable,
@@ -42,16 +42,16 @@ from dinfer.run.measurement import (
 )
 from dinfer.run.report import NO_VIEWS, Reporter, opening
 from dinfer.run.run import Run
-from dinfer.run.state import with_remedy
 from dinfer.saved.saved import WriteReport
+from dinfer.session.news import RunNews
+from dinfer.session.ranks_watch import RanksWatch
 from dinfer.session.reattach import are_in_one_group, loaded_of, run_of
 from dinfer.session.runs import SessionRuns
 from dinfer.session.sweep import Sweep, sweep
 from dinfer.severity import Severity
 from dinfer.trace.summary import summary
 from dinfer.verdict.where import rank_spans_text
-from dinfer.watching.live import EnginesSource, EnginesWatch
-from dinfer.watching.temporary import TemporaryFolder
+from dinfer.watching.live import EnginesWatch
 
 Show = Callable[..., Any]
 """makes the panel of a run or a watch"""
@@ -116,12 +116,11 @@ class Session(Tidy, Announced, Closing):
         self._devices = ["cpu"] * self.world_size
         self._half_prepared = False  # ranks may wait for others that have refused a prompt or to measure
         self._bare = set(range(self.world_size))  # ranks without weights, or with only some of them
-        self._noted: tuple[Run | None, str, str, str] = (None, "", "", "")
+        self._news = RunNews()
         self._closing = threading.Event()
         self._measured: dict[bool, Measurement] = {}
         """of the checkpoint, of runs with digests and without"""
-        self._watch: EnginesWatch | None = None
-        self._watched, self._compares = Path(), False
+        self._watch = RanksWatch(ranks, write, show)
         found = ranks.ask(dict.fromkeys(range(self.world_size), GetHeld()), PREPARE_S)
         held = [found[rank] for rank in range(self.world_size)]
         self._half_prepared = any(one.preparing for one in held)
@@ -218,11 +217,11 @@ class Session(Tidy, Announced, Closing):
                 )
             given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_ids": tuple(prompt)}
         config = self._config.with_(**{"prompt_ids": (), **given, **own})
-        check_auto(config, auto)
         job = prepare_loaded(config, self.spec, plan)
         if auto:
-            if config.digests not in self._measured:
-                self._measure(self.spec, config.digests)
+            known = self._measured.get(config.digests)
+            if known is None or known.kernels != kernels_asked(config):
+                self._measure(self.spec, config)
             choice = chosen_job(job, self._measured[config.digests], auto)
             print(choice.chosen)
             job, plan = choice.job, choice.plan
@@ -244,12 +243,14 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         if self.spec is None:
             raise NotPossible("no checkpoint is loaded, so no layer can be measured: session.load(…) first.")
-        if again or digests not in self._measured:
+        config = self._config.with_(digests=digests)
+        known = self._measured.get(digests)
+        if again or known is None or known.kernels != kernels_asked(config):
             if self._run and self._run.standing().state in ("running", "decoding"):
                 raise NotPossible(
                     "a run is under way, which would be measured with: run.pause() or run.wait() first."
                 )
-            self._measure(self.spec, digests)
+            self._measure(self.spec, config)
         return self._measured[digests]
 
     def sweep(self, prompts: str | Sequence[str | Sequence[int]] | Sequence[int], **parameters: Any) -> Sweep:
@@ -289,14 +290,7 @@ class Session(Tidy, Announced, Closing):
         or on several hosts.
         """
         self._check_open()
-        if self._watch is None or (compare and not self._compares):
-            folder = TemporaryFolder()
-            self.ranks.watch(str(folder.path), compare=compare)
-            if self._watch:
-                self._watch.close()
-            self._watch = EnginesWatch(EnginesSource(folder), self._write, self._show)
-            self._watched, self._compares = folder.path, compare
-        return self._watch
+        return self._watch.begin(compare=compare)
 
     def recover(self) -> DisplayableText:
         """After a failure: restart lost ranks and free stuck ones; a `%%px` cell that still runs is interrupted. Then
@@ -309,26 +303,21 @@ class Session(Tidy, Announced, Closing):
 
     def _recover(self, *, kill: bool) -> DisplayableText:
         """See `recover`; without `kill`, raises RankRefused where a rank does not come free."""
-        said, plan, stuck = list[str](), None, tuple[int, ...]()
+        said, plan, stuck = list[str](), None, set(self._watch.stuck_ranks())
 
         def say(text: str) -> None:
             print(f"dinfer: {text}, which takes some seconds", flush=True)
             said.append(text)
 
         if self._run:
-            plan, stuck = self._run.plan, self._run.stuck_ranks()
+            plan = self._run.plan
+            stuck.update(self._run.stuck_ranks())
             self._run.recovering(ended=False)
-        if self._watch:
-            stuck = tuple(sorted({*stuck, *self._watch.stuck_ranks()}))
-            self._watch.recovering(ended=False)
         self._half_prepared = True
-        try:
-            anew = recover(self.ranks, plan, self._config.backend, say, stuck, kill=kill)
-        finally:
-            if self._watch:
-                self._watch.recovering(ended=True)
-        if self._watch and anew:
-            self.ranks.watch(str(self._watched), compare=self._compares)
+        with self._watch.recovering():
+            anew = recover(self.ranks, plan, self._config.backend, say, sorted(stuck), kill=kill)
+        if anew:
+            self._watch.began_anew()
         self._half_prepared = False
         self._bare |= set(anew)
         if self.spec and self._bare:
@@ -353,8 +342,7 @@ class Session(Tidy, Announced, Closing):
             self._end_run("the session is closed; dinfer.connect(…) opens another", is_last=True)
             self._closing.set()
             self._thread.join(2)
-            if self._watch:
-                self._watch.close()
+            self._watch.close()
             self.ranks.close()
 
     def leave(self) -> None:
@@ -482,17 +470,17 @@ class Session(Tidy, Announced, Closing):
         self._half_prepared = False
         return {rank: answer.plan_id for rank, answer in answers.items()}
 
-    def _measure(self, spec: Spec, digests: bool) -> None:
+    def _measure(self, spec: Spec, config: Config) -> None:
         """Measure, whatever the run before is doing, which is then over."""
         self._end_run("layers and links were measured; session.prefill(…) begins another run")
         self._free_lanes()
         self._ensure_whole()
-        command = to_measure(min(TOKENS, spec.max_positions), digests=digests)
+        command = to_measure(min(TOKENS, spec.max_positions), config)
         requests = dict.fromkeys(range(self.world_size), command)
         self._half_prepared = True  # where one rank refuses, the others wait for it
         answers = self.ranks.ask(requests, MEASURE_S, self._ensure_whole)
         self._half_prepared = False
-        self._measured[digests] = measured(answers, command.tokens)
+        self._measured[config.digests] = measured(answers, command.tokens)
         self._note("layers and links are measured")
 
     def _free_lanes(self) -> None:
@@ -571,25 +559,5 @@ class Session(Tidy, Announced, Closing):
                 run.say(str(error), Severity.ERROR)
         while run.said:
             self._note(run.said.pop(0), run)
-        # What is new of failure, silence and hang is logged, whoever has found it.
-        before, self._noted = self._noted, (run, run.cause, run.silence, run.hang)
-        failure, silence, hang = before[1:] if before[0] is run else ("", "", "")
-        standing = run.standing()
-
-        def marked(text: str) -> str:
-            state = f"{standing.state}: "
-            said = state if standing.remedy and not text.startswith(state) else ""
-            return standing.severity.marked(f"{said}{with_remedy(text, standing.remedy)}")
-
-        if run.cause and not failure:
-            self._note(marked(run.cause), run)
-            for rank, state in enumerate(self.ranks.ranks):
-                if state.error:
-                    self._note(f"rank {rank}:\n{state.error.traceback}", run)
-        elif run.silence != silence:
-            self._note(marked(run.silence) if run.silence else "all ranks answer again", run)
-        elif run.hang != hang and not run.failure:
-            verdict = run.told
-            self._note(marked(str(verdict)) if verdict else "the run moves again", run)
-            for rank, stack in verdict.stacks.items() if verdict else ():
-                self._note(f"rank {rank} stands at:\n{stack}", run)
+        for line in self._news.of(run, self.ranks.ranks):
+            self._note(line, run)

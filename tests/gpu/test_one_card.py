@@ -96,6 +96,34 @@ def test_three_ranks_on_one_card_agree_with_transformers_on_it(
     _equal_up_to_a_near_tie(decoder, ids, result["tokens"], expected)
 
 
+@pytest.mark.parametrize(("kernels", "backend"), [("auto", "ipc"), ("exact", "gloo"), ("auto", "gloo")])
+def test_what_is_auto_is_chosen_by_what_the_card_measures(
+    four_billion: Path, tmp_path: Path, kernels: str, backend: str
+) -> None:
+    ids = [(i * i * 7 + i * 13 + 5) % 151936 for i in range(TOKENS)]
+    result = _run(
+        tmp_path,
+        model=four_billion,
+        prompt_ids=",".join(map(str, ids)),
+        gpu_ids="0,0,0",
+        kernels=kernels,
+        backend=backend,
+        **dict.fromkeys(("schedule", "chunk_size", "layer_split", "sync_strategy"), "auto"),
+        max_new_tokens=4,
+        threads=4,
+        start_timeout=300,
+        timeout=120,
+    )
+    print("\n".join(result["chosen"]["because"]))
+    for one in result["predicted"]:
+        print(f"{one['of']}: predicted {one['predicted_s']:.4f} s, measured {one['measured_s']:.4f} s")
+    assert sum(result["chosen"]["chunks"]) == TOKENS
+    assert result["machine"]["streams"] == (backend == "ipc")
+    assert result["machine"]["padded"] == (kernels == "auto")
+    assert all(rank["tokens"] == result["tokens"] for rank in result["ranks"])
+    assert len({rank["kv_sha256"] for rank in result["ranks"]}) == 1
+
+
 def _alone(decoder: Decoder, ids: list[int]) -> tuple[str, list[int]]:
     """The SHA-256 of the KV and the new tokens of one process that runs the same chunks."""
     cache = decoder.new_cache(TOKENS + NEW)

@@ -3,6 +3,10 @@ show, named by tags."""
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.support.ipclusters import IPython
@@ -50,9 +54,13 @@ SHOWN: dict[str, list[str]] = {
 def own_code(
     request: pytest.FixtureRequest, engines: IPython, tmp_path_factory: pytest.TempPathFactory
 ) -> Page:
-    """Each in a folder of its own, in which it writes files."""
+    """Each in a folder of its own, in which it writes files, by a kernel whose environment is not the shell's."""
     assert engines
-    return executed(read(OWN_CODE[request.param]), tmp_path_factory.mktemp(request.param))
+    own = Path(sys.executable).parent
+    path = [part for part in os.environ["PATH"].split(os.pathsep) if Path(part) != own]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", os.pathsep.join(path))
+        return executed(read(OWN_CODE[request.param]), tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("tag", SHOWN)

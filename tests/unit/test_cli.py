@@ -211,6 +211,7 @@ def mistake(folder: Path, *arguments: object) -> str:
         (("--prompt-ids", "1,2", "--schedule", "piplined"), "Did you mean pipelined?"),
         (("--prompt-ids", "1,2", "--sync-strategy", "pairwize"), "Did you mean pairwise?"),
         (("--prompt-ids", "1,2", "--threads", "auto"), "threads is 'auto'; it must be a whole number."),
+        (("--prompt-ids", "1,2", "--sync-strategy", "Auto"), "sync_strategy is 'Auto'; it must be one of"),
         (("--prompt-ids", "1,2", "--chunk-size", "four"), "chunk_size is 'four'; it must be a whole number."),
         (("--prompt-ids", "1,2", "--prompt", "x"), "prompt and prompt_ids are given"),
         (("--prompt-file", "/nowhere/prompt.txt"), "prompt_file '/nowhere/prompt.txt' cannot be read"),
@@ -222,21 +223,6 @@ def test_a_mistake_is_told_before_ranks_start(
     model: Path, tmp_path: Path, flags: Sequence[str], words: str
 ) -> None:
     assert words in mistake(tmp_path, "--model", model, "--chunk-size", "4", *flags)
-
-
-def test_auto_where_nothing_can_be_chosen_is_told_before_ranks_start(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dinfer.job._check_gpus", lambda *_: None)
-    monkeypatch.setattr("dinfer.job._check_memory", lambda *_: None)
-    toml = tmp_path / "run.toml"
-    toml.write_text('schedule = "auto"\nprompt_ids = [1, 2]\ngpu_ids = [0, 0]\nworld_size = 2\n')
-    assert mistake(tmp_path, "--model", model, "--config", toml) == (
-        "schedule is auto, which needs kernels exact: graphs are not measured. Give a value, or --kernels exact."
-    )
-    assert "it must be one of pairwise, ring" in mistake(
-        tmp_path, "--model", model, "--sync-strategy", "Auto"
-    )
 
 
 MEASURED = MeasuredMachine(

@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinfer.plan.graph import Channel
+from dinfer.plan.graph import Channel, Graph
+from dinfer.plan.lower import by_stream, lower
 from dinfer.plan.ops import parse_op
 from dinfer.plan.partition import partition
+from dinfer.plan.schedule import build
+from dinfer.plan.timing import timed
+from dinfer.planner.choose import Candidate, Planner, even_lengths, even_starts
 from dinfer.planner.costs import LayerCost
 from dinfer.planner.machine import CodecCost, Links, LinkSpeed, MeasuredMachine
 
@@ -51,6 +55,10 @@ def test_a_hidden_state_goes_first() -> None:
     assert links().rates([hidden, kv(0, 2)]) == [100, 0]
     assert links().rates([kv(0, 2), kv(2, 1), kv(2, 0), hidden]) == [0, 0, 100, 100]
     assert links(100, 100).rates([hidden, kv(0, 2), kv(0, 1)]) == [100, 100, 0]
+
+
+def test_on_streams_a_hidden_state_shares_with_blocks() -> None:
+    assert replace(links(), hidden_first=False).rates([Channel("hidden", 0, 1), kv(0, 2)]) == [50, 50]
 
 
 def test_a_network_that_carries_less_than_its_links_is_shared_by_all() -> None:
@@ -97,3 +105,43 @@ def test_a_measured_op_counts_in_place_of_the_cost_and_json_keeps_the_machine() 
     again = MeasuredMachine.of(json.loads(json.dumps(machine.as_dict())))
     assert (again.layers, again.links.speeds) == (machine.layers, machine.links.speeds)
     assert again.latency(kv(2, 0)) == pytest.approx(1e-4)
+
+
+PLAN = build(partition(layers=6, tokens=64, world_size=3, chunk_size=16), "pipelined", "pairwise")
+LAYER = LayerCost(1e-3, 0, 1e-4, 0)
+
+
+def machine(*, padded: bool = False, streams: bool = False, speed: float = 1e9) -> MeasuredMachine:
+    alike = Links(tuple(LinkSpeed(*pair, 1e-5, speed, speed) for pair in PAIRS), hidden_first=not streams)
+    return MeasuredMachine((LAYER, LAYER, LAYER), alike, 64, 128, padded=padded, streams=streams)
+
+
+def test_on_streams_ops_run_beside_one_another_though_one_lane_issues_them() -> None:
+    issued, one_lane, lanes = lower(PLAN), machine(speed=3e6), machine(streams=True, speed=3e6)
+    split = by_stream(issued)
+    assert {lane.name for lane in split.lanes[1]} == {"compute", "hidden:0", "hidden:2", "kv:0", "kv:2"}
+    assert {lane.name for lane in split.lanes[0]} >= {"entry", "compute"}
+    assert sorted(str(op) for lane in split.lanes[1] for op in lane.ops) == sorted(
+        str(op) for op in issued.lanes[1][0].ops
+    )
+    serial, beside = timed(Graph(issued), one_lane), timed(Graph(lanes.as_run(PLAN)), lanes)
+    assert beside.makespan < 0.9 * serial.makespan
+    assert beside.makespan == pytest.approx(timed(Graph(PLAN), one_lane).makespan, rel=0.1)
+    assert lanes.as_run(issued) == split, "also of a plan that is lowered"
+    assert machine().as_run(PLAN) == PLAN
+
+
+def test_by_graphs_a_chunk_takes_as_long_as_the_longest_of_its_plan() -> None:
+    """So the planner takes equal ones: a shorter chunk saves nothing."""
+    shape = partition(layers=6, tokens=64, world_size=3, chunk_size=48)
+    last = parse_op("layer c1 l0")
+    assert machine().compute(0, last, shape) == pytest.approx(LAYER.seconds(48, 16))
+    assert machine(padded=True).compute(0, last, shape) == pytest.approx(LAYER.seconds(48, 48))
+    default = Candidate(even_starts(6, 3), even_lengths(64, 1), "pipelined", "pairwise")
+    chosen = Planner(machine(padded=True, streams=True), 6).choose(default, ["chunk_size"]).candidate
+    assert max(chosen.lengths) - min(chosen.lengths) <= 1
+
+
+def test_how_ops_run_is_kept_as_json() -> None:
+    found = machine(padded=True, streams=True)
+    assert MeasuredMachine.of(json.loads(json.dumps(found.as_dict()))) == found
