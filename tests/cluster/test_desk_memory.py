@@ -99,7 +99,8 @@ def round_of(session: Session, chosen: random.Random) -> None:
             look()
         answer = run.bisect()
         assert answer.found or not is_wrong
-        run.decode(2)
+        if not is_wrong:  # else ranks may choose different tokens, which ends the run
+            run.decode(2)
     finally:
         asked.panel.close()
 
