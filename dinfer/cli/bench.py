@@ -32,7 +32,7 @@ def bench(
     tokens: Annotated[
         str,
         Option(
-            help="length of the prompt; with --compare also several: 512,2048  [default: 2048; planner: 768]"
+            help="length of the prompt; with --compare also several: 512,2048 ; default: 2048; planner: 768"
         ),
     ] = "",
     chunk_size: Annotated[str, Option(help="tokens per chunk; with --compare also several: 64,128")] = "128",
@@ -153,6 +153,9 @@ def _bench_prefill(
     names = compare.split(",") if compare else []
     lengths, chunks = whole_numbers("tokens", tokens), whole_numbers("chunk_size", chunk_size)
     strategies.check_asked(names, lengths, chunks, repeats)
+    Config.of(
+        {**sizes, "model_path": model or "demo", "chunk_size": chunks[0]}
+    )  # before a checkpoint is made
     with nullcontext(model) if model else prefill.random_checkpoint(prefill.BenchModel()) as folder:
         config = Config.of({**sizes, "model_path": str(folder), "chunk_size": chunks[0]})
         vocabulary = check(str(folder)).vocab_size

@@ -17,7 +17,8 @@ from dinfer.severity import Severity
 @app.command()
 def desk(
     path: Annotated[
-        str, Argument(help="a folder of run.save(…), a report, or a trace of `dinfer run --trace`")
+        str,
+        Argument(help="a folder of run.save(…), of `dinfer run` or of `dinfer watch`, a report, or a trace"),
     ],
     port: Annotated[int, Option(help="the port to listen at; 0: a free one", min=0, max=65535)] = 0,
     host: Annotated[

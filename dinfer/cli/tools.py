@@ -75,8 +75,10 @@ def vscode(
                 f"{DEBUG_RUN!r} has ranks as threads, and steps by op, layer and chunk; it needs dinfer's extension: "
                 "`dinfer vscode --install`."
             )
-    except (LaunchFileError, NotInstalled) as error:
-        stop(error, BAD_INPUT if isinstance(error, LaunchFileError) else FAILED)
+    except (LaunchFileError, ConfigError) as error:
+        stop(error, BAD_INPUT)
+    except NotInstalled as error:
+        stop(error, FAILED)
     except OSError as error:
         stop(f"{error.filename} could not be written: {error.strerror}.", FAILED)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dinfer.config import Config
 from dinfer.errors import DinferError
 from dinfer.rank.debugger import FIRST_PORT
 from dinfer.trace.export import write_whole
@@ -61,10 +62,13 @@ def launch_file(config: str = "") -> Entry:
 
 def write_entries(folder: str | Path = ".", config: str = "") -> Path:
     """Add the entries to the folder's launch.json, which is made where there is none; entries of the same names are
-    replaced, all others stay. Returns the file. Raises LaunchFileError, OSError."""
+    replaced, all others stay. Returns the file. `config`: from that folder. Raises LaunchFileError, ConfigError,
+    OSError."""
     path = Path(folder) / ".vscode" / "launch.json"
     if not Path(folder).is_dir():
         raise LaunchFileError(f"there is no folder {str(folder)!r}; name one that exists: --folder PATH.")
+    if config and "${" not in config:  # else one of VS Code's variables, which only it knows
+        Config.from_toml(Path(folder) / Path(config).expanduser())
     merged = _merged(_read(path), launch_file(config), path)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, [json.dumps(merged, ensure_ascii=False, indent=4) + "\n"])

@@ -66,6 +66,7 @@ def watch(
     ] = False,
 ) -> None:
     """Run a command and say why it hangs or crashes. Status: the command's own."""
+    from dinfer.watching.command import found
     from dinfer.watching.passing import PassedOn
 
     environment = _tap(kv, k, v, layer)
@@ -82,6 +83,7 @@ def watch(
             "is joined.",
             BAD_INPUT,
         )
+    command = found(command)
     with PassedOn() as passed:  # before what is imported starts threads
         if join:
             status = _joined(passed, command, folder, environment, join)
@@ -131,8 +133,11 @@ def _place(folder: str) -> Path:
 
     try:
         place = Path(folder) if folder else new_run_folder(Path(Config.log_dir))
-        if folder and place.is_dir() and any(place.iterdir()):
-            raise ConfigError(f"--folder is {folder!r}, which is not empty: give another.")
+        if folder and place.exists():
+            if not place.is_dir():
+                raise ConfigError(f"--folder is {folder!r}, which is a file: give another.")
+            if any(place.iterdir()):
+                raise ConfigError(f"--folder is {folder!r}, which is not empty: give another.")
     except (ConfigError, OSError) as error:
         stop(error, BAD_INPUT)
     return place
@@ -141,12 +146,12 @@ def _place(folder: str) -> Path:
 @contextmanager
 def _starting(command: list[str]) -> Iterator[None]:
     """Raises Exit, with a shell's status, where the command cannot be started, and where hosts cannot be joined."""
-    from dinfer.watching.command import NOT_STARTED
+    from dinfer.watching.command import NOT_STARTED, not_found
 
     try:
         yield
     except FileNotFoundError:
-        stop(f"the command {command[0]!r} was not found.", NOT_STARTED)
+        stop(not_found(command[0]), NOT_STARTED)
     except OSError as error:
         stop(f"the command {command[0]!r} cannot be started: {error.strerror}.", NOT_STARTED - 1)
     except DinferError as error:

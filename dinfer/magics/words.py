@@ -41,13 +41,23 @@ def read(parser: MagicArgumentParser, words: list[str], names: Names) -> Namespa
     except ArgumentError as error:
         name = (error.argument_name or "").split("/")[-1].lstrip("-").replace("-", "_")
         said = str(error.message)
-        raise UsageError(f"{name} {said}" if said.startswith("is '") else str(error)) from None
+        raise UsageError(
+            f"{name} {said}" if said.startswith("is '") else _with_usage(parser, error)
+        ) from None
+    except UsageError as error:
+        raise UsageError(_with_usage(parser, error)) from None
     for name, value in vars(found).items():
         if isinstance(value, list):
             setattr(found, name, [one for word in value for one in _texts(word, names)])
         elif isinstance(value, str):
             setattr(found, name, " ".join(_texts(value, names)))
     return found
+
+
+def _with_usage(parser: MagicArgumentParser, error: Exception) -> str:
+    """What is wrong with a line's words, and what the line takes."""
+    taken = " ".join(parser.format_usage().replace("::", "").split())
+    return f"{str(error).rstrip('.')}. The line is {taken}"
 
 
 def number_or_word(word: str) -> int | str:

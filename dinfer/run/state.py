@@ -419,9 +419,10 @@ class RunState:
             self.hang = hang
 
     def note_frozen(self, *, is_frozen: bool) -> None:
-        """A run whose plan has no cuts is paused, or let go again."""
+        """A run whose plan has no cuts is paused, or let go again. One that hangs goes on hanging."""
         with self.ranks.changed:
-            self.is_frozen = is_frozen
+            hangs = (hang := self.hang_now) is not None and hang.is_hung
+            self.is_frozen = is_frozen and not hangs
 
     def note_decoding(self, *, is_decoding: bool) -> None:
         """A call of decode has begun or ended."""

@@ -23,7 +23,7 @@ from dinfer.saved.about import About, read_about
 from dinfer.saved.bisect.collect import Collected, collect
 from dinfer.saved.bisect.result import Bisection
 from dinfer.saved.bisect.search import Bisectable, bisect_run
-from dinfer.saved.format import HIDDEN, SavedError, hidden_name
+from dinfer.saved.format import HIDDEN, RUN, TRACE, SavedError, hidden_name
 from dinfer.saved.read import (
     SavedSource,
     Tensors,
@@ -246,6 +246,8 @@ def open_saved(
         raise SavedError(
             f"{excerpt(str(path))} cannot be opened ({error}): give a folder that run.save(…) has written, or a report."
         ) from None
+    if is_folder and not (found / RUN).exists() and (found / TRACE).is_file():
+        found, is_folder = found / TRACE, False  # a folder of `dinfer run` or `dinfer watch`
     if is_folder:
         folder = found.resolve()
         about = read_about(folder)

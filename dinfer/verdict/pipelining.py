@@ -1,13 +1,15 @@
 """Reads schedules of torch.distributed.pipelining as text, and says whether they would hang. Pure.
 
-A line for each rank, its actions between commas, as `_dump_csv` of a schedule writes them: `0F0` is the forward of
-stage 0 for micro-batch 0; B a backward, I and W its parts for inputs and weights, `1SEND_F0` a send. A text with sends
+A line for each rank, its actions between commas, as `_dump_csv` of a schedule writes them, or a line for each step and
+a column for each rank, as errors and logs of torch print them: `0F0` is the forward of stage 0 for micro-batch 0; B a
+backward, I and W its parts for inputs and weights, `1SEND_F0` a send. A text with sends
 is judged as it is: a send waits for its recv, a recv is posted where it stands and waited for where its stage computes.
 A text without is judged by what computations need; and with each send after its computation, each recv before.
 """
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from dinfer.errors import DinferError
@@ -18,6 +20,9 @@ from dinfer.verdict.verdict import Verdict
 
 _ACTION = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD|F|I|B|W)(\d*)")
 _OVERLAPPED = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
+_GRID_HEAD = re.compile(r" *Rank 0( +Rank \d+)* *")
+_GRID_STEP = re.compile(r"Step \d+: ")
+_GRID_MARK = " <-- ERROR HERE"
 
 GROUP = "pipeline"
 
@@ -62,36 +67,62 @@ class ScheduleProof(NamedTuple):
 
 
 def is_schedule(text: str) -> bool:
-    """Whether a text looks like a schedule: its first action is one."""
+    """Whether a text looks like a schedule: its first action is one, or it is a table of steps and ranks."""
+    if _GRID_HEAD.fullmatch(next((line for line in text.splitlines() if line.strip()), "")):
+        return True
     first = next((part.strip() for part in re.split(r"[,\n]", text) if part.strip()), "")
     return bool(_ACTION.fullmatch(first.partition(";")[0].lstrip("(")))
 
 
 def parse_schedule(text: str) -> list[list[PipelineAction]]:
     """The actions of each rank. Raises ScheduleError."""
-    ranks = []
-    for number, line in enumerate(text.splitlines()):
-        actions: list[PipelineAction] = []
-        for column, part in enumerate(line.split(","), 1):
-            word = part.strip().strip('"')
-            overlapped = _OVERLAPPED.fullmatch(word)
-            for one in (overlapped[1].split(";") if overlapped else [word]) if word else ():
-                found = _ACTION.fullmatch(one.strip())
-                if not found:
-                    raise ScheduleError(
-                        f"line {number + 1}: {one!r} is no action of a pipeline, such as 0F0 or 1SEND_B2."
-                    )
-                stage, kind, batch = found.groups()
-                if len(stage) > 6 or len(batch) > 9:
-                    raise ScheduleError(f"line {number + 1}: {one!r} has a number that is too large.")
-                actions.append(PipelineAction(int(stage), kind, int(batch) if batch else None, column))
-        if line.strip() or actions:
-            ranks.append(actions)
+    lines = [line for line in text.splitlines() if line.strip()]
+    is_grid = bool(lines) and bool(_GRID_HEAD.fullmatch(lines[0]))
+    ranks = list(_by_rank(lines) if is_grid else _by_line(text))
     if sum(map(len, ranks)) > MOST_ACTIONS:
         raise ScheduleError(f"it has more than {MOST_ACTIONS:,} actions.")
     if not any(ranks):
         raise ScheduleError("it has no actions.")
     return ranks
+
+
+def _by_line(text: str) -> Iterator[list[PipelineAction]]:
+    """The actions of a text with a line for each rank."""
+    for number, line in enumerate(text.splitlines(), 1):
+        words = [part.strip().strip('"') for part in line.split(",")]
+        actions = [
+            one for column, word in enumerate(words, 1) for one in _parsed(word, f"line {number}", column)
+        ]
+        if line.strip() or actions:
+            yield actions
+
+
+def _by_rank(lines: Sequence[str]) -> Iterator[list[PipelineAction]]:
+    """The same of a table with a line for each step, under a head that says where the column of each rank begins."""
+    begins = [found.start() for found in re.finditer(r"Rank \d+", lines[0])]
+    for line in lines[1:]:
+        if not _GRID_STEP.match(line):
+            raise ScheduleError(f"{line.strip()!r} is no step of the schedule, such as `Step 0: 0F0`.")
+    for rank, (begin, end) in enumerate(pairwise([*begins, None])):
+        cells = [line.removesuffix(_GRID_MARK)[begin:end].strip() for line in lines[1:]]
+        yield [
+            one
+            for step, cell in enumerate(cells)
+            for one in _parsed(cell, f"step {step} of rank {rank}", step + 1)
+        ]
+
+
+def _parsed(word: str, place: str, column: int) -> Iterator[PipelineAction]:
+    """One action, or those that overlap, or none. Raises ScheduleError."""
+    overlapped = _OVERLAPPED.fullmatch(word)
+    for one in (overlapped[1].split(";") if overlapped else [word]) if word else ():
+        found = _ACTION.fullmatch(one.strip())
+        if not found:
+            raise ScheduleError(f"{place}: {one!r} is no action of a pipeline, such as 0F0 or 1SEND_B2.")
+        stage, kind, batch = found.groups()
+        if len(stage) > 6 or len(batch) > 9:
+            raise ScheduleError(f"{place}: {one!r} has a number that is too large.")
+        yield PipelineAction(int(stage), kind, int(batch) if batch else None, column)
 
 
 def verify_schedule(ranks: Sequence[Sequence[PipelineAction]]) -> ScheduleProof:
@@ -111,7 +142,7 @@ def verify_schedule(ranks: Sequence[Sequence[PipelineAction]]) -> ScheduleProof:
     note = (
         "also with blocking sends, each after its computation, and recvs, each before"
         if not flaw
-        else f"with blocking sends, each after its computation, and recvs, each before, it would hang: {flaw}"
+        else f"but not with blocking sends, each after its computation, and recvs, each before: {flaw}"
     )
     return ScheduleProof(len(ranks), count, note=note)
 
@@ -265,9 +296,18 @@ def _unmet(ranks: Sequence[Sequence[PipelineAction]], owners: dict[int, int]) ->
                 done.add(("B" if action.kind == "I" else action.kind, action.stage, action.batch))
                 at[rank] += 1
                 moved = True
-    stuck = [
-        f"rank {rank} stands before `{actions[at[rank]]}`, which needs `{missing(actions[at[rank]])}`"
-        for rank, actions in enumerate(ranks)
-        if at[rank] < len(actions)
-    ]
-    return f"deadlock even with buffered sends: {'; '.join(stuck)}" if stuck else ""
+    stuck = [(rank, actions[at[rank]]) for rank, actions in enumerate(ranks) if at[rank] < len(actions)]
+    planned = {str(action) for actions in ranks for action in actions}
+    absent = [(rank, action) for rank, action in stuck if not planned & _forms(missing(action))]
+    if absent:  # what else stands, stands for want of these
+        texts = (f"rank {rank}'s `{action}` needs `{missing(action)}`" for rank, action in absent)
+        return f"{'; '.join(texts)}, which no rank does"
+    texts = (
+        f"rank {rank} stands before `{action}`, which needs `{missing(action)}`" for rank, action in stuck
+    )
+    return f"deadlock even with buffered sends: {'; '.join(texts)}" if stuck else ""
+
+
+def _forms(action: str) -> set[str]:
+    """A backward, or its part for inputs, which does as well."""
+    return {action, action.replace("B", "I"), action.replace("I", "B")}

@@ -1,7 +1,9 @@
 """Runs a command under watch: every Python process that it starts, at any depth, records its torch.distributed ops."""
 
 import os
+import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +32,19 @@ NOT_STARTED = 127
 """exit status of a command that is not found, as a shell's"""
 
 
+def found(command: Sequence[str]) -> list[str]:
+    """The command, with its program beside this Python where it is not on the path, as in kernels and shells whose
+    environment is not activated."""
+    program, *others = command
+    beside = str(Path(sys.executable).parent / program)
+    return [beside if not shutil.which(program) and shutil.which(beside) else program, *others]
+
+
+def not_found(program: str) -> str:
+    """What to say of a program that is not there."""
+    return f"the command {program!r} was not found: it is not on the path, nor beside {sys.executable}."
+
+
 def exit_status(status: int) -> int:
     """As a shell has it: 128 and more for a signal."""
     return status if status >= 0 else 128 - status
@@ -55,6 +70,20 @@ def start(
             stdout=output,
             stderr=errors,
         )
+
+
+def final_verdict(
+    said: Evidence, told: Verdict | None, status: int, *, goes_on: bool, is_asked_to_end: bool
+) -> Verdict | None:
+    """The verdict on a job once its command has ended. `told`: that which stood before; `goes_on`: processes have
+    outlived the command; `is_asked_to_end`: somebody has told it to end."""
+    if goes_on:  # what was told of them still holds, and the command's end says nothing new of them
+        return told if said.problem else None
+    # A script may end well whatever its jobs do, and a program may kill its own helpers at its end.
+    problem = said.problem if status != 0 or told else None
+    if problem and is_asked_to_end and not told and is_end(problem, said):
+        return None
+    return problem
 
 
 class JobFollowed:
@@ -252,10 +281,9 @@ class WatchedCommand:
                 said = followed.conclude(found, status, before_end)
                 said = replace(said.with_older(found), kv=self.watched.kv(said))
                 jobs.append(said)
-                # A script may end well whatever its jobs do, and a program may kill its own helpers at its end.
-                problem = said.problem if (status != 0 or told) and not self.living else None
-                if before_end is not None and not told and problem and is_end(problem, said):
-                    problem = None
+                problem = final_verdict(
+                    said, told, status, goes_on=bool(self.living), is_asked_to_end=before_end is not None
+                )
                 if problem and (not told or told.kind != problem.kind):
                     self._say(problem)
                 followed.alarm.standing = problem

@@ -5,11 +5,14 @@ from dataclasses import replace
 
 from dinfer.verdict.signs import Raised, Signs
 from dinfer.watch.probe.records import WatchedProcess
+from dinfer.watching.events import trace_of
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.signs import last_sign
 
 FAILED_TOGETHER_NS = 200_000_000
 """of two ranks that fail, one that does so later than this has lost the other, or the launcher has ended it"""
+
+INTERRUPT = "KeyboardInterrupt"
 
 UNSEEN_NS = 1_000_000_000
 """for so long a process may have lived after its heart was last seen to beat, and said nothing"""
@@ -69,12 +72,31 @@ def _unseen_ns(process: WatchedProcess) -> int:
 
 
 def before_they_were_killed(found: Evidence) -> Evidence:
-    """The evidence of when all ranks were killed together, if they hung by then: somebody has ended the hang."""
+    """The evidence of when all ranks were killed, or interrupted by Ctrl-C, together, if they hung by then: somebody
+    has ended the hang."""
     beats = [last_sign(process) for process in found.processes.values()]
-    is_killed = all(one.ended is None and one.exception is None for one in found.processes.values())
+    is_killed = all(
+        _is_interrupted(one) or (one.ended is None and one.exception is None)
+        for one in found.processes.values()
+    )
     is_all = all(its.ended or (its.raised and not its.raised.handled) for its in found.signs.values())
     if not (beats and is_all and is_killed) or max(beats) - min(beats) > UNSEEN_NS:
         return found
     signs = {rank: replace(its, ended="", raised=None) for rank, its in found.signs.items()}
-    earlier = replace(found, signs=signs, now_ns=max(beats))
+    ranks = {rank: _before_its_interrupt(process) for rank, process in found.processes.items()}
+    trace = found.trace if ranks == found.processes else trace_of(ranks, found.trace.about["command"])
+    earlier = Evidence(trace, signs, max(beats), ranks, job=found.job, key=found.key, notes=found.notes)
     return earlier if earlier.problem and not earlier.problem.kind.startswith("stuck") else found
+
+
+def _is_interrupted(process: WatchedProcess) -> bool:
+    return bool(process.exception and process.exception.type == INTERRUPT)
+
+
+def _before_its_interrupt(process: WatchedProcess) -> WatchedProcess:
+    """The process, with the ops open that only its interrupt has ended."""
+    if not (process.exception and _is_interrupted(process)):
+        return process
+    at = process.exception.at_ns
+    ops = (one._replace(done_ns=0, state="waiting") if one.done_ns >= at else one for one in process.ops)
+    return replace(process, ops=type(process.ops)(ops), exception=None, ended=None)

@@ -77,9 +77,11 @@ def _of_folders(folders: list[Path], others: list[Path]) -> list[Evidence]:
 
 def _judged(found: Evidence, record: Evidence) -> Evidence:
     """The evidence of a job as it is now, as it was before it was killed, or as its record has it."""
+    if (earlier := before_they_were_killed(found)) is not found:
+        return earlier
     ended = [found.processes[rank].ended is not None or found.signs[rank].ended for rank in found.processes]
     if all(ended):
-        return before_they_were_killed(found)
+        return found
     here = any(its.cpu_moves is not None or its.answers for its in found.signs.values())
     return found if here else record
 

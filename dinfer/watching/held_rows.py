@@ -1,7 +1,7 @@
 """The rows of KV that watched ranks hold: digests, as the probe took them when rows were added to caches."""
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import NamedTuple, TypeVar
 
@@ -76,9 +76,16 @@ class HeldRows(Mapping[int, RowDigests]):
 
     def before(self, position: int) -> "HeldRows":
         """A copy of those before a position."""
+        return self._those(lambda at: at < position)
+
+    def since(self, position: int) -> "HeldRows":
+        """A copy of those from a position on."""
+        return self._those(lambda at: at >= position)
+
+    def _those(self, is_meant: Callable[[int], bool]) -> "HeldRows":
         made = HeldRows()
         for at, row in self.items():
-            if at < position:
+            if is_meant(at):
                 made.put(at, [row])
         return made
 
@@ -112,10 +119,23 @@ class LayerRows(NamedTuple):
     """by the first position of what was added at a time, its chunk; rows that came one by one count as one piece"""
     adders: dict[int, AddedBy]
     """by the first position, who added the rows from there on"""
+    is_paged: bool = False
+    """what is before its first row may lie in blocks of another sequence, which has computed it"""
+
+    @property
+    def begin(self) -> int:
+        """The position of its first row."""
+        return next(iter(self.rows), 0)
 
     def copy(self) -> "LayerRows":
         """The same, that no later rows change."""
-        return LayerRows(self.rows.copy(), [*self.repeated], self.shape, {**self.starts}, {**self.adders})
+        rows, starts, adders = self.rows.copy(), {**self.starts}, {**self.adders}
+        return self._replace(rows=rows, repeated=[*self.repeated], starts=starts, adders=adders)
+
+    def since(self, position: int) -> "LayerRows":
+        """Of its rows those from a position on."""
+        starts = {max(start, position): self.chunk_of(max(start, position)) for start in self.starts}
+        return self._replace(rows=self.rows.since(position), starts=starts)
 
     def before(self, position: int) -> "LayerRows":
         """Of its rows those before a position."""
@@ -166,9 +186,8 @@ class _Store:
             if not digests:  # rows of another request
                 continue
             key = (layer, sequence)
-            held = self.layers.setdefault(
-                key, LayerRows(HeldRows(), [], one.shape[:-2] + one.shape[-1:], {}, {})
-            )
+            shape = one.shape[:-2] + one.shape[-1:]
+            held = self.layers.setdefault(key, LayerRows(HeldRows(), [], shape, {}, {}, one.is_paged))
             before = self._before.get(key, _Added())
             follows = one.start == before.start + len(before.digests)
             is_new = one.start not in held.rows and len(held.repeated) < MOST_REPEATED

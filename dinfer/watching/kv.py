@@ -56,4 +56,7 @@ class WatchedKv(Tabular, Displayable):
 
 
 def _count(held: LayerRows | None) -> str:
-    return "–" if held is None else str(len(held.rows))
+    if held is None:
+        return "–"
+    behind = f" behind {held.begin} shared" if held.is_paged and held.begin else ""
+    return f"{len(held.rows)}{behind}"

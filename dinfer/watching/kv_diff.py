@@ -195,6 +195,9 @@ def _of_layer(
             continue
         if parted is not None:
             mine, theirs = mine.before(parted.at), theirs.before(parted.at)
+        if mine.is_paged and theirs.is_paged and mine.begin != theirs.begin:  # one shares what is before
+            begin = max(mine.begin, theirs.begin)
+            mine, theirs = mine.since(begin), theirs.since(begin)
         for one in _between(mine, theirs, ranks, right):
             named.update(ranks)
             yield one._replace(layer=key[0])

@@ -4,7 +4,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from abc import abstractmethod
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dinfer.display import Closing, Displayable, DisplayableText, Table, Tidy, print_under_cell
-from dinfer.errors import DinferError, NotPossible, excerpt
+from dinfer.errors import DinferError, NotPossible
 from dinfer.files import free_path
 from dinfer.severity import Severity
 from dinfer.trace.trace import Trace
@@ -24,7 +23,7 @@ from dinfer.verdict.verdict import Verdict
 from dinfer.watch.probe.records import RaisedError
 from dinfer.watch.probe.tensors import COMPARE_VARIABLE
 from dinfer.watching.alarm import HangAlarm, is_end
-from dinfer.watching.command import WatchedCommand, exit_status
+from dinfer.watching.command import WatchedCommand, exit_status, found, not_found
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.figures import table_of
 from dinfer.watching.folders import RECORDS, Watched
@@ -231,7 +230,9 @@ class CommandWatch(Watch):
         words = shlex.split(command) if isinstance(command, str) else list(command)
         if not words:
             raise NotPossible('there is no command: dinfer.watch("torchrun --nproc-per-node 2 infer.py").')
-        words[0] = _found(words[0])
+        words = found(words)
+        if not shutil.which(words[0]) and not Path(words[0]).exists():
+            raise NotPossible(not_found(words[0]))
         self._temporary = None if folder else TemporaryFolder()
         self.folder = self._temporary.path if self._temporary else Path(folder or "")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -303,19 +304,6 @@ class CommandWatch(Watch):
 
     def __str__(self) -> str:
         return "\n".join(filter(None, [self._title(), self._text()]))
-
-
-def _found(program: str) -> str:
-    """A program, which is searched for on the path and then, as in kernels whose environment is not activated, beside
-    this Python. Raises NotPossible."""
-    beside = Path(sys.executable).parent / program
-    if shutil.which(program):
-        return program
-    if shutil.which(str(beside)):
-        return str(beside)
-    raise NotPossible(
-        f"there is no program {excerpt(program)} to watch: it is not on the path, nor beside {sys.executable}."
-    )
 
 
 def _tell(verdict: Verdict) -> None:

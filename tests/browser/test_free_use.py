@@ -115,9 +115,8 @@ def act(code):
 def tell(geometry):
     """The run as cells see it."""
     standing = run.standing()
-    states = marked(CellMap(run.plan).states(standing.stands), standing.marks) if standing.stands else None
-    drawn = ""
-    if states is not None and geometry:
+    states, drawn = marked(CellMap(run.plan).states(standing.stands), standing.marks), ""
+    if geometry:
         drawn = binned(states, BinSize(geometry["perLayer"], geometry["perChunk"], geometry["perRank"])).tobytes().hex()
     at_work = any(one.name in WORKERS for one in threading.enumerate())
     print(json.dumps({

@@ -408,6 +408,7 @@ def test_help_of_run_says_defaults_and_what_is_allowed() -> None:
         for allowed in get_args(kinds[item.name]):
             if isinstance(allowed, str):
                 assert allowed in shown, item.name
+    assert shown.count("auto: the fastest by what the ranks measure first") == 5
     for said in ("default: 128", "default: pairwise", "default: auto", "default: 60.0"):
         assert said in shown
 
@@ -623,3 +624,43 @@ def test_no_browser_is_opened_in_the_terminal(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("webbrowser.get", lambda: browser)
     open_page("http://127.0.0.1:1/")
     assert browser.pages == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (
+            ("watch", "--", "no-such-program"),
+            127,
+            "the command 'no-such-program' was not found: it is not on the path",
+        ),
+        (
+            ("watch", "--folder", "file", "--", "true"),
+            BAD_INPUT,
+            "--folder is 'file', which is a file: give another",
+        ),
+        (("vscode", "--config", "no.toml"), BAD_INPUT, "config file 'no.toml' cannot be read"),
+        (("vscode", "--config", "file"), BAD_INPUT, "unknown parameter 'chunk'. Did you mean chunk_size?"),
+        (("bench", "--world-size", "0"), BAD_INPUT, "world_size is 0; it must be at least 1"),
+    ],
+)
+def test_what_is_given_is_looked_at_before_anything_begins(
+    arguments: tuple[str, ...], status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("chunk = 3\n", encoding="utf-8")
+    answer = dinfer(*arguments)
+    assert (answer.status, answer.out) == (status, "")
+    assert said in answer.err
+    assert "shards" not in answer.err  # of a checkpoint that is made
+    assert not Path(".vscode").exists()
+
+
+def test_a_command_beside_this_python_needs_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where `.venv/bin/dinfer` is called, and nobody has activated the environment."""
+    from dinfer.watching.command import found
+
+    python = Path(sys.executable)
+    monkeypatch.setenv("PATH", os.devnull)
+    assert found([python.name, "-c", "1"]) == [str(python.parent / python.name), "-c", "1"]
+    assert found(["no-such-program"]) == ["no-such-program"]

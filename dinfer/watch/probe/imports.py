@@ -38,6 +38,7 @@ class ImportWatch(importlib.abc.MetaPathFinder):
 
     def __init__(self) -> None:
         self._acts: dict[str, list[Act]] = {}
+        self._prefixes: dict[str, Act] = {}
         self._busy: set[str] = set()
 
     def add(self, name: str, act: Act) -> None:
@@ -50,6 +51,16 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
+    def add_within(self, package: str, act: Act) -> None:
+        """The same of each module below a package, however deep. `act` must not raise."""
+        prefix = f"{package}."
+        for name, module in list(sys.modules.items()):
+            if name.startswith(prefix) and not getattr(module.__spec__, "_initializing", False):
+                act(module)
+        self._prefixes[prefix] = act
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
     def remove(self) -> None:
         """Watch no more."""
         if self in sys.meta_path:
@@ -59,8 +70,9 @@ class ImportWatch(importlib.abc.MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec that all other finders find, with a loader that acts."""
-        acts = self._acts.get(fullname)
-        if acts is None or fullname in self._busy:
+        acts = self._acts.get(fullname, [])
+        acts = [*acts, *(act for prefix, act in self._prefixes.items() if fullname.startswith(prefix))]
+        if not acts or fullname in self._busy:
             return None
         self._busy.add(fullname)
         try:

@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from .imports import ImportWatch
+from .rows import LASTING_REQUEST
 from .tensors import TensorWatch
 
 VLLM_RUNNERS = {
@@ -28,18 +29,10 @@ VLLM_RUNNERS = {
 }
 """modules of its runners, and the method that makes a step's requests and positions, kept in the runner or returned"""
 
-VLLM_BACKENDS = (
-    "vllm.v1.attention.backend",
-    *(
-        f"vllm.v1.attention.backends.{name}"
-        for name in (
-            "flash_attn", "flash_attn_diffkv", "triton_attn", "flex_attention", "cpu_attn", "flashinfer", "rocm_attn",
-            "rocm_aiter_fa", "rocm_aiter_unified_attn", "tree_attn", "xformers", "mla.common", "mla.flashmla_sparse",
-            "mla.flashinfer_mla_sparse", "mla.rocm_aiter_mla_sparse",
-        )
-    ),
-)  # fmt: skip
-"""modules whose classes write to the cache, in `do_kv_cache_update` or, before 0.14, in `forward`"""
+VLLM_BACKEND = "vllm.v1.attention.backend"
+VLLM_BACKENDS = "vllm.v1.attention.backends"
+"""a module, and a package of modules, whose classes write to the cache, in `do_kv_cache_update` or, before 0.14, in
+`forward`"""
 
 SGLANG_ATTENTION = "sglang.srt.layers.radix_attention"
 SGLANG_RUNNER = "sglang.srt.model_executor.model_runner"
@@ -83,8 +76,8 @@ class PagedCaches:
         self._taken = 0
         for name in VLLM_RUNNERS:
             imports.add(name, self._guarded("vLLM", self._found_vllm_runner))
-        for name in VLLM_BACKENDS:
-            imports.add(name, self._guarded("vLLM", self._found_vllm))
+        imports.add(VLLM_BACKEND, self._guarded("vLLM", self._found_vllm))
+        imports.add_within(VLLM_BACKENDS, self._guarded("vLLM", self._found_vllm))
         imports.add(SGLANG_RUNNER, self._guarded("SGLang", self._found_sglang_runner))
         imports.add(SGLANG_ATTENTION, self._guarded("SGLang", self._found_sglang_attention))
         for name in SGLANG_POOLS:
@@ -241,7 +234,8 @@ class PagedCaches:
                 self._numbers[one] = self._next_number = self._next_number + 1
                 if len(self._numbers) > MOST_REQUESTS:
                     self._numbers.pop(next(iter(self._numbers)))
-        return torch.tensor([self._numbers[one] for one in ids]).to(device, non_blocking=True)
+        numbers = [LASTING_REQUEST + self._numbers[one] for one in ids]
+        return torch.tensor(numbers).to(device, non_blocking=True)
 
     # -- SGLang
 

@@ -48,8 +48,11 @@ MOST_SMALL, MOST_SMALL_BYTES = 32, 512 * 1024
 
 
 PAGED = 4
-"""words of a row of a paged cache: digests of K and V, position, and the number of the request, which may be another's
-later"""
+"""words of a row of a paged cache: digests of K and V, position, and the number of the request"""
+
+LASTING_REQUEST = 1 << 40
+"""From this on a number of a request is nobody else's later: positions that come again are those of a request that was
+preempted, or of tokens that were proposed and rejected. Of smaller numbers they say that another request has begun."""
 
 _COLUMNS = {PAGED: 2, 1: 1, 2: 2, 1 + SKETCH_WORDS: 1, 2 * (1 + SKETCH_WORDS): 2}
 """how many of the words of a row are digests"""
@@ -80,6 +83,8 @@ class RowsTaken(NamedTuple):
     line: int = 0
     function: str = ""
     """who added them: as of an op; 0 if that is unknown"""
+    is_paged: bool = False
+    """they are of a paged cache, whose requests may share what is before their own rows"""
 
 
 class _About(NamedTuple):
@@ -332,7 +337,8 @@ class _Requests:
         def end() -> None:
             if run:
                 digests = ((),) * begun[0] + (tuple(run),)
-                found.append(RowsTaken(name, 0, layer, chunk, begun[1], digests, *about))
+                taken = RowsTaken(name, 0, layer, chunk, begun[1], digests, *about)
+                found.append(taken._replace(is_paged=True))
 
         for i in range(0, len(words), PAGED):
             k, v, position, number = words[i : i + PAGED]
@@ -348,7 +354,8 @@ class _Requests:
 
     def _sequence(self, layer: int | None, number: int, position: int) -> int:
         sequence, last = self._newest.get((layer, number), (-1, -1))
-        if sequence < 0 or position <= last:  # a request has begun that has the number of one before
+        is_another = position <= last and number < LASTING_REQUEST
+        if sequence < 0 or is_another:
             sequence = self._counts.get(layer, 0)
             self._counts[layer] = sequence + 1
         self._newest[layer, number] = (sequence, position)

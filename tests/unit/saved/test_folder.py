@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 
 import dinfer
 from dinfer.files import WrittenFiles
+from dinfer.plan.partition import partition
+from dinfer.plan.schedule import build
 from dinfer.run.report import Reporter
 from dinfer.run.run import Run
 from dinfer.saved import write
 from dinfer.saved.format import DESCRIPTION, SavedError
 from dinfer.saved.write import replacing
 from dinfer.session.session import Session
+from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.views.report.page import write_report
 from tests.support.held_kv import HeldHere, plan_of
@@ -296,3 +299,13 @@ def test_others_can_write_one_by_its_description(tmp_path: Path) -> None:
     assert one.values == (9.0, float(right.kv[0][2][6, 1, 0, 3]))
     assert torch.equal(saved.kv(layer=2, rank=other).v[0, 6], broken[6, 1, 0])
     shutil.rmtree(folder)
+
+
+def test_a_folder_of_dinfer_run_is_opened_as_its_trace(tmp_path: Path) -> None:
+    trace = paper_trace(
+        build(partition(layers=2, tokens=8, world_size=2, chunk_size=4), "pipelined", "pairwise")
+    )
+    trace.export("jsonl", tmp_path / "run-1" / "trace.jsonl")
+    saved = dinfer.open(tmp_path / "run-1")
+    assert len(saved.trace.events) == len(trace.events)
+    assert saved.path == tmp_path / "run-1" / "trace.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -422,6 +423,77 @@ def test_a_quantised_cache_of_vllm_is_said(
     vllm = Vllm(impl, torch.zeros(16, BLOCK, 12), 3, runner)
     step, k, v = Step([0], [2], [[2]]), torch.randn(2, 8), torch.randn(2, 1, 4)
     assert len(watched(lambda: vllm.step(step, k, v), ["vLLM's KV cache is fp8_ds_mla: rows are taken"])) == 1
+
+
+def test_a_request_of_vllm_that_is_preempted_and_run_again_is_the_same_sequence(
+    runner: str, module: Callable[[str, str], ModuleType], watched: Callable[..., list[RowsTaken]]
+) -> None:
+    """So are positions that come again because tokens that were proposed are rejected."""
+    module("vllm.forward_context", "")
+    backend = module("vllm.v1.attention.backends.flash_attn", VLLM)
+    k, v = rows_of(7, 1)
+
+    def act() -> None:
+        vllm = Vllm(backend.FlashAttentionImpl(), torch.zeros(2, 16, BLOCK, HEADS, WIDTH), 0, runner)
+        vllm.step(Step([0], [6], [[2, 3]]), k[:6], v[:6])
+        vllm.step(Step([0], [7], [[5, 6]]), k, v)  # in other blocks, from the start
+        vllm.step(Step([5], [2], [[5, 6]]), k[5:], v[5:])
+
+    layers = layers_of(watched(act))
+    assert list(layers) == [(0, 0)]
+    assert list(layers[0, 0].rows.values()) == expected(k, v)
+    assert layers[0, 0].repeated == []
+
+
+def test_of_vllm_s_requests_that_share_blocks_each_holds_what_it_computes(
+    runner: str, module: Callable[[str, str], ModuleType], watched: Callable[..., list[RowsTaken]]
+) -> None:
+    module("vllm.forward_context", "")
+    backend = module("vllm.v1.attention.backends.flash_attn", VLLM)
+    k, v = rows_of(8, 1)
+
+    def run(shares: bool) -> Callable[[], None]:
+        def act() -> None:
+            vllm = Vllm(backend.FlashAttentionImpl(), torch.zeros(2, 16, BLOCK, HEADS, WIDTH), 0, runner)
+            vllm.step(Step([0], [5], [[2, 3]], ids=("a",)), k[:5], v[:5])
+            begin = BLOCK if shares else 0
+            tables = [[2 if shares else 4, 5]]
+            vllm.step(Step([begin], [8 - begin], tables, ids=("b",)), k[begin:], v[begin:])
+
+        return act
+
+    kv = WatchedKv({0: layers_of(watched(run(True))), 1: layers_of(watched(run(False)))})
+    assert kv.diff() == []
+    assert kv.table().rows == [("0", "0", "5", "5"), ("0", "1", "4 behind 4 shared", "8")]
+
+
+def test_a_backend_of_vllm_that_is_new_is_found_in_its_package(
+    runner: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: Callable[[str, str], ModuleType],
+    watched: Callable[..., list[RowsTaken]],
+) -> None:
+    """Also below the package, as those of latent attention lie, and imported while it is watched."""
+    module("vllm.forward_context", "")
+    package = module("vllm.v1.attention.backends", "")
+    monkeypatch.setattr(package, "__path__", [str(tmp_path)], raising=False)
+    (tmp_path / "mla").mkdir()
+    (tmp_path / "mla/__init__.py").write_text("")
+    (tmp_path / "mla/quantum_mla.py").write_text(VLLM_MLA)
+    latent, rotated = torch.randn(2, 8), torch.randn(2, 1, 4)
+
+    def act() -> None:
+        backend = importlib.import_module("vllm.v1.attention.backends.mla.quantum_mla")
+        vllm = Vllm(backend.MLAAttentionImpl(), torch.zeros(16, BLOCK, 12), 3, runner)
+        vllm.step(Step([0], [2], [[2]]), latent, rotated)
+
+    try:
+        (one,) = watched(act)
+    finally:
+        for name in [name for name in sys.modules if name.startswith("vllm.v1.attention.backends.mla")]:
+            del sys.modules[name]
+    assert one.layer == 3
 
 
 def test_a_step_of_vllm_of_which_nothing_is_seen_is_said(

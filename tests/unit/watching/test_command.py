@@ -4,7 +4,7 @@ from typing import Any
 
 from dinfer.watch.probe.records import RaisedError, StacksTaken, ThreadLook
 from dinfer.watching.alarm import CONFIRM_MISSING_S, CONFIRM_S, CONFIRM_UNKNOWN_S, HangAlarm
-from dinfer.watching.command import JobFollowed
+from dinfer.watching.command import JobFollowed, final_verdict
 from dinfer.watching.evidence import Evidence
 from dinfer.watching.folders import RECENT, shortened
 from dinfer.watching.signs import ProcessPulse
@@ -64,6 +64,21 @@ def test_a_hang_that_was_told_stays_though_the_script_ends_well() -> None:
     assert job.conclude(killed(), 0).problem == hangs.problem
     over = evidence(*(process(rank, op(0, "barrier", 1, 2), ended="exit") for rank in (0, 1)), now=9)
     assert job.conclude(over, 0) is over  # it came free after all
+
+
+def test_what_was_told_of_ranks_that_outlive_their_command_stays() -> None:
+    """Such as those of `mp.spawn`, whose parent was ended by a signal: they hang on."""
+    hangs = crossed_sends(3)
+    told = hangs.problem
+    assert told
+    for asked in (True, False):
+        said = final_verdict(hangs, told, 143, goes_on=True, is_asked_to_end=asked)
+        assert said == told
+        assert final_verdict(moves(), told, 143, goes_on=True, is_asked_to_end=asked) is None
+        assert final_verdict(hangs, None, 143, goes_on=True, is_asked_to_end=asked) is None
+    assert final_verdict(hangs, None, 143, goes_on=False, is_asked_to_end=True) == told
+    assert final_verdict(killed(), None, 143, goes_on=False, is_asked_to_end=True) is None
+    assert final_verdict(killed(), None, 0, goes_on=False, is_asked_to_end=False) is None
 
 
 def test_what_a_rank_that_has_ended_left_out_is_told_at_the_next_look() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,29 @@ def test_ranks_that_were_killed_together_hung_before() -> None:
     assert (before.kind, before.ranks) == ("cycle", (0, 1))
     alone = evidence(process(0, ops[0], **heart), process(1, heartbeat_ns=20 * SECOND), now=40, **gone)
     assert before_they_were_killed(alone) is alone  # one died first
+
+
+def test_ranks_that_were_interrupted_by_ctrl_c_hung_before() -> None:
+    """The command of a hang is ended by Ctrl-C, and then explained from its records: not as a KeyboardInterrupt."""
+    at = 30 * SECOND
+    error = raised("", 30, "KeyboardInterrupt")
+    killed = process(0, op(0, "recv", 1, peer=1), heartbeat_ns=at)
+    interrupted = process(
+        1, op(0, "all_reduce", 1, 30.1), heartbeat_ns=at, exception=error, ended="exception"
+    )
+    found = evidence(killed, interrupted, now=40, rank0=ProcessPulse(None, gone=1.0))
+    assert found.problem
+    assert found.problem.kind == "exception"
+    before = before_they_were_killed(found).problem
+    assert before
+    assert sorted(before.ranks) == [0, 1]
+    assert "KeyboardInterrupt" not in str(before)
+    assert "`recv <- 1`" in before.sentence
+    assert "`all_reduce`" in before.sentence
+    other = evidence(
+        killed, replace(interrupted, exception=raised("", 30)), now=40, rank0=ProcessPulse(None, gone=1.0)
+    )
+    assert before_they_were_killed(other) is other
 
 
 def test_a_rank_whose_cell_has_ended_is_no_rank_that_is_stuck() -> None:

@@ -71,6 +71,14 @@ def test_a_row_that_differs_between_ranks() -> None:
     assert "token 1" in one.text
 
 
+def test_a_row_that_differs_behind_a_prefix_that_one_rank_shares() -> None:
+    whole, shared = rows(0, 1, 2, 3, 4, 5), rows(2, 3, 9, 5)._replace(is_paged=True)
+    whole = whole._replace(is_paged=True)
+    (one,) = kv({0: [whole], 1: [shared]}).diff()
+    assert (one.kind, one.ranks) == ("rows differ", (1, 0))
+    assert "1 of 3 rows of layer 0, the first at token 3" in one.text
+
+
 def test_ranks_that_split_heads_are_not_compared() -> None:
     assert kv({0: [rows(0, 1, 2, 3)], 1: [rows(0, 5, 6, 7)]}).diff() == []
 

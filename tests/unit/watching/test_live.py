@@ -85,7 +85,10 @@ def test_a_process_is_watched_anew_where_another_session_looks(tmp_path: Path) -
         (3, "command is 3; it must be text or a list of texts"),
         (["torchrun", 3], r"command is \['torchrun', 3\]; it must be text or a list of texts"),
         ("", "there is no command"),
-        ("no-such-program --x 1", "there is no program 'no-such-program' to watch: it is not on the path"),
+        (
+            "no-such-program --x 1",
+            "the command 'no-such-program' was not found: it is not on the path, nor beside",
+        ),
     ],
 )
 def test_a_command_that_cannot_be_started(command: Any, said: str, tmp_path: Path) -> None:
