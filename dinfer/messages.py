@@ -442,6 +442,13 @@ class EndPrompt(Command[Ok], frozen=True):
     """The session is closed: give up the prompt, keep the weights."""
 
 
+class ExpectDecode(Command[Ok], frozen=True):
+    """Prefill is on its way to its end, and decode of up to `limit` new tokens follows: compute what one rank can of
+    the first two as soon as that is possible, until the run is sent elsewhere. Reports `TextPiece` for the first."""
+
+    limit: int
+
+
 class StartDecode(Command[NewTokens], frozen=True):
     """Generate tokens up to the limit, or to the end of the text. Reports `TextPiece` meanwhile."""
 

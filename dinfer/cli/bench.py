@@ -18,9 +18,10 @@ def bench(
     what: Annotated[
         str,
         Argument(
-            help="prefill; links: over slow links; planner: its choice beside a sweep; growth: with prompt, chunks, "
-            "ranks, layers, and what an op costs; digests: with and without; gpu: kernels beside transformers; "
-            "session: steps, recording, a death; views: figures, report"
+            help="prefill; cores: beside one process with all cores, decode beside transformers; links: over slow "
+            "links; planner: its choice beside a sweep; growth: with prompt, chunks, ranks, layers, and what an op "
+            "costs; digests: with and without; gpu: kernels beside transformers; session: steps, recording, a death; "
+            "views: figures, report"
         ),
     ] = "prefill",
     model: Annotated[
@@ -32,7 +33,7 @@ def bench(
     tokens: Annotated[
         str,
         Option(
-            help="length of the prompt; with --compare also several: 512,2048 ; default: 2048; planner: 768"
+            help="length of the prompt; with --compare also several: 512,2048; default: 2048, for planner 768"
         ),
     ] = "",
     chunk_size: Annotated[str, Option(help="tokens per chunk; with --compare also several: 64,128")] = "128",
@@ -89,6 +90,8 @@ def bench(
                     rate,
                     codec,
                 )
+            case "cores":
+                result, text = _bench_cores(model, tokens, {**sizes, "chunk_size": chunk_size}, repeats)
             case "planner":
                 result, text = _bench_planner(model, asked, {**sizes, "chunk_size": chunk_size}, repeats)
             case "growth":
@@ -125,7 +128,8 @@ def bench(
                 text = views.table(result)
             case _:
                 raise ConfigError(
-                    f"bench {what!r} is unknown; use prefill, links, planner, growth, digests, gpu, session or views."
+                    f"bench {what!r} is unknown; use prefill, cores, links, planner, growth, digests, gpu, session or "
+                    "views."
                 )
     except KeyboardInterrupt:
         stop("interrupted; all ranks were ended.", INTERRUPTED)
@@ -204,6 +208,22 @@ def _bench_links(
             check_codec(config.with_(codec=way), spec)
         result = links.bench_links(config, spec.vocab_size, spec.layers, length, named, repeats, ways, log)
     return result, links.table(result)
+
+
+def _bench_cores(model: str, tokens: str, values: dict[str, Any], repeats: int) -> tuple[dict[str, Any], str]:
+    """The result of `dinfer bench cores`, and its text."""
+    from dinfer.bench import cores
+    from dinfer.bench.prefill import BenchModel, random_checkpoint
+    from dinfer.model.checkpoint import check
+
+    length = _one_length("cores", tokens)
+    config = Config.of({**values, "model_path": "demo"})
+    cores.check_asked(config, length)
+    with nullcontext(model) if model else random_checkpoint(BenchModel()) as folder:
+        spec = check(str(folder))
+        config = config.with_(model_path=str(folder))
+        result = cores.bench_cores(config, spec.vocab_size, spec.layers, length, repeats, log)
+    return result, cores.table(result)
 
 
 def _bench_planner(

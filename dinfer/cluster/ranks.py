@@ -297,6 +297,9 @@ def update(state: RankState, status: Status) -> None:
 class Ranks(RankStates):
     """The interface of both kinds of ranks: engines and threads."""
 
+    backend: Backend = "auto"
+    """what a run's backend "auto" means here"""
+
     can_kill = True
     """Whether one rank can be killed and started again."""
 
@@ -307,10 +310,6 @@ class Ranks(RankStates):
     @abstractmethod
     def describe(self) -> str:
         """One line for people."""
-
-    def usual_backend(self, gpu_ids: Sequence[int]) -> Backend:  # noqa: ARG002 - any GPUs
-        """What backend "auto" means here, for ranks on these GPUs (empty: on the CPU)."""
-        return "auto"
 
     def exits(self) -> list[int | None]:
         """By rank, the exit status of a process that has ended, else None."""

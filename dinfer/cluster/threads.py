@@ -1,17 +1,14 @@
 """Ranks that are threads of this process: the same session on any laptop, for lessons and tests.
 
-They share one checkpoint in memory; on one GPU, messages are copied within it. A rank cannot be killed here, and what
-blocks the process blocks the session too.
+They share one checkpoint in memory. A rank cannot be killed here, and what blocks the process blocks the session too.
 """
 
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dinfer.cluster.ranks import Ranks, update
-from dinfer.config import Backend
 from dinfer.engine.board import BOARD_BYTES, Board, Phase, Stand
 from dinfer.errors import NotPossible
 from dinfer.messages import Command, JoinGroup, Lanes, OpenStore, RankReport, Status, StoreAddress
@@ -21,7 +18,6 @@ from dinfer.trace.recorder import Recorder
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm
 from dinfer.transport.in_process import Exchange
-from dinfer.transport.ipc import has_ipc
 
 PUMP_S = 0.05
 
@@ -29,6 +25,7 @@ PUMP_S = 0.05
 class LocalRanks(Ranks):
     """A RankService for each rank, called directly."""
 
+    backend = "gloo"
     can_kill = False
 
     def __init__(self, world_size: int) -> None:
@@ -56,9 +53,6 @@ class LocalRanks(Ranks):
 
     def describe(self) -> str:
         return f"{self.world_size} ranks as threads of this process, which share one checkpoint in memory"
-
-    def usual_backend(self, gpu_ids: Sequence[int]) -> Backend:
-        return "ipc" if len(set(gpu_ids)) == 1 and has_ipc() else "gloo"
 
     def cores(self) -> list[int]:
         return [self.world_size] * self.world_size

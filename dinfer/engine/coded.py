@@ -5,7 +5,8 @@ stage compute on KV of their own, and the cache gets what the other ranks get: e
 sent, or when somebody looks, and what it decodes to is written to the cache, where its digests are taken. The exact KV
 is kept as long as the prompt, so that a run can go back. It takes the memory of one stage's KV once more.
 
-The next block of this rank is encoded while one is on the wire.
+The next block of this rank is encoded while one is on the wire, and the next message of a link comes while a block is
+decoded and its digests are taken.
 """
 
 import threading
@@ -64,6 +65,9 @@ class CodedBlocks:
         self._lock = threading.RLock()
         self._ahead: ThreadPoolExecutor | None = None
         self._stage = _StageCache(state) if codec.is_lossy else None
+        longest = max(state.plan.shape.chunks, key=len)
+        self.most = largest_bytes(codec, state.cache.block(0, longest.start, longest.stop))
+        """bytes that an encoded block of this prompt has at most"""
 
     @property
     def cache(self) -> KVCache:

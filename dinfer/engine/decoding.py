@@ -10,13 +10,13 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from time import monotonic_ns
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from dinfer.engine.ahead import Ahead
 from dinfer.engine.corruption import Corrupted, Corruption
-from dinfer.engine.decode_start import DecodeStart
+from dinfer.engine.decode_start import ChosenToken, DecodeStart, choose, record
 from dinfer.engine.prefill import Prefill
 from dinfer.errors import DinferError, ModelError
 from dinfer.model.cache import KVCache
@@ -25,7 +25,6 @@ from dinfer.model.kernels.graphs import MOST_POSITIONS
 from dinfer.model.kernels.token_graph import NO_TOKEN
 from dinfer.model.sampling import Sampler
 from dinfer.plan.partition import Shape
-from dinfer.trace.events import Event
 from dinfer.trace.recorder import Recorder
 from dinfer.transport.gloo import Comm
 from dinfer.verdict.where import rank_spans_text
@@ -114,21 +113,18 @@ class Decoding:
         recorder: Recorder | None,
         state: Prefill | None,
         ahead: Ahead | None = None,
-        arrivals: DecodeStart | None = None,
+        start: DecodeStart | None = None,
     ) -> None:
         """`final` is the normed hidden state of the prompt's last token, [1, 1, hidden_size]. `state` is that of the
         prompt whose cache this is, for faults and for the words of errors; None for other KV. `ahead` makes tokens by
-        graphs; None: transformers' own kernels do. `arrivals`: blocks are still coming; the first step that needs them
-        waits for those of each layer."""
+        graphs; None: transformers' own kernels do. `start`: what was computed of the first tokens while blocks came."""
         self.tokens: list[int] = []
         self.cache = cache
         self._rows = [prompt_tokens]  # before the first step and after each
         self._state, self._shape = state, state.plan.shape if state else None
         self._decoder, self._final, self._sampler = decoder, final, sampler
-        self._comm, self._recorder, self._ahead, self._arrivals = comm, recorder, ahead, arrivals
+        self._comm, self._recorder, self._ahead, self._start = comm, recorder, ahead, start
         self._wanted = 0
-        self._layers_ended = 0
-        """when the layers of the step that waited for blocks had run: they have events of their own"""
 
     @property
     def stopped(self) -> Literal["", "end of text", "positions"]:
@@ -150,59 +146,43 @@ class Decoding:
 
     def step(self) -> int:
         """Make the next token. Raises on every rank: TokensDiffer, or NotANumber if those of one have NaN or Inf."""
-        start, row = monotonic_ns(), self.rows
+        start, row, number = monotonic_ns(), self.rows, len(self.tokens)
+        was_computed = number == 0 and self._start is not None and self._start.first is not None
         if self.tokens and self._ahead and row < MOST_POSITIONS and not self._has_odd_rows:
             fits = row + 2 <= min(self.cache.capacity, self._decoder.max_positions, MOST_POSITIONS)
             more = fits and len(self.tokens) + 1 < self._wanted
-            token, logits = self._ahead.take(self.cache, self.tokens[-1], row, len(self.tokens), more=more)
+            token, logits = self._ahead.take(self.cache, self.tokens[-1], row, number, more=more)
             row += 1
         else:
-            token, logits, row = self._forward(row)
+            (token, logits), row = self._forward(row)
         computed = monotonic_ns()
         self._compare(token, logits)
         end = monotonic_ns()
         if self._recorder:
-            about = {"what": "token", "tokens": 1, "index": len(self.tokens)}
-            record(self._recorder, "decode", max(start, self._layers_ended), computed, **about)
+            about = {"what": "token", "tokens": 1, "index": number}
+            if not was_computed:
+                record(self._recorder, "decode", start, computed, **about)
             if self._comm.world_size > 1:
                 record(self._recorder, "all_gather", computed, end, **about)
         self.tokens.append(token)
         self._rows.append(row)
         return token
 
-    def _forward(self, row: int) -> tuple[int, Tensor, int]:
-        """The next token by the decoder's own forward, its logits, and the row after it."""
-        hidden, state = self._final, self._state
+    def _forward(self, row: int) -> tuple[ChosenToken, int]:
+        """The next token by the decoder's own forward, and the row after it."""
+        hidden, state, started = self._final, self._state, self._start
+        if not self.tokens and started and started.first:
+            return started.first, row
         if self.tokens:
-            if self._arrivals:
-                hidden = self._forward_behind(self._arrivals, row)
-                self._arrivals = None
+            if started and started.hidden is not None:
+                hidden, self._start = started.hidden, None
             else:
                 hidden = self._decoder.forward(
                     self.tokens[-1:], self.cache, row, state.extra if state else None
                 )
             row += state.faults.new_row(row) if state else 1
             hidden = self._decoder.norm(hidden)
-        logits = self._decoder.logits(hidden)
-        # The maximum of values with a NaN is NaN; that is cheaper than a look at each. -Inf alone is no fault.
-        token = NO_TOKEN if not logits.max().isfinite() else self._sampler(logits, len(self.tokens))
-        return token, logits, row
-
-    def _forward_behind(self, arrivals: DecodeStart, row: int) -> Tensor:
-        """All layers on the last token, each as soon as its blocks are here; an event each, in which `met` is when they
-        were. Then the check of all rows."""
-        hidden = self._decoder.embed(self.tokens[-1:])
-        for layer in range(self._decoder.num_layers):
-            start = monotonic_ns()
-            arrivals.layer(layer)
-            met = monotonic_ns()
-            hidden = self._decoder.layer(layer, hidden, self.cache, row)
-            if self._recorder:
-                about = {"what": "token", "tokens": 1, "index": len(self.tokens), "layer": layer, "met": met}
-                record(self._recorder, "decode", start, monotonic_ns(), **about)
-        arrivals.end()
-        self._layers_ended = monotonic_ns()
-        return hidden
+        return choose(self._decoder, self._sampler, hidden, len(self.tokens)), row
 
     @property
     def _has_odd_rows(self) -> bool:
@@ -218,6 +198,7 @@ class Decoding:
 
     def back_to(self, tokens: int) -> None:
         """Drop all new tokens after the first `tokens`. The next steps repeat them, unless the user edits something."""
+        self._start = None
         del self.tokens[tokens:], self._rows[tokens + 1 :]
         self.begin(0)
 
@@ -230,8 +211,6 @@ class Decoding:
     def _compare(self, token: int, logits: Tensor) -> None:
         chosen = [_TOKEN.unpack(data)[0] for data in _gather(self._comm, _TOKEN.pack(token))]
         if NO_TOKEN in chosen:
-            if self._arrivals:
-                self._arrivals.end()  # where it is first can be said once all blocks are here
             mine = first_nan(self.cache, self.rows + bool(self.tokens), self._shape)
             found = [NanOrigin(*_PLACE.unpack(data)) for data in _gather(self._comm, _PLACE.pack(*mine))]
             places = {rank: found[rank] for rank, answer in enumerate(chosen) if answer == NO_TOKEN}
@@ -247,14 +226,6 @@ class Decoding:
 
 def _gather(comm: Comm, data: bytes) -> list[bytes]:
     return comm.all_gather(data) if comm.world_size > 1 else [data]
-
-
-def record(recorder: Recorder, kind: str, start: int, end: int, **fields: Any) -> None:
-    """Record an event on the recorder's lane for decode, the last one. Its `met` is its start, if not given."""
-    lane = len(recorder.lanes) - 1
-    times = {"ready": start, "start": start, "met": start, "end": end}
-    event = Event(recorder.rank, recorder.lanes[lane], kind, **{**times, **fields})
-    recorder.record(lane, event)
 
 
 def recheck(state: Prefill, recorder: Recorder, comm: Comm) -> float:

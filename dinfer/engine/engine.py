@@ -17,8 +17,8 @@ from dinfer.engine.ahead import Ahead
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.corruption import Alarm, Corruption
-from dinfer.engine.decode_start import DecodeStart
-from dinfer.engine.decoding import Decoding, cache_of, recheck, record
+from dinfer.engine.decode_start import DecodeStart, record
+from dinfer.engine.decoding import Decoding, cache_of, recheck
 from dinfer.engine.finite import FiniteCheck, NonFinite, OnNonFinite
 from dinfer.engine.kernels import Graphs
 from dinfer.engine.lanes import Execution, LaneExecutor
@@ -203,62 +203,40 @@ class Engine:
     ) -> list[int]:
         """`prefill_phase` and `decode_phase` in one; returns the new token ids. All ranks must call it.
 
-        Decode does not wait for the end of prefill: the first token is chosen as soon as the final hidden state is
-        here, and in the step after it a layer computes as soon as its blocks are. What is computed is the same, bit for
-        bit. (One after the other they run with graphs, on streams, with a lossy codec and with faults armed.) Raises
-        what these two raise; the rows of KV are checked before the second token counts.
+        Decode does not wait for the end of prefill: the first token is chosen, and told, as soon as the final hidden
+        state is here, and for the second a layer computes as soon as its blocks are. What is computed is the same, bit
+        for bit. (One after the other they run with graphs, on streams, with a lossy codec and with faults armed.)
+        Raises what these two raise; the ranks' tokens are compared, and the rows of KV checked, once prefill has ended.
         """
         if prompt is not None:
             self.prepare(self.encode(prompt))
-        if not self._may_decode_early:
+        start = self.decode_start(self.config.max_new_tokens)
+        if start is None:
             self.prefill_phase()
             return self.decode_phase(on_token=on_token)
-
-        decoding: Decoding | None = None
-
-        def check() -> None:
-            self.board.set_phase("decode", len(decoding.tokens) if decoding else 0)
-            self.recheck()
-
-        executor, arrivals = self.executor, DecodeStart(self.executor, self._deadline.seconds, check)
+        executor = self.executor
         self.prompt.detect_edits()
         self.board.set_phase("prefill")
         executor.set_limits([len(lane.ops) for lane in executor.plan.lanes[self.rank]])
-        if not arrivals.final():
-            self.prefill_phase()  # says that there is nothing to decode from
+        start.run(on_token or (lambda _: None), self._deadline.seconds)
+        self.prefill_phase()
+        return self.decode_phase(on_token=on_token, start=start)
 
-        def generate() -> list[int]:
-            nonlocal decoding
-            decoding = self._decoding(executor.state.final, executor.state, arrivals)
-            for token in decoding.run(self.config.max_new_tokens):
-                if executor.is_done():
-                    self.board.set_phase("decode", len(decoding.tokens))
-                if on_token:
-                    on_token(token)
-            arrivals.end()
-            self.prompt.edits.accept_all()
-            return decoding.tokens
-
-        tokens: list[int] = self._deadline.run("generate_phase", generate)
-        return tokens
-
-    @property
-    def _may_decode_early(self) -> bool:
-        """Whether decode may begin while blocks arrive: transformers' own layers, on a cache that nothing changes once
-        they have come."""
-        state = self.executor.state
-        is_plain = state.kernels == "exact" and not self.config.uses_streams and not state.faults.are_armed
-        return is_plain and not Codec.of(self.config.codec).is_lossy
-
-    def _decoding(self, final: Tensor | None, state: Prefill, arrivals: DecodeStart) -> Decoding:
-        """A decode of the current prompt whose blocks are still arriving."""
-        assert final is not None
+    def decode_start(
+        self, max_new_tokens: int, may_go_on: Callable[[], bool] = lambda: True
+    ) -> DecodeStart | None:
+        """A start of decode for while prefill runs; None where decode has to begin after it. `may_go_on`: see there."""
+        executor = self.executor
+        state, config = executor.state, self.config
+        # transformers' own layers, on a cache that nothing changes once blocks have come
+        is_plain = state.kernels == "exact" and not config.uses_streams and not state.faults.are_armed
+        if not is_plain or Codec.of(config.codec).is_lossy or executor.is_done():
+            return None
         assert self.cache is not None
-        state.finite.settle()  # nothing computes any more: the recorder's lane for decode is its own from here on
-        return Decoding(
-            self.decoder, self.cache, len(self.ids), final[:, -1:], self._sampler(), self.comm, self.recorder, state,
-            arrivals=arrivals,
-        )  # fmt: skip
+        assert self.recorder is not None
+        return DecodeStart(
+            self.decoder, self.cache, executor, self.recorder, self._sampler(), max_new_tokens, may_go_on
+        )
 
     def _sampler(self) -> Sampler:
         config = self.config
@@ -269,6 +247,7 @@ class Engine:
         hidden_states: Tensor | None = None,
         kv_caches: Sequence[KV] | None = None,
         max_new_tokens: int | None = None,
+        start: DecodeStart | None = None,
     ) -> Decoding:
         """A decode before its first step, from what `decode_phase` takes. Raises NotPossible without a prefill."""
         final = self.executor.state.final if hidden_states is None else hidden_states
@@ -298,6 +277,7 @@ class Engine:
             self.recorder,
             state,
             ahead,
+            start,
         )
 
     def recheck(self) -> None:
@@ -328,16 +308,19 @@ class Engine:
         kv_caches: Sequence[KV] | None = None,
         max_new_tokens: int | None = None,
         on_token: Callable[[int], None] | None = None,
+        start: DecodeStart | None = None,
     ) -> list[int]:
         """Decode; returns the new token ids, the same on every rank. All ranks must call it.
 
         `hidden_states` and `kv_caches` are what `prefill_phase` returned on any engine; by default this engine's own,
-        whose rows `recheck` checks first. Stops before `max_new_tokens` where the text or the model's positions end.
-        Raises TokensDiffer, NotANumber or Corrupted on all ranks, StillWaiting past the deadline.
+        whose rows `recheck` checks first. `start`: what was computed, and told, while prefill ran. Stops before
+        `max_new_tokens` where the text or the model's positions end. Raises TokensDiffer, NotANumber or Corrupted on
+        all ranks, StillWaiting past the deadline.
         """
         if self._prompt is not None:
             self._prompt.detect_edits()
-        decoding = self.decoding(hidden_states, kv_caches, max_new_tokens)
+        decoding = self.decoding(hidden_states, kv_caches, max_new_tokens, start)
+        was_told = start is not None and start.first is not None
 
         def decode() -> list[int]:
             self.board.set_phase("decode")
@@ -345,7 +328,7 @@ class Engine:
                 self.recheck()
             for token in decoding.run(max_new_tokens or self.config.max_new_tokens):
                 self.board.set_phase("decode", len(decoding.tokens))
-                if on_token:
+                if on_token and not (was_told and len(decoding.tokens) == 1):
                     on_token(token)
             if self._prompt is not None:
                 self._prompt.edits.accept_all()

@@ -165,6 +165,11 @@ class LaneExecutor(ABC):
         """Whether this rank has computed or received the value."""
         return value in self._made
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether `close` was called."""
+        return self._closing
+
     def wait_until_closed(self) -> None:
         """Wait until `close` is called. Raises OpFailed as soon as an op has failed."""
         self.wait(lambda: self._closing)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from time import monotonic_ns
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
         comm.recv_payload(channel, torch.empty(came.nbytes, dtype=torch.uint8))  # keeps the channel usable
         raise
     state.faults.slow_message(op)
-    place, corrupt = _place(state, op), None
+    place, corrupt, meanwhile = _place(state, op), None, None
     if op.what == "kv":
         with state.ordering.receiving(op.makes()):
             if came.codec.is_none:
@@ -81,8 +82,11 @@ def recv(state: Prefill, op: Op, comm: Comm) -> Outcome:
             else:
                 coded = torch.empty(came.nbytes, dtype=torch.uint8)
                 comm.recv_payload(channel, coded)
+                meanwhile = partial(comm.ahead, channel, state.coded.most)
+                meanwhile()
                 state.coded.arrived((op.chunk, op.layer), coded, place)
-            found = state.receive_block(op, signature_of(data), place)
+                meanwhile()
+            found = state.receive_decoded(op, signature_of(data), place, meanwhile)
         corrupt = state.check_digests(op, came, None if found is None else as_numbers(found))
     else:
         comm.recv_payload(channel, place)

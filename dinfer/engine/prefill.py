@@ -1,7 +1,7 @@
 """The state of one prompt on one rank during prefill: KV cache, hidden states, ledger."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -119,9 +119,15 @@ class Prefill:
     def receive_block(self, op: Op, announced: Tensor, block: Tensor) -> Tensor | None:
         """Enter a received block into the ledger, with the signature of its header, int64 [3]. Returns its digests,
         int64 [2], on the signature's device; None without a ledger."""
+        return self.receive_decoded(op, announced, block, None)
+
+    def receive_decoded(
+        self, op: Op, announced: Tensor, block: Tensor, meanwhile: Callable[[], None] | None
+    ) -> Tensor | None:
+        """As `receive_block`; `meanwhile` is called now and then."""
         if self.faults.on_wire(op, block):
             self.coded.changed((op.chunk, op.layer))
-        found = self.ledger.arrived((op.chunk, op.layer), block, announced)
+        found = self.ledger.arrived((op.chunk, op.layer), block, announced, meanwhile)
         self.faults.in_memory(op, block)
         return found
 

@@ -125,6 +125,11 @@ class Decoder:
         if self._files:
             self._files.check()
 
+    def _check_files_recently(self) -> None:
+        """As `check_files`, for each layer: a look at the files counts for some milliseconds."""
+        if self._files:
+            self._files.check_recent()
+
     def is_intact(self) -> bool:
         """Whether the weights are those that were loaded, as far as files are concerned."""
         return self._files is None or self._files.is_intact()
@@ -175,7 +180,7 @@ class Decoder:
         placement = self.positions.of(kind, position, hidden)
         if shift:
             placement = replace(self.positions.of(kind, position + shift, hidden), mask=placement.mask)
-        self.check_files()
+        self._check_files_recently()
         output: Tensor = self.base.layers[index](
             hidden,
             attention_mask=placement.mask,
@@ -184,7 +189,7 @@ class Decoder:
             past_key_values=window,
             use_cache=True,
         )
-        self.check_files()  # it may have been written to meanwhile
+        self._check_files_recently()  # they may have been written to meanwhile
         return output
 
     @_without_grad

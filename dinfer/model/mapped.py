@@ -10,9 +10,13 @@ import os
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from time import monotonic
 
 from dinfer.errors import ModelError
 from dinfer.model.checkpoint import sampled_spans
+
+RECENT_S = 0.01
+"""how long a look at the files counts for layers: a look gives up the GIL, for which each layer would wait anew"""
 
 
 class WeightsChanged(ModelError):
@@ -35,10 +39,16 @@ class MappedFiles:
         self._known = [_written(descriptor) for descriptor in self._opened]
         self._samples = [_samples(descriptor) for descriptor in self._opened]
         self._changed = False
+        self._looked = monotonic()
+
+    def check_recent(self) -> None:
+        """As `check`, unless that has looked at the files within the last RECENT_S seconds: for each layer."""
+        if self._changed or monotonic() - self._looked > RECENT_S:
+            self.check()
 
     def check(self) -> None:
-        """Raises WeightsChanged once a file has been written to. Takes a microsecond for each file: it is called for
-        each layer."""
+        """Raises WeightsChanged once a file has been written to."""
+        self._looked = monotonic()
         if self._changed or any(
             self._known[n] != _written(descriptor) and not self._was_only_touched(n)
             for n, descriptor in enumerate(self._opened)

@@ -1,14 +1,22 @@
 """Decode under a session's control: so many tokens, stop, go on, go back."""
 
+import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
+import torch
+
 from dinfer.engine.corruption import Corrupted
+from dinfer.engine.decode_start import DecodeStart, GivenUp
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.engine import Engine
+from dinfer.engine.lanes import OpFailed
 from dinfer.messages import NewTokens
 from dinfer.model.text import TextStream, load_tokenizer
+
+log = logging.getLogger("dinfer")
 
 OnToken = Callable[[int, int, str], None]
 """Called with the number of new tokens, the token, and the text that it completes."""
@@ -33,6 +41,7 @@ class Tokens:
         self._limit = self._begun = 0
         self._held = False
         self._stream = self._new_stream()
+        self._early: _EarlyStart | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -61,14 +70,36 @@ class Tokens:
             self._changed.notify_all()
             return self._begun
 
+    def expect(self, limit: int, on_token: OnToken) -> None:
+        """Prefill is on its way to its end, and decode follows: begin while blocks arrive, where that is possible."""
+        self.give_up_start()
+        prompt, order = self._engine.prompt, self._engine.prompt.order
+        start = self._engine.decode_start(limit, lambda: prompt.order == order)
+        if start is not None and not self.tokens:
+            self._early = _EarlyStart(
+                start, lambda token: on_token(1, token, self._text_of(token)), self._engine.rank
+            )
+
+    def give_up_start(self) -> None:
+        """What `expect` has begun is not wanted any more."""
+        early, self._early = self._early, None
+        if early is not None:
+            early.give_up()
+            self._stream = self._new_stream()
+
     def run(self, on_token: OnToken) -> NewTokens:
         """Decode up to the limit or the end of the text. Does not begin if the run is to pause for changed bytes; then
         `remark` says so."""
         self._engine.board.set_phase("decode", len(self.tokens))  # from now on others may wait for this rank
         config = self._engine.config
+        early, self._early = self._early, None
+        start = early.taken() if early else None
+        was_told = start is not None and early is not None and early.has_told
+        if early and not was_told:
+            self._stream = self._new_stream()
         if self._decoding is None:
             room = max(self._limit, config.max_new_tokens)
-            begun = self._engine.decoding(max_new_tokens=room)
+            begun = self._engine.decoding(max_new_tokens=room, start=start)
             try:
                 self._engine.recheck()
             except Corrupted as found:
@@ -81,12 +112,13 @@ class Tokens:
         decoding.begin(self._limit)
         while self._begin(decoding):
             token = decoding.step()
-            text = self._stream.push(token) if self._stream else f"{token} "
-            on_token(len(decoding.tokens), token, text)
+            is_told = was_told and len(decoding.tokens) == 1
+            on_token(len(decoding.tokens), token, "" if is_told else self._text_of(token))
         return NewTokens(tuple(decoding.tokens), decoding.stopped)
 
     def back_to(self, tokens: int) -> None:
         """Forget all but the first that many."""
+        self.give_up_start()
         if self._decoding is None:
             return
         self._decoding.back_to(tokens)
@@ -105,8 +137,46 @@ class Tokens:
             self._begun = len(decoding.tokens) + 1
             return True
 
+    def _text_of(self, token: int) -> str:
+        """The text that the next token completes."""
+        return self._stream.push(token) if self._stream else f"{token} "
+
     def _new_stream(self) -> TextStream | None:
         return TextStream(self._tokenizer) if self._tokenizer else None
+
+
+class _EarlyStart:
+    """A start of decode, on a thread of its own until decode begins or it is given up. `has_told`: whether the first
+    token was told."""
+
+    def __init__(self, start: DecodeStart, tell: Callable[[int], None], rank: int) -> None:
+        self._start, self._tell, self.has_told = start, tell, False
+        self._is_whole = False
+        self._thread = threading.Thread(target=self._run, name=f"rank {rank} start of decode", daemon=True)
+        self._thread.start()
+
+    def give_up(self) -> None:
+        """Returns once nothing of it computes any more."""
+        self._start.give_up()
+        self._thread.join()
+
+    def taken(self) -> DecodeStart | None:
+        """What it has computed, now that prefill has ended; None if it was given up or has failed."""
+        self._thread.join()
+        return self._start if self._is_whole else None
+
+    def _run(self) -> None:
+        torch.get_num_threads()  # a new thread adopts the number of threads only when torch is first asked for it
+        try:
+            with suppress(GivenUp, OpFailed):  # the lanes report what has failed
+                self._start.run(self._told)
+                self._is_whole = True
+        except Exception:  # whatever it is, decode meets it again and tells of it
+            log.exception("decode could not be begun early")
+
+    def _told(self, token: int) -> None:
+        self.has_told = True
+        self._tell(token)
 
 
 class PromptOnRank(NamedTuple):

@@ -116,6 +116,7 @@ class RankService:
             quick(messages.GetStand, lambda _: self._engine.executor.stand()),
             quick(messages.Release, self._release),
             quick(messages.SetBreakpoints, self._set_breakpoints),
+            slow(messages.ExpectDecode, self._expect_decode),
             slow(messages.StartDecode, self._decode),
             quick(messages.LimitDecode, self._limit_decode),
             slow(messages.StepBackDecode, self._step_back_decode),
@@ -202,6 +203,7 @@ class RankService:
         """Give up prompt and group; whatever is blocked in them stays so."""
         if self.prompt:
             self.prompt.tokens.limit_to(0)
+            self.prompt.tokens.give_up_start()
             self.prompt.engine.release()
         if self.comm:
             self.comm.close()
@@ -323,6 +325,8 @@ class RankService:
 
     def _give_up_prompt(self) -> None:
         """Raises RuntimeError where lanes of the prompt are blocked."""
+        if self.prompt:
+            self.prompt.tokens.give_up_start()
         if self.prompt and not self.prompt.engine.release():
             raise RuntimeError(
                 f"rank {self.rank} has lanes blocked in the run before this one: session.recover() frees them."
@@ -339,7 +343,8 @@ class RankService:
         self._report_edits(prompt.go(command.cut, order=command.order, stopping=command.stopping))
 
     def _rewind(self, command: messages.Rewind) -> None:
-        engine = self._engine
+        engine, tokens = self._prompted()
+        tokens.give_up_start()
         self.prompt = PromptOnRank(engine, Tokens(engine))
         self.board.set_phase("prefill")
         self._report_edits(engine.prompt.rewind(command.cut))
@@ -378,16 +383,24 @@ class RankService:
 
     # -- decode
 
+    def _expect_decode(self, command: messages.ExpectDecode) -> None:
+        self._prompted().tokens.expect(command.limit, lambda _, __, text: self._show(text))
+
+    def _show(self, text: str) -> None:
+        if self.rank == 0 and text:
+            self._tell(messages.TextPiece(text))
+
     def _decode(self, _: messages.StartDecode) -> messages.NewTokens:
         engine, tokens = self._prompted()
 
         def show(count: int, _: int, text: str) -> None:
             self.board.set_phase("decode", count)
-            if self.rank == 0:
-                self._tell(messages.TextPiece(text))
+            self._show(text)
 
         try:
-            self._report_edits(engine.prompt.edits.report())
+            if edited := engine.prompt.edits.report():
+                tokens.give_up_start()
+                self._report_edits(edited)
             return tokens.run(show)
         except FOUND_TOGETHER:
             raise

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dinfer.cluster.ranks import Pending, RankRefused
-from dinfer.messages import Answer, Command, GetHeld, LimitDecode, NewTokens, StartDecode, StepBackDecode
+from dinfer.messages import (
+    Answer,
+    Command,
+    ExpectDecode,
+    GetHeld,
+    LimitDecode,
+    NewTokens,
+    StartDecode,
+    StepBackDecode,
+)
 from dinfer.model.text import TextStream
 from dinfer.results import Decoded, took_back
 from dinfer.run.state import RunState, State
@@ -28,10 +37,23 @@ class Generation:
         """held while the ranks get a new limit: limits of two threads must not mix"""
         self._stopping = threading.Event()
         """set by `stop`: a call of decode that began before makes no further token"""
+        self._shown = 0
+        """characters of text that there were when the call of decode began"""
 
     def begin(self) -> None:
         """A call of decode begins: from now on `stop` ends it, also before its first token."""
         self._stopping.clear()
+        self._shown = len(self._state.text)
+
+    def expect(self, limit: int) -> None:
+        """Prefill is on its way to its end, and decode is to follow: the ranks begin with it as soon as they can. The
+        text of the first token may come before the others are begun."""
+        every = dict.fromkeys(range(len(self._ranks.ranks)), ExpectDecode(limit))
+        self._ranks.forget(self._ranks.begin(every))  # a rank that does not answer is prefill's trouble
+
+    def expect_none(self) -> None:
+        """Decode does not follow: forget what came of a first token."""
+        self._take(self._state.tokens, ended=False)
 
     @property
     def is_stopped(self) -> bool:
@@ -40,9 +62,10 @@ class Generation:
 
     def go(self, limit: int, on_text: Callable[[str], None] | None) -> Decoded:
         """Decode until there are `limit` new tokens or the text ends; a keyboard interrupt stops it after a token."""
-        before, seen = len(self._state.tokens), len(self._state.text)
+        before, seen = len(self._state.tokens), self._shown
         with self._limiting:  # who stops it from now on finds it decoding
             if self._stopping.is_set():
+                self.expect_none()
                 return Decoded((), "", "user", before)
             self._ask(LimitDecode(limit))
             begun = self._ranks.begin(dict.fromkeys(range(len(self._ranks.ranks)), StartDecode()))
@@ -101,7 +124,7 @@ class Generation:
             self._state.text += "".join(self._ranks.new_texts())
 
     def _finish(self, begun: Pending[NewTokens], on_text: Callable[[str], None] | None) -> NewTokens:
-        shown = len(self._state.text)
+        shown = self._shown
 
         def meanwhile() -> None:
             nonlocal shown

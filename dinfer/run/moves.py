@@ -160,11 +160,14 @@ class Moves:
         if cut == self._stepper.cuts.end:
             self.nothing_to_do(cut)
 
-    def finish(self, is_stopped: Callable[[], bool]) -> bool:
+    def finish(self, is_stopped: Callable[[], bool], on_way: Callable[[], None]) -> bool:
         """Resume and wait; False if the run stopped before the end of prefill. `is_stopped()`: whether a pause was
-        asked for since the caller began, perhaps before there was anything to pause."""
+        asked for since the caller began, perhaps before there was anything to pause. `on_way()` is called once the
+        ranks are on their way to the end."""
         if not self.at_end:
             self.resume()
+            if self._stepper and self._stepper.heads_for_end:
+                on_way()
             if is_stopped():
                 self.pause()
             if self._stepper:

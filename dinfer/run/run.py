@@ -358,8 +358,10 @@ class Run(Tidy, Displayable):
         default = self.config.max_new_tokens
         more = default if max_new_tokens is None else count_of(max_new_tokens, "max_new_tokens")
         self._generation.begin()
-        if not self._moves.finish(lambda: self._generation.is_stopped):
+        generation = self._generation
+        if not self._moves.finish(lambda: generation.is_stopped, lambda: generation.expect(more)):
             self.look()
+            generation.expect_none()
             clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
             remark = (
                 f"prefill is not done: {self.message or 'it was paused'}\n"

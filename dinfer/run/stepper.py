@@ -113,6 +113,11 @@ class Stepper:
     def at_end(self) -> bool:
         return _positions(self._fleet.stands()) == self.cuts.end
 
+    @property
+    def heads_for_end(self) -> bool:
+        """Whether the last move was to go to the end."""
+        return self.heading is not None and self.heading[1] == self.cuts.end
+
     def step(self, unit: Unit = "layer", n: int = 1) -> Move:
         """Move on by `n` units; does nothing at the end."""
         with self._lock:

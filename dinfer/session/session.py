@@ -155,9 +155,7 @@ class Session(Tidy, Announced, Closing):
         self._check_open()
         share = max(self.ranks.cores())
         values = {"model_path": model_path, "dtype": dtype, "gpu_ids": tuple(gpu_ids), "log_dir": ""}
-        values.update(
-            kernels=kernels, backend=self.ranks.usual_backend(gpu_ids) if backend == "auto" else backend
-        )
+        values.update(kernels=kernels, backend=self.ranks.backend if backend == "auto" else backend)
         config = Config.of({**values, "world_size": self.world_size, "prompt_ids": (0,)})
         config = config.with_(threads=threads or threads_per_rank(share))
         config, self.spec = prepare_load(config, range(share))

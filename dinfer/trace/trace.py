@@ -64,9 +64,9 @@ class RankFigures(NamedTuple):
     `exposed_sync_s`: in which it moved KV and computed nothing; `waiting_s`: in which at least one lane waited for a
     peer, while others may have computed; `wire_s`: in which at least one message was on the wire; `decode_s`: computing
     new tokens; `check_s`: the check of all blocks before decode. The last two are not part of prefill. `ttft_s`, the
-    time to first token: from the first op of the run, on any rank, until this rank has chosen the first new token and
-    knows that the others have chosen the same; None without new tokens. It may be shorter than `prefill_s`: the first
-    token needs no block.
+    time to first token: from the first op of the run, on any rank, until this rank has chosen the first new token; None
+    without new tokens. It may be shorter than `prefill_s`: the first token needs no block. (That all ranks have chosen
+    the same is known once prefill has ended.)
     """
 
     rank: int
@@ -225,11 +225,10 @@ class Trace(Tidy, Tabular, Composed):
         return max(found, default=None)
 
     def _first_token_s(self, mine: Sequence[Event]) -> float | None:
-        chosen: dict[str, int] = {}
-        for event in mine:
-            if event.what == "token" and event.index == 0:
-                chosen.setdefault(event.kind, event.end)  # a token that was taken back is made again
-        return (max(chosen.values()) - self.began) / 1e9 if chosen else None
+        # the first of them: a token that was taken back is made again
+        ends = (e.end for e in mine if (e.what, e.kind, e.index) == ("token", "decode", 0))
+        end = next(ends, None)
+        return None if end is None else (end - self.began) / 1e9
 
     def computing(self, rank: int) -> list[Interval]:
         """When a rank computed, in prefill. What a watched program computes is in no event: there it is all time in

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from time import monotonic_ns
@@ -22,7 +23,7 @@ from torch._C._distributed_c10d import TCPStore
 from dinfer.plan.graph import Channel
 from dinfer.transport.header import HEADER_BYTES, VOID_HEADER, Header, TransferError
 from dinfer.transport.interface import interface_towards
-from dinfer.transport.precedence import Precedence, Way, cut, pieces_in, with_pieces
+from dinfer.transport.precedence import UNDER_WAY, Precedence, Way, cut, pieces_in, with_pieces
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
@@ -51,6 +52,11 @@ class Comm(Protocol):
 
     def recv_payload(self, channel: Channel, out: Tensor) -> None:
         """Receive the payload of the last header into `out`, a contiguous tensor of exactly its size."""
+
+    def ahead(self, channel: Channel, most: int) -> None:
+        """Take in what has come of the channel's next message, without waiting for it: the caller is busy with the last
+        one, and calls this now and then. A payload of up to `most` bytes comes too. The message is then received as any
+        other; where none ever comes, nothing is lost."""
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """Every rank's `data`, by rank. All ranks call it, from one thread each, with the same number of bytes."""
@@ -81,6 +87,22 @@ def drain(comm: Comm, sends: Sequence[Channel], recvs: Sequence[Channel]) -> Non
             threading.Thread(target=call, args=(channel,), name=f"drain {channel}", daemon=True).start()
 
 
+_UNTOUCHED = 255
+"""the last byte of a header that has yet to come; every header has 0 there. (gloo tells only who waits for a message
+that it is here.)"""
+
+
+@dataclass
+class _Ahead:
+    """A message that is expected before anybody asks for it. `work`: the header's, None once that is here; `payload`:
+    None until then; `posted`: its first pieces."""
+
+    header: Tensor
+    work: dist.Work | None
+    payload: Tensor | None = None
+    posted: list[dist.Work | None] = field(default_factory=list)
+
+
 class GlooComm:
     """Messages between processes by gloo. Hidden states, KV and control have a group each, so that a small message
     never waits for a large one of another kind."""
@@ -91,6 +113,7 @@ class GlooComm:
         self._precedence = Precedence()
         self._pieces: dict[Channel, int] = {}
         """by channel, in how many pieces the payload of the last header comes"""
+        self._ahead: dict[Channel, _Ahead] = {}
         timeout = timedelta(seconds=start_timeout)
         try:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -125,19 +148,53 @@ class GlooComm:
         return met
 
     def recv_header(self, channel: Channel) -> bytes:
-        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        self._recv(channel, (header,))
+        ahead = self._ahead.get(channel)
+        if ahead is None:
+            header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+            self._recv(channel, (header,))
+        else:
+            header = ahead.header
+            if ahead.work is not None:
+                self._recv(channel, (header,), [ahead.work])
+            if ahead.payload is None:
+                del self._ahead[channel]
         data = header.numpy().tobytes()
         self._pieces[channel] = pieces_in(data)
         return data
 
     def recv_payload(self, channel: Channel, out: Tensor) -> None:
+        count, ahead = self._pieces.get(channel, 1), self._ahead.pop(channel, None)
+        if ahead is not None and ahead.payload is not None:
+            self._recv(channel, cut(ahead.payload, count), ahead.posted)
+            bytes_of(out).copy_(ahead.payload)
+            return
         on_host = (
             out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
         )
-        self._recv(channel, cut(bytes_of(on_host), self._pieces.get(channel, 1)))
+        self._recv(channel, cut(bytes_of(on_host), count))
         if on_host is not out:
             out.copy_(on_host, non_blocking=True)  # on the default stream, so before all that reads it
+
+    def ahead(self, channel: Channel, most: int) -> None:
+        ahead = self._ahead.get(channel)
+        try:
+            if ahead is None:
+                header = torch.full((HEADER_BYTES,), _UNTOUCHED, dtype=torch.uint8)
+                self._ahead[channel] = _Ahead(header, self._irecv(channel, header))
+            elif ahead.work is not None and ahead.header[-1] != _UNTOUCHED:
+                wait_for(ahead.work)
+                ahead.work = None  # gloo would wait for a second message
+                self._post_payload(channel, ahead, most)
+        except RuntimeError as error:
+            raise CommError(f"receiving from rank {channel.source} failed: {error}") from error
+
+    def _post_payload(self, channel: Channel, ahead: _Ahead, most: int) -> None:
+        data = ahead.header.numpy().tobytes()
+        came = Header.unpack(data)
+        if not came.void and came.nbytes <= most:
+            ahead.payload = torch.empty(came.nbytes, dtype=torch.uint8)
+            pieces = cut(ahead.payload, pieces_in(data))[:UNDER_WAY]
+            ahead.posted = [self._irecv(channel, piece) for piece in pieces]
 
     def all_gather(self, data: bytes) -> list[bytes]:
         group = self._group("control")
@@ -152,6 +209,7 @@ class GlooComm:
         """Also ends other ranks' waits for this one, with an error: connections close with the last reference to the
         groups."""
         self._groups.clear()
+        self._ahead.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
         gc.collect()
@@ -162,12 +220,14 @@ class GlooComm:
     def _irecv(self, channel: Channel, part: Tensor) -> dist.Work | None:
         return dist.irecv(part, group=self._group(channel.communicator), group_src=channel.source)
 
-    def _recv(self, channel: Channel, parts: Sequence[Tensor]) -> None:
-        """Receive a header or a payload."""
+    def _recv(
+        self, channel: Channel, parts: Sequence[Tensor], posted: Sequence[dist.Work | None] = ()
+    ) -> None:
+        """Receive a header or a payload, of which the first parts may be posted."""
         is_hidden = channel.communicator != "kv" and parts[0].numel() > HEADER_BYTES
         try:
             with self._precedence.hidden("in") if is_hidden else nullcontext():
-                self._move(partial(self._irecv, channel), parts, "in", [])
+                self._move(partial(self._irecv, channel), parts, "in", list(posted))
         except RuntimeError as error:
             raise CommError(f"receiving from rank {channel.source} failed: {error}") from error
 

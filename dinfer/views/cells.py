@@ -61,7 +61,10 @@ class CellMap:
                 number += 1
 
     def states(self, stands: Sequence[RankStand]) -> CellStates:
-        """The state of every cell, [layers, chunks, ranks]."""
+        """The state of every cell, [layers, chunks, ranks]. Without stands, which a rank that was started again has not
+        told, that of a run that has not begun."""
+        if not stands:
+            return held_states(np.zeros(self.shape, bool))
         positions = np.array([n for stand in stands for n in stand.positions], np.int32)[self._lane]
         started = np.array([begun for stand in stands for begun in stand.started], bool)[self._lane]
         states = held_states(positions > self._index)

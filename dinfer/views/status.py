@@ -43,8 +43,10 @@ def status(plan: Plan, standing: Standing) -> Json:
     tokens = [*standing.tokens, *[0] * count]
     took = [*standing.took, *[""] * count]
     ranks = []
-    for rank, (lanes, stand) in enumerate(zip(plan.lanes, standing.stands, strict=True)):
-        state = "over" if standing.over else rank_state(lanes, stand)
+    stands = standing.stands or (None,) * count
+    for rank, (lanes, stand) in enumerate(zip(plan.lanes, stands, strict=True)):
+        state = "over" if standing.over else rank_state(lanes, stand) if stand else "not known"
+        where = rank_text(lanes, stand) if stand else "has not reported its position yet"
         ranks.append(
             {
                 "device": standing.devices[rank],
@@ -52,9 +54,9 @@ def status(plan: Plan, standing: Standing) -> Json:
                 "about_memory": about_memory(on_device[rank]),
                 "tokens": tokens[rank],
                 "state": state if standing.alive[rank] else "lost",
-                "done": sum(stand.positions),
+                "done": sum(stand.positions) if stand else 0,
                 "total": sum(len(lane.ops) for lane in lanes),
-                "where": "; ".join(filter(None, (rank_text(lanes, stand), took[rank]))),
+                "where": "; ".join(filter(None, (where, took[rank]))),
             }
         )
     return {

@@ -329,6 +329,8 @@ def test_an_unknown_flag_or_command_is_answered_with_the_nearest(given: Sequence
         (("links", "--hosts", "1"), "hosts is 1; links need at least 2"),
         (("links", "--tokens", "512,1024"), "bench links takes one number, at least 1"),
         (("planner", "--world-size", "1"), "bench planner needs at least 2 ranks"),
+        (("cores", "--world-size", "1"), "bench cores needs at least 2 ranks"),
+        (("cores", "--tokens", "128"), "bench cores needs at least two chunks"),
         (("digests", "--repeats", "0"), "repeats is 0; it must be at least 1"),
         (("digests", "--world-size", "0"), "world_size is 0; it must be at least 1"),
         (("--compare", "pairwise,ring", "--plot", "x.pdf"), "plot is 'x.pdf'; it must end in .html"),

@@ -93,7 +93,7 @@ class Ring:
         self.count += len(new)
         self.behind = sum(
             max(0, position - 1 - self._newest.get((rank, lane.name), -1))
-            for rank, (lanes, stand) in enumerate(zip(self._run.plan.lanes, standing.stands, strict=True))
+            for rank, (lanes, stand) in enumerate(zip(self._run.plan.lanes, standing.stands, strict=False))
             for lane, position in zip(lanes, stand.positions, strict=True)
         )
         self.ops = sum(sum(stand.positions) for stand in standing.stands) - self.behind

@@ -407,6 +407,9 @@ class SlowLine:
     def recv_payload(self, channel: Channel, out: torch.Tensor) -> None:
         raise NotImplementedError
 
+    def ahead(self, channel: Channel, most: int) -> None:
+        raise NotImplementedError
+
     def all_gather(self, data: bytes) -> list[bytes]:
         raise NotImplementedError
 

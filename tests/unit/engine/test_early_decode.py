@@ -118,7 +118,7 @@ def test_the_first_token_waits_for_no_block(small: Decoder) -> None:
         assert first.executor.is_done(), "also without a second token the blocks are here at the end"
 
 
-def test_rows_that_changed_are_found_before_the_second_token(small: Decoder) -> None:
+def test_rows_that_changed_are_found_before_any_token_counts(small: Decoder) -> None:
     with twin(small, world_size=2, chunk_size=CHUNK, max_new_tokens=3, on_corruption="fail") as made:
         seen: list[int] = []
 
@@ -126,7 +126,7 @@ def test_rows_that_changed_are_found_before_the_second_token(small: Decoder) -> 
             def damage(token: int) -> None:
                 seen.append(token)
                 if engine.rank == 1:  # its own block, computed long ago
-                    engine.executor.state.block(0, small.num_layers - 1)[0, 0, 0, 0] += 1
+                    engine.executor.state.block(0, small.num_layers - 1).data[0, 0, 0, 0] += 1
 
             return engine.generate_phase(IDS, damage)
 

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from dinfer.errors import ModelError
+from dinfer.model import mapped
 from dinfer.model.decoder import Decoder
 
 WEIGHTS = "model.safetensors"
@@ -55,6 +56,41 @@ def test_no_step_computes_with_a_file_that_was_written_to(
         with pytest.raises(ModelError, match=OVERWRITTEN):
             step()
     assert not decoder.is_intact()
+
+
+def test_layers_look_at_the_files_once_in_a_while(
+    folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each of them: that would take more time than all else beside a small layer."""
+    now, looks = 100.0, list[int]()
+    monkeypatch.setattr(mapped, "monotonic", lambda: now)
+    fstat = os.fstat
+
+    def noted(file: int) -> os.stat_result:
+        looks.append(file)
+        return fstat(file)
+
+    monkeypatch.setattr(os, "fstat", noted)
+    decoder = Decoder.load(folder)
+    hidden, cache = decoder.embed([1, 2]), decoder.new_cache(2)
+    looks.clear()
+    for _ in range(8):
+        decoder.layer(0, hidden, cache, 0)
+    assert not looks
+    overwritten(folder, other)
+    now += 2 * mapped.RECENT_S
+    for _ in range(2):  # and once it is known, whenever that was
+        with pytest.raises(ModelError, match=OVERWRITTEN):
+            decoder.layer(0, hidden, cache, 0)
+
+
+def test_the_last_steps_of_a_token_look_whatever_was_seen_before(folder: Path, other: Path) -> None:
+    """So no token rests on a file that was written to while its layers ran."""
+    decoder = Decoder.load(folder)
+    output = decoder.norm(decoder.forward([1, 2], decoder.new_cache(2), 0))
+    overwritten(folder, other)
+    with pytest.raises(ModelError, match=OVERWRITTEN):
+        decoder.logits(output[:, -1:])
 
 
 @pytest.mark.parametrize("change", [replaced, removed, touched])

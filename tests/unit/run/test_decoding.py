@@ -152,8 +152,8 @@ def test_a_pause_before_the_first_token_is_not_lost(
 ) -> None:
     run, finish = session.prefill(IDS, chunk_size=4, paused=True), Moves.finish
 
-    def finished(self: Moves, is_stopped: Callable[[], bool]) -> bool:
-        ended = finish(self, is_stopped)
+    def finished(self: Moves, is_stopped: Callable[[], bool], on_way: Callable[[], None]) -> bool:
+        ended = finish(self, is_stopped, on_way)
         paused_meanwhile(run)
         return ended
 

@@ -197,7 +197,7 @@ def test_a_decode_that_was_stopped_makes_as_many_tokens(session: Session) -> Non
         host.decoder.eos_ids = frozenset()
     thread = threading.Thread(target=lambda: run.decode(2000))
     thread.start()
-    wait_for(lambda: run.standing().text, "it decodes")
+    wait_for(lambda: all(run.standing().tokens), "it decodes")
     run.pause()
     thread.join(DEADLINE_S)
     count = len(run.tokens)

@@ -298,7 +298,7 @@ def test_commands_give_the_same_config_again(
     )
     told = commands(config, Done(), prompt=True)
     seen: list[Config] = []
-    monkeypatch.setattr(run, "_run_here", lambda config, _: seen.append(config))
+    monkeypatch.setattr(run, "_run_here", lambda config, *_: seen.append(config))
     ran = CliRunner().invoke(app, shlex.split(told["In a terminal"])[1:])
     assert (ran.exit_code, seen) == (0, [config])
     compile(told["In a notebook"], "notebook", "exec")

@@ -14,7 +14,10 @@ from dinfer.trace.events import Event
 from dinfer.trace.simulated import paper_trace
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
+from dinfer.views.cells import CellMap
 from dinfer.views.panel.communication import DRAW_S, FIGURES, LEAST, Communication, Ring
+from dinfer.views.status import moment
+from dinfer.views.still import still_html
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.runs import wait_for
 from tests.support.traces import on_paper, recorded
@@ -130,6 +133,24 @@ def test_events_on_their_way_are_counted_until_they_have_arrived() -> None:
     run.events, run.state = events, "done"
     ring.read()
     assert (ring.behind, ring.caption) == (0, f"{len(events):,} events of prefill")
+
+
+def test_ranks_that_have_not_reported_are_shown_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a run whose session has recovered by starting a rank again, which has no lanes yet."""
+    run = PaperRun(paper_plan())
+    run.resume()
+    unknown = run.standing()._replace(stands=(), state=State.LOST)
+    shown, drawn, _ = moment(run.plan, CellMap(run.plan), unknown)
+    assert {rank["state"] for rank in shown["ranks"]} == {"not known"}
+    assert {(rank["done"], rank["where"]) for rank in shown["ranks"]} == {
+        (0, "has not reported its position yet")
+    }
+    assert drawn == moment(run.plan, CellMap(run.plan), PaperRun(paper_plan()).standing())[1]
+    assert "has not reported" in still_html(run.plan, unknown, run.chunk_labels())
+    monkeypatch.setattr(run, "standing", lambda: unknown)
+    ring = Ring(run)
+    ring.read()
+    assert (ring.ops, ring.behind) == (0, 0)
 
 
 def test_going_back_leaves_nothing_to_wait_for() -> None:
