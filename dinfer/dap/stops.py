@@ -16,7 +16,7 @@ LOOK_S = 0.2
 """how often to look, also without news"""
 
 REASON_S = 1.0
-"""for so long the reason of a stop may be on its way from the ranks"""
+"""for so long what a rank has found, such as a condition that holds, may be on its way from it"""
 
 TITLES = {
     State.HUNG: "Hung",
@@ -180,8 +180,8 @@ class StopTeller:
         )  # fmt: skip
 
     def _may_say_more(self, standing: Standing) -> bool:
-        """Whether a run that was let go on has only just come to stand, and does not say yet why: what stopped it comes
-        from the ranks a moment later."""
+        """Whether a run that was let go on has only just come to stand, and does not say yet why. A run stands at a
+        breakpoint with its reason; that a condition holds comes from its rank a moment later."""
         if self._reason != "continue" or standing.message or standing.state != State.PAUSED:
             self._stood_at = None
             return False

@@ -30,7 +30,8 @@ class BreakpointTable:
         self._config, self._tell, self._history, self._note = config, tell, history, note
         self._found: dict[int, Breakpoint] = {}
         self._count = 0
-        self._ahead: list[Breakpoint] = []
+        self._ahead: tuple[list[Breakpoint], Cut] = [], ()
+        """the breakpoints that the run is on its way to, and the cut at which it meets them"""
         self._conditions_met: dict[int, set[OpOfRank]] = {}
         """where the ranks have met the condition of each breakpoint so far, by its number"""
         self._here: tuple[int, OpOfRank] | None = None
@@ -74,17 +75,20 @@ class BreakpointTable:
             met[number].discard(op)
         return previous_stop(cuts, cut, list(self._found.values()), met)
 
-    def expect(self, breakpoints: list[Breakpoint]) -> None:
-        """The run is on its way to these; none: it is sent elsewhere than to the next breakpoint."""
-        self._ahead, self._here, self.met = breakpoints, None, ()
+    def expect(self, breakpoints: list[Breakpoint], at: Cut = ()) -> None:
+        """The run is about to be sent to these, which it meets at that cut; none: it is sent elsewhere than to the next
+        breakpoint."""
+        self._ahead, self._here, self.met = (breakpoints, at), None, ()
 
-    def arrived(self) -> str:
-        """The message for a run that has reached its limit; empty if no breakpoint is there."""
-        met, self._ahead = self._ahead, []
+    def arrived(self, cut: Cut) -> str:
+        """The message for a run that stands at that cut, once; empty if it has come to no breakpoint there."""
+        met, at = self._ahead
+        if not met or cut != at:
+            return ""
+        self._ahead = [], ()
         self._hits.update(one.number for one in met)
-        if met:
-            self.met = tuple(one.number for one in met)
-        return f"stopped at {'; '.join(map(str, met))}" if met else ""
+        self.met = tuple(one.number for one in met)
+        return f"stopped at {'; '.join(map(str, met))}"
 
     def hit(self, rank: int, note: BreakpointHit) -> str:
         """The message for a condition that a rank reports as met; empty if that breakpoint was removed."""
@@ -92,7 +96,7 @@ class BreakpointTable:
         if not self._found.get(one.number, one).enabled or one.number not in self._found:
             return ""
         self._hits[one.number] += 1
-        self._ahead, self.met = [], (one.number,)
+        self._ahead, self.met = ([], ()), (one.number,)
         with suppress(PlanError):  # it may be no op of the plan, such as a token
             self._here = one.number, (rank, parse_op(note.op))
             self._conditions_met.setdefault(one.number, set()).add(self._here[1])

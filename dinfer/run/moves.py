@@ -122,11 +122,9 @@ class Moves:
         """The move, and whether a breakpoint has ended it."""
         stepper = self.leaving()
         limit, met = self._breakpoints.ahead(stepper.cuts, stepper.pause())
+        self._breakpoints.expect(met, limit)
         move = stepper.step_towards(limit, unit)
-        has_met = bool(met) and move.after == limit
-        if has_met:
-            self._breakpoints.expect(met)  # so that `arrived` names them
-        return move, has_met
+        return move, bool(met) and move.after == limit
 
     def back_to_stop(self) -> Moved:
         """Go back to the last place at which a breakpoint has stopped the run, or would have, or to the start."""
@@ -137,9 +135,12 @@ class Moves:
         if moved.stopped or not moved.moved:
             return moved
         if met:
-            self._breakpoints.expect(met)
-            remark = self._breakpoints.arrived()
-            self._state.say(remark)
+            with (
+                self._state.ranks.changed
+            ):  # else who looks at the run would be told of the arrival in its place
+                self._breakpoints.expect(met, moved.after)
+                remark = self._breakpoints.arrived(moved.after)
+                self._state.say(remark)
         else:
             remark = "back at the start: no breakpoint stops the run before where it stood"
             self._state.replace_message(remark)
@@ -154,8 +155,8 @@ class Moves:
             return
         cut = self._stepper.pause()
         limit, met = self._breakpoints.ahead(self._stepper.cuts, cut)
+        self._breakpoints.expect(met, limit)
         self._stepper.resume(limit)
-        self._breakpoints.expect(met)  # not earlier: `arrived` is asked while the run still stands
         if cut == self._stepper.cuts.end:
             self.nothing_to_do(cut)
 

@@ -69,7 +69,6 @@ from dinfer.run.state import (
     MOVING,
     RECOVER,
     RESTART,
-    STANDING,
     RunState,
     Standing,
     where_of,
@@ -180,6 +179,7 @@ class Run(Tidy, Displayable):
         self.stuck_ranks, self.left_blocked = self._health.stuck_ranks, self._health.left_blocked
         self._history = history = History()
         self._breakpoints = BreakpointTable(job.config, self._ask_all, history, state.note_call)
+        state.arrived = self._breakpoints.arrived
         self._faults = Armed(state, self._ask_all, history)
         self._generation = Generation(state, self.check, tokenizer)
         self._events = RunEvents(state)
@@ -677,8 +677,7 @@ class Run(Tidy, Displayable):
         self._events.note_nonfinite()
         if not self._state.is_decoding:
             self._generation.hear()
-        if self._state.is_doing(STANDING) and (met := self._breakpoints.arrived()):
-            self.say(met)
+        self._state.note_arrival()
         self._health.look()
         self._actions.tell_of_news(lambda: (self.standing(), self._events.heard(), tuple(self.breakpoints)))
 

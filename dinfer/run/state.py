@@ -1,6 +1,6 @@
 """What a run is doing, why, and what is known of it: one state with its reason, decided in one place under one lock."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import zip_longest
 from typing import NamedTuple
@@ -222,6 +222,8 @@ class RunState:
         self.said: list[str] = []  # messages that the session has not logged yet
         self.story: list[str] = []  # all messages
         self.begun = 0  # how often
+        self.arrived: Callable[[Cut], str] = lambda _: ""
+        """the message for a run that stands at that cut, if it has come to a breakpoint there; asked for once"""
         self.begin()
 
     def begin(self) -> None:
@@ -330,9 +332,19 @@ class RunState:
                 return load_call(self.job.config)
             return RESTART if self.recovered else RECOVER
 
+    def note_arrival(self) -> None:
+        """If the run has come to stand at a breakpoint, say so: whoever sees it stand there first, before it is seen by
+        others."""
+        with self.ranks.changed:
+            if self.failure or self.closed or self.activity not in STANDING:
+                return
+            if why := self.arrived(tuple(stand.positions for stand in self.stands())):
+                self.say(why)
+
     def decide(self) -> tuple[State, str]:
         """The state at this moment, and its reason in words."""
         with self.ranks.changed:
+            self.note_arrival()
             hang = found.sentence if (found := self.hang_now) else ""
             return self.now, self.failure or self.closed or self.silence or hang or self.message
 

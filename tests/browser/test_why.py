@@ -110,7 +110,10 @@ def test_a_file_under_jupyters_folder_opens_there(page: Page) -> None:
     links = hung.why.locator("details[data-rank='0'] a")
     expect(links).to_have_count(2)
     expect(links.nth(0)).to_have_attribute("href", "/user/ann/lab/tree/my%20code/infer.py")
-    expect(links.nth(1)).to_have_attribute("href", re.compile("^vscode://file/home/ann/work/"))
+    expect(links.nth(1)).to_have_attribute("href", re.compile("^vscode://file/home/ann/work/.*:31$"))
+    expect(hung.why.locator("details[data-rank='0'] li").first).to_contain_text(
+        "infer.py:31 (opens the file; at the line: VS Code) in exchange"
+    )
 
 
 def test_it_goes_once_the_run_goes_on(page: Page) -> None:

@@ -56,7 +56,6 @@ class AskedPanel:
 
 def pages(asked: AskedPanel, chosen: random.Random, names: list[str]) -> Iterator[Callable[[], object]]:
     """What a user looks at in one run."""
-    run = asked.run
     for query in chosen.sample(QUERIES, 4):
         yield lambda query=query: asked.ask("found", do="find", query=query)  # type: ignore[misc]
     span = asked.ask("time", do="time", bins=800).get("span", 0)
@@ -73,7 +72,6 @@ def pages(asked: AskedPanel, chosen: random.Random, names: list[str]) -> Iterato
         question = {"layer": layer, "tensor": "K", "a": 1, "b": 0, "show": "a-b"}
         yield lambda question=question: asked.ask("kv", do="inspect", **question)  # type: ignore[misc]
     yield lambda: asked.ask("cell", do="cell")
-    yield run.undo
 
 
 def round_of(session: Session, chosen: random.Random) -> None:
@@ -92,6 +90,7 @@ def round_of(session: Session, chosen: random.Random) -> None:
         names = [one.name for one in session.runs]
         for look in pages(asked, chosen, names):
             look()
+        run.undo()
         run.step_back("chunk")
         run.breakpoints.clear()
         run.resume()
@@ -100,7 +99,8 @@ def round_of(session: Session, chosen: random.Random) -> None:
             look()
         answer = run.bisect()
         assert answer.found or not is_wrong
-        run.decode(2)
+        if not is_wrong:  # else ranks may choose different tokens, which ends the run
+            run.decode(2)
     finally:
         asked.panel.close()
 

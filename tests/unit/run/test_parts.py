@@ -236,9 +236,10 @@ def test_breakpoints_arm_conditions_and_know_which_is_met() -> None:
     assert [[one["number"] for one in told.breakpoints] for told in armed] == [[1], [1, 2]]
     limit, met = table.ahead(cuts, cuts.start)
     assert (limit, met) == (cuts.after_block(1, 0), [plain])
-    table.expect(met)
-    assert table.arrived() == f"stopped at {plain}"
-    assert table.arrived() == ""
+    table.expect(met, limit)
+    assert table.arrived(cuts.start) == ""  # it is on its way
+    assert table.arrived(limit) == f"stopped at {plain}"
+    assert table.arrived(limit) == ""
     note = BreakpointHit(with_condition.as_dict(), "layer c0 l1", "3 NaN", 1)
     assert table.hit(1, note) == f"stopped at {with_condition}: rank 1, `layer c0 l1`: 3 NaN"
     table.view.remove(2)

@@ -15,6 +15,7 @@ from dinfer.plan.ops import PlanError
 from dinfer.run import events
 from dinfer.run.failure import RankFailed
 from dinfer.run.run import Run
+from dinfer.run.state import STANDING, Standing
 from dinfer.run.stepper import NoProgress
 from dinfer.session.session import Session
 from dinfer.trace.events import Event
@@ -69,6 +70,28 @@ def test_it_stops_at_a_breakpoint_though_a_step_would_go_past_it_and_goes_on_fro
     assert cut_of(run) == Cuts(run.plan).after_block(1, 2)
     run.play("chunk", FAST)
     assert run.wait(DEADLINE_S).state == "done"
+
+
+def test_a_run_comes_to_its_stand_and_the_reason_in_one_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sees it stand sees why, though the session's thread has not looked yet."""
+    monkeypatch.setattr(Run, "look", lambda _: None)
+    run.break_at(layer=1, chunk=1)
+    there, seen = Cuts(run.plan).after_block(1, 1), list[Standing]()
+
+    def stands() -> bool:
+        now = run.standing()
+        if now.state in STANDING and tuple(tuple(stand.positions) for stand in now.stands) == there:
+            seen.append(now)
+        return bool(seen)
+
+    run.resume()
+    wait_for(stands, "the run stands at the breakpoint")
+    assert seen[0].message == "stopped at #1: after layer 1, chunk 1"
+    assert (run.met, run.breakpoints.hits(1)) == ((1,), 1)
+    run.standing()
+    assert run.breakpoints.hits(1) == 1  # it is told once
 
 
 def test_pause_ends_it_and_new_breakpoints_reach_it_between_two_steps(run: Run) -> None:

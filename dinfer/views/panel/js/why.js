@@ -29,7 +29,8 @@ class WhySection {
     this.linkToJupyter(why.home);
   }
 
-  // Only the page knows the folder that Jupyter serves, and under which address.
+  // Only the page knows the folder that Jupyter serves, and under which address. An address of Jupyter names a file, no
+  // line of it; a command that goes to a line is refused to outputs, or asks first.
   linkToJupyter(home) {
     const config = JSON.parse(document.getElementById("jupyter-config-data")?.textContent ?? "{}"), { baseUrl, serverRoot } = config;
     if (!baseUrl || !serverRoot) return;
@@ -38,9 +39,9 @@ class WhySection {
       const { file } = link.dataset;
       if (!file.startsWith(root)) continue;
       const path = file.slice(root.length).split("/").map(encodeURIComponent).join("/"), beside = link.cloneNode(false);
-      Object.assign(link, { href: `${baseUrl}${opens}/${path}`, target: "_blank", title: `${file}: open in Jupyter` });
+      Object.assign(link, { href: `${baseUrl}${opens}/${path}`, target: "_blank", title: `${file}: opens in Jupyter, at its first line` });
       beside.textContent = "VS Code";
-      link.after(" (", beside, ")");
+      link.after(" (opens the file; at the line: ", beside, ")");
     }
   }
 }
