@@ -228,8 +228,8 @@ class Engine:
         """A start of decode for while prefill runs; None where decode has to begin after it. `may_go_on`: see there."""
         executor = self.executor
         state, config = executor.state, self.config
-        # transformers' own layers, on a cache that nothing changes once blocks have come. Not on a GPU, where an op ends
-        # when its kernels are launched: a block that is here may still be on its way.
+        # Transformers' own layers, on a cache that nothing changes once blocks have come; on a GPU an op ends when its
+        # kernels are launched, and a block that is here may still be on its way.
         is_plain = state.kernels == "exact" and self.decoder.device.type == "cpu"
         if (
             not is_plain
