@@ -34,6 +34,7 @@ class Target(NamedTuple):
 CHUNKED, WHOLE = "one process, all cores, in chunks", "one process, all cores, whole prompt"
 PIPELINED, PLANNED, LOCKSTEP = "pipelined, equal chunks", "pipelined, as planned", "lockstep, equal chunks"
 DECODE, GENERATE = "decode, dinfer", "decode, transformers' generate"
+"""as `cores_rank` names them"""
 
 TARGETS = (
     Target(PIPELINED, CHUNKED, 0.97),

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dinfer.bench.cores import DECODE, GENERATE
 from dinfer.bench.rank import work_as_rank
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
@@ -18,6 +17,8 @@ from dinfer.plan.plan import parse_plan
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm
 from dinfer.transport.in_process import Exchange
+
+DECODE, GENERATE = "decode, dinfer", "decode, transformers' generate"
 
 PROMPT = 256
 """tokens of the prompt before decode"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dinfer.bench import cores_rank
 from dinfer.bench.cores import (
     CHUNKED,
     DECODE,
@@ -43,6 +44,10 @@ def test_a_ratio_is_the_median_of_those_of_the_rounds() -> None:
     assert "beside one process with 2" in shown
     row = next(line for line in shown.splitlines() if line.startswith(PIPELINED) and LOCKSTEP in line)
     assert row.split()[-4:] == ["1.60", "1.52–1.60", "1.70", "no"]
+
+
+def test_ranks_name_decode_as_the_table_does() -> None:
+    assert (cores_rank.DECODE, cores_rank.GENERATE) == (DECODE, GENERATE)
 
 
 @pytest.mark.parametrize(("world_size", "tokens", "told"), [(1, 2048, "2 ranks"), (2, 128, "two chunks")])
