@@ -27,7 +27,8 @@ class DapTalk:
         self.has_ended = False
         self.transcript: list[Message] = []
         """all messages of both sides"""
-        threading.Thread(target=self._read, name="dap test client", daemon=True).start()
+        self._thread = threading.Thread(target=self._read, name="dap test client", daemon=True)
+        self._thread.start()
 
     def ask(self, command: str, **arguments: Any) -> Message:
         """One request; the body of its response."""
@@ -160,7 +161,9 @@ class Debugger(DapTalk):
     def close(self) -> None:
         """Hang up; the rank goes on by itself."""
         self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+        self._thread.join(DEADLINE_S)
+        for stream in (self._reader, self._writer, self._socket):  # open streams would keep the socket, too
+            stream.close()
 
 
 class Editor(DapTalk):
