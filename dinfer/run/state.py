@@ -243,6 +243,7 @@ class RunState:
             self.tokens: list[int] = []  # the new tokens that all ranks have
             self.by_rank: dict[int, list[int]] = {}  # those that each rank has reported after the last decode
             self.text = ""  # the text of the new tokens, in whole characters
+            self.counted = 0  # how many of its characters count: those of an early first token do not yet
             self.is_frozen = False
             """the user has paused a run whose plan has no cuts: it stands as it is, also in transfers"""
             self.is_decoding = False
