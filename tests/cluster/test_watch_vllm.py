@@ -116,7 +116,7 @@ def layers(tmp_path: Path, rank: int) -> Layers:
 
 def assert_all_rows_are_those_written(tmp_path: Path, rank: int = 0) -> dict[str, Any]:
     """No more, no fewer, each at its place; returns what the program wrote down."""
-    written = torch.load(tmp_path / f"written.{rank}")
+    written: dict[str, Any] = torch.load(tmp_path / f"written.{rank}")
     seen = layers(tmp_path, rank)
     expected = {
         (layer_number(name), sequence): {at: (digest(k), digest(v)) for at, (k, v) in rows.items()}

@@ -57,7 +57,7 @@ class Spy:
     def _spied_latent(self, write: Any) -> Any:
         def called(
             impl: Any, latent: torch.Tensor, rotated: torch.Tensor, cache: Any, slots: Any, *more: Any
-        ):
+        ) -> Any:
             row = torch.cat([latent, rotated.squeeze(1)], -1)[:, None]
             self._wrote(self._names[id(impl)], row, row, slots)
             return write(impl, latent, rotated, cache, slots, *more)
