@@ -149,5 +149,9 @@ def test_with_armed_faults_decode_begins_after_prefill(small: Decoder) -> None:
 def test_a_prompt_that_is_released_meanwhile_is_refused_in_words(small: Decoder) -> None:
     with twin(small, world_size=1, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS) as made:
         (engine,) = made.engines
+
+        def release(_: int) -> None:
+            engine.release()
+
         with pytest.raises(NotPossible, match="released"):
-            engine.generate_phase(IDS, lambda _: engine.release())
+            engine.generate_phase(IDS, release)
