@@ -116,6 +116,7 @@ def busy_cores() -> Iterator[None]:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow  # it takes all cores, which others need that are timed
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ipcluster")
 def test_the_figures_of_engines_on_busy_cores_are_complete_and_say_when_they_are_behind(
