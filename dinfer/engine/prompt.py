@@ -116,8 +116,8 @@ class Conditions:
         self._state, self._on_hit = state, on_hit
         self._lock = Lock()
         self._armed: tuple[Breakpoint, ...] = ()
-        self._met: dict[int, list[Op]] = {}
-        """the ops at which the condition of each breakpoint has held, in the order in which it first did, by number"""
+        self._met: dict[int, dict[Op, int]] = {}
+        """by number of a breakpoint with `hit`, the ops at which its condition has held: the how manieth each was"""
 
     def arm(self, breakpoints: Sequence[Breakpoint]) -> None:
         """Evaluate these breakpoints' conditions from now on, and no others."""
@@ -139,10 +139,10 @@ class Conditions:
 
     def _is_hit(self, one: Breakpoint, op: Op) -> bool:
         """Whether a condition that holds at this op stops the run. An op that is done again counts once."""
-        met = self._met.setdefault(one.number, [])
-        if op not in met:
-            met.append(op)
-        return one.hit is None or met[one.hit - 1 : one.hit] == [op]
+        if one.hit is None:
+            return True
+        met = self._met.setdefault(one.number, {})
+        return met.setdefault(op, len(met) + 1) == one.hit
 
     def _evaluate(self, one: Breakpoint, event: Event, op: Op) -> str:
         """Why the condition holds, as text; empty if it does not."""

@@ -77,6 +77,8 @@ class ProcessWatch:
             self._link.send(rank, RunChosen(choice.parameters, choice.plan))
 
     def _look_whether_it_hangs(self) -> None:
+        if any(state.phase == "measuring" for state in self._link.ranks):
+            return  # ranks that are timed say nothing, and stand still while another pair's link is
         ended = {
             rank: ending(code, self.job.config) for rank, code in enumerate(self._exits()) if code is not None
         }

@@ -25,7 +25,7 @@ from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
 from dinfer.progress import rank_bars
 from dinfer.rank.debugger import FIRST_PORT
-from dinfer.run.failure import RankFailed
+from dinfer.run.failure import MEASURE_S, RankFailed
 from dinfer.run.hang import Hung
 from dinfer.run.left import LeftRun
 from dinfer.run.measurement import (
@@ -59,7 +59,7 @@ Show = Callable[..., Any]
 
 LOOK_S = 0.05
 
-PREPARE_S, LOAD_S, MEASURE_S = 120.0, 3600.0, 600.0
+PREPARE_S, LOAD_S = 120.0, 3600.0
 
 GIVE_WAY_S, ALL_SAY_S = 5.0, 1.0
 

@@ -31,5 +31,5 @@ def predicted(figures: Sequence[tuple[str, float, float]], *, dark: bool = False
     largest = max((max(wanted, found) for _, wanted, found in figures), default=0.0) or 1.0
     figure.update_xaxes(title={"text": "seconds"}, range=[0, 1.12 * largest])
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
-    height = 130 + max(20, min(40, 1200 // max(1, len(names)))) * max(2, len(names))
+    height = 130 + max(20, min(34, 1200 // max(1, len(names)))) * max(2, len(names))
     return styled(figure, dark=dark, height=height, barmode="group", bargap=0.25, legend_traceorder="normal")
