@@ -10,7 +10,7 @@ from dinfer.display import listed
 from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.finite import NonFinite
-from dinfer.job import Job, load_call
+from dinfer.job import Job
 from dinfer.kv.difference import Diff
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Selection
@@ -330,7 +330,7 @@ class RunState:
             if now == State.TAKEN_OVER:
                 return TAKE_BACK
             if self.is_outdated:
-                return load_call(self.job.config)
+                return self.job.load_call
             return RESTART if self.recovered else RECOVER
 
     def note_arrival(self) -> None:
