@@ -44,6 +44,8 @@ class Edits:
     def __init__(self, state: Prefill, positions: Callable[[], tuple[int, ...]]) -> None:
         self._state, self._positions = state, positions
         self.history: list[Edit] = []
+        self.changes = 0
+        """how often KV or hidden states have been changed by other than the engine's ops, or taken as they are"""
         self._kv: dict[int, int] = {}
         self._hidden: dict[BlockKey, tuple[int, int]] = {}
         self._unreported: list[str] = []
@@ -62,6 +64,7 @@ class Edits:
 
     def accept_all(self) -> None:
         """Treat all KV and hidden states, as they are now, as not edited."""
+        self.changes += 1
         cache = self._state.cache
         self._kv = {layer: cache.tensor(layer)._version for layer in range(cache.layers)}
         self._hidden = {key: _version_of(hidden) for key, hidden in self._state.hidden.items()}
@@ -206,6 +209,13 @@ class Prompt:
             self.target, self._begun = cut, None
             self.executor.set_limits(cut[self.rank])
         return edited
+
+    @property
+    def changes(self) -> tuple[int, int]:
+        """The same as before only if since then the prompt was sent nowhere else and has not gone back, and its KV and
+        hidden states are those that its ops have made, in the same memory: no edit was found, and no graft, fault or
+        larger cache came."""
+        return self.order, self.edits.changes
 
     def halt(self) -> bool:
         """Start no further op, because a condition holds. Returns False while `stopping`, when lanes must run on."""

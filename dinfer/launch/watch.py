@@ -108,9 +108,9 @@ class ProcessWatch:
 
     def _show_text(self) -> None:
         """On the caller's thread, so that an output that is closed ends the run like any other error."""
-        for text in self._link.new_texts():
+        for piece in self._link.new_texts():
             if self._on_text:
-                self._on_text(text)
+                self._on_text(piece.text)
 
     def _lost(self) -> list[int | None]:
         now, limit = time.monotonic(), silence_limit(self.job.config.timeout)

@@ -359,18 +359,20 @@ class Run(Tidy, Displayable):
         if the text ends. `on_text` is called with each piece of text as it arrives."""
         default = self.config.max_new_tokens
         more = default if max_new_tokens is None else count_of(max_new_tokens, "max_new_tokens")
-        self._generation.begin()
         generation = self._generation
-        if not self._moves.finish(lambda: generation.is_stopped, lambda: generation.expect(more)):
-            self.look()
-            generation.expect_none()
-            clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
-            remark = (
-                f"prefill is not done: {self.message or 'it was paused'}\n"
-                f"run.resume() or run.decode() goes on from there{clear}"
-            )
-            return Decoded((), "", "", 0, remark)
-        return self._decode(more, on_text)
+        generation.begin()
+        try:
+            if self._moves.finish(lambda: generation.is_stopped, lambda: generation.expect(more)):
+                return self._decode(more, on_text)
+        finally:
+            generation.end()
+        self.look()
+        clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
+        remark = (
+            f"prefill is not done: {self.message or 'it was paused'}\n"
+            f"run.resume() or run.decode() goes on from there{clear}"
+        )
+        return Decoded((), "", "", 0, remark)
 
     @property
     def tokens(self) -> list[int]:

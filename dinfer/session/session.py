@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -411,13 +411,14 @@ class Session(Tidy, Announced, Closing):
 
     def _new_run(self, job: Job, plan: str, left: LeftRun | None = None) -> Run:
         tokenizer = load_tokenizer(job.config.model_path)
+        job = replace(job, loaded=self._config)
         self._run = run = Run(
             job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan), left
         )
         run.show, run.recover = self._show, self.recover
-        as_loaded = {name: getattr(job.config, name) for name in OF_LOAD}
+        as_loaded = {name: getattr(self._config, name) for name in OF_LOAD}
         run.load_again = partial(self.load, job.config.model_path, **as_loaded)
-        run.calls.opening = lambda: opening(job.config, self.connected_by, plan, keep=run.keeps)
+        run.calls.opening = lambda: opening(job, self.connected_by, plan, keep=run.keeps)
         run.runs = self.runs
         self.runs.add(run)
         if self._write:
