@@ -1,6 +1,7 @@
 """Saved: what `dinfer.open` returns: a saved run, or the trace of a report, without a cluster or a checkpoint."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,7 +260,7 @@ def open_saved(
         raise SavedError(
             f"{excerpt(str(path))} cannot be opened ({error}): give a folder that run.save(…) has written, or a report."
         ) from None
-    if is_folder and not (found / RUN).exists() and (found / TRACE).is_file():
+    if is_folder and not os.path.lexists(found / RUN) and (found / TRACE).is_file():
         found, is_folder = found / TRACE, False  # a folder of `dinfer run` or `dinfer watch`
     if is_folder:
         folder = found.resolve()
