@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Page, expect
 from plotly.offline import get_plotlyjs
 
-from dinfer.views.figures.style import HTML_CONFIG
+from dinfer.views.figures.style import html_config
 from tests.browser.conftest import OpenNotebook, Shot
 from tests.browser.test_debugger import CELLS as DEBUGGER
 from tests.browser.test_debugger import CONNECT, SHOW, TOP, Debugger
@@ -63,7 +63,7 @@ MOVE = """([done, state]) => {
 def test_a_figure_that_is_older_than_the_state_says_what_it_lacks(page: Page) -> None:
     panel = BarePanel(page, half_done(4, 3, 3))
     panel.root.locator('[data-tab="communication"]').click()
-    panel.hear({"plotly": panel.sent("plotly")["view"], "config": HTML_CONFIG}, get_plotlyjs().encode())
+    panel.hear({"plotly": panel.sent("plotly")["view"], "config": html_config()}, get_plotlyjs().encode())
     view, caption = panel.sent("figure")["view"], panel.root.locator(".dinfer-caption")
     page.evaluate(MOVE, [500, "running"])
     expect(caption).to_have_text("catching up: 0 of 1,500 events of prefill")
