@@ -29,6 +29,10 @@ CHECKED = "_arguments_are_checked"
 """attribute of functions that check their arguments"""
 
 
+ELSEWHERE = "_arguments_of_others"
+"""attribute of functions: what other call takes an argument, by its name"""
+
+
 class CallError(DinferError, TypeError, ValueError):
     """A call with arguments that it does not take; the message says what was given, and what it takes."""
 
@@ -66,6 +70,16 @@ def check_calls(kind: type, of: str, internal: Iterable[str] = ()) -> None:
     for name, value in list(vars(kind).items()):
         if inspect.isfunction(value) and not name.startswith("_") and name not in internal:
             setattr(kind, name, checked(value, of))
+
+
+def leaving(names: Iterable[str], call: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """For a function which takes none of these: the message says that `call` does."""
+
+    def mark(function: Callable[P, T]) -> Callable[P, T]:
+        setattr(function, ELSEWHERE, dict.fromkeys(names, call))
+        return function
+
+    return mark
 
 
 def checked(function: Callable[P, T], of: str = "") -> Callable[P, T]:
@@ -117,6 +131,8 @@ def _misfit(function: Callable[..., Any], of: str, args: int, kwargs: dict[str, 
     named = [one.name for one in parameters if one.kind != one.VAR_KEYWORD]
     placed = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     unknown = [name for name in kwargs if name not in named]
+    if unknown and (other := getattr(function, ELSEWHERE, {}).get(unknown[0])):
+        return f"{what} takes no {unknown[0]!r}: it is a parameter of {other}. The call is {call}."
     if unknown and len(named) == len(parameters):
         return f"{what} takes no {unknown[0]!r}.{nearest(unknown[0], named)} The call is {call}."
     if args > len(placed):

@@ -95,6 +95,23 @@ def check_folder(path: str | Path) -> None:
         raise FolderError(errno.EACCES, f"no folder can be made in {str(there)!r}: permission denied")
 
 
+def not_html(path: str | Path) -> str:
+    """Why a report cannot be written under this name; "" if it can."""
+    ending = Path(path).suffix
+    if ending.lower() in ("", ".html", ".htm"):
+        return ""
+    return (
+        f"a report is an HTML page, and {Path(path).name!r} ends in {ending}: give a name that ends in .html"
+    )
+
+
+def check_report(path: str | Path) -> None:
+    """Raises NotPossible where a report cannot be written under this name, and FolderError as `check_folder` does."""
+    if why := not_html(path):
+        raise NotPossible(f"{why}.")
+    check_folder(path)
+
+
 def make_folder(path: str | Path) -> Path:
     """Make the folders above a file that is about to be written, and return its path. Raises FolderError."""
     found = Path(path).expanduser()

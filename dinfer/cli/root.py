@@ -11,7 +11,7 @@ from typer import Exit
 
 from dinfer.config import ConfigError
 from dinfer.display import takes_colour
-from dinfer.files import FolderError, check_folder, make_folder
+from dinfer.files import FolderError, check_folder, make_folder, not_html
 from dinfer.severity import Severity
 from dinfer.version import __version__
 
@@ -57,10 +57,15 @@ def log(text: str) -> None:
 
 
 def check_outputs(
-    outputs: Mapping[str, str], inputs: Mapping[str, str] | None = None, *, overwrite: bool = False
+    outputs: Mapping[str, str],
+    inputs: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
+    report: str = "--report",
 ) -> None:
     """Called before any work starts. Raises ConfigError if a file that is to be written could not be, or would replace
-    an input, another output or, unless `overwrite`, a file that exists. Both: paths by flag, "" for none."""
+    an input, another output or, unless `overwrite`, a file that exists; or if that of `report` is no name for a
+    report. Both: paths by flag, "" for none. `report`: a flag."""
     taken = {Path(path).expanduser().resolve(): flag for flag, path in (inputs or {}).items() if path}
     for flag, path in outputs.items():
         if not path:
@@ -70,6 +75,8 @@ def check_outputs(
             raise ConfigError(
                 f"{flag} and {other} are one file, {path}: it would be overwritten. Give another."
             )
+        if flag == report and (why := not_html(path)):
+            raise ConfigError(f"{flag} is {path!r}, but {why}.")
         if target.is_dir():
             raise ConfigError(f"{flag} is {path!r}, which is a folder; give a file.")
         try:

@@ -102,7 +102,10 @@ def report(
     try:
         output = output or str(free_path(Path("report.html")))
         check_outputs(
-            {"--output": output}, {f"the trace {path!r}": path for path in traces}, overwrite=overwrite
+            {"--output": output},
+            {f"the trace {path!r}": path for path in traces},
+            overwrite=overwrite,
+            report="--output",
         )
         found = [(Path(path).stem, read_traces(_trace_of(path))) for path in traces]
     except OSError as error:

@@ -13,7 +13,6 @@ from dinfer.config import OnCorruption
 from dinfer.errors import DinferError
 
 log = logging.getLogger("dinfer")
-
 # A session shows the note itself: without a log file, do not print the warning as well.
 log.addHandler(logging.NullHandler())
 
@@ -41,12 +40,16 @@ class Corruption:
     @property
     def what(self) -> str:
         """What happened to the block, without its name."""
+        return self._text(self.tensors)
+
+    def _text(self, subject: str) -> str:
         if self.peer is None:
-            return f"{self.tensors} changed in memory"
-        came = f"{self.tensors} came changed from rank {self.peer}"
+            return f"{subject} changed in memory"
+        changed = "changed" if " and " in self.tensors else "a changed"
+        received = f"received {changed} {subject} from rank {self.peer}"
         if self.first is None:
-            return f"{came}, on the way or before it was sent"
-        return f"{came}: rank {self.first} was the first to receive it changed"
+            return f"{received}: the block changed on the way or before it was sent"
+        return f"{received}: rank {self.first} was the first to receive it changed"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,12 +60,13 @@ class Corruption:
         return cls(**{item.name: values[item.name] for item in fields(cls)})
 
     def __str__(self) -> str:
-        """For example `rank 2: K of block c1 l7 changed in memory (head 3, token 141)`."""
-        rest = self.what.removeprefix(self.tensors)
+        """For example `rank 2: K of block c1 l7 changed in memory (head 3, token 141)`, or `rank 2 received a changed K
+        of block c1 l7 from rank 0: the block changed on the way or before it was sent`."""
         where = f"head {self.head}, token {self.token}"
         rows = f" ({self.rows} rows, the first: {where})" if self.rows > 1 else f" ({where})"
-        named = f"rank {self.rank}: {self.tensors} of block c{self.chunk} l{self.layer}"
-        return f"{named}{rest}{rows if self.rows else ''}"
+        found = self._text(f"{self.tensors} of block c{self.chunk} l{self.layer}")
+        joined = " " if self.peer is not None else ": "
+        return f"rank {self.rank}{joined}{found}{rows if self.rows else ''}"
 
 
 class Corrupted(DinferError, RuntimeError):

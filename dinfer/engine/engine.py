@@ -205,7 +205,7 @@ class Engine:
 
         Decode does not wait for the end of prefill: the first token is chosen, and told, as soon as the final hidden
         state is here, and for the second a layer computes as soon as its blocks are. What is computed is the same, bit
-        for bit. (One after the other they run with graphs, on streams, with a lossy codec and with faults armed.)
+        for bit. (One after the other they run on a GPU, with a lossy codec and with faults armed.)
         Raises what these two raise; the ranks' tokens are compared, and the rows of KV checked, once prefill has ended.
         """
         if prompt is not None:
@@ -228,9 +228,16 @@ class Engine:
         """A start of decode for while prefill runs; None where decode has to begin after it. `may_go_on`: see there."""
         executor = self.executor
         state, config = executor.state, self.config
-        # transformers' own layers, on a cache that nothing changes once blocks have come
-        is_plain = state.kernels == "exact" and not config.uses_streams and not state.faults.are_armed
-        if not is_plain or Codec.of(config.codec).is_lossy or executor.is_done():
+        # Transformers' own layers, on a cache that nothing changes once blocks have come; on a GPU an op ends when its
+        # kernels are launched, and a block that is here may still be on its way.
+        is_plain = state.kernels == "exact" and self.decoder.device.type == "cpu"
+        if (
+            not is_plain
+            or config.uses_streams
+            or state.faults.are_armed
+            or Codec.of(config.codec).is_lossy
+            or executor.is_done()
+        ):
             return None
         assert self.cache is not None
         assert self.recorder is not None

@@ -17,7 +17,7 @@ from dinfer.cluster.kv import Live
 from dinfer.cluster.lease import RunOver, over_text
 from dinfer.cluster.ranks import RankRefused, answers
 from dinfer.engine.prompt import Edit
-from dinfer.files import WrittenFiles, check_folder
+from dinfer.files import WrittenFiles, check_report
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Source
 from dinfer.messages import EditedBlocks, ListKv, ReadBlocks, ReadEdit, ReadFinalHidden, ReadNotes
@@ -115,7 +115,7 @@ class RunRecorder:
     def report(self, path: str | Path, reporter: Reporter, *, prompt: bool, environment: bool) -> Path:
         """See `Run.report`."""
         target = Path(path).expanduser()
-        check_folder(target)  # before the run is waited for
+        check_report(target)  # before the run is waited for
         self._until_it_stands()
         found = self.findings(reporter, prompt=prompt, environment=environment)
         made = reporter.write(with_findings(self.events.trace(), found), self.written.place_for(target))

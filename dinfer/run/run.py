@@ -597,7 +597,8 @@ class Run(Tidy, Displayable):
         """Write what is known of the run, once it stands still, to one HTML file; the file's path. With `prompt` it
         holds the prompt and the new text, with `environment` this process's environment variables: look for secrets in
         them before you pass it on. A file that this run has not written is kept, and the new one gets a number. Raises
-        OSError, at once where the file's folder is missing and cannot be made."""
+        NotPossible for a name that ends otherwise than .html, and OSError, at once where the file's folder is missing
+        and cannot be made."""
         if self.reporter is None:
             raise NotPossible(NO_VIEWS)
         given = {"prompt": prompt} if prompt else {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from dinfer.codec.choice import Codec
 from dinfer.display import Displayable, Tidy
 from dinfer.errors import NotPossible, excerpt
-from dinfer.files import WrittenFiles
+from dinfer.files import WrittenFiles, check_report
 from dinfer.kv.diff import VALUES
 from dinfer.kv.difference import Diff, loss_text, nonfinite_remark
 from dinfer.kv.rows import numbers_text
@@ -179,9 +179,10 @@ class Saved(Tidy, Displayable):
 
     def report(self, path: str | Path = "report.html") -> Path:
         """Write it as one HTML file, and return where that is. A file that is there is kept, unless this object wrote
-        it: the new one gets a number."""
+        it: the new one gets a number. Raises NotPossible for a name that ends otherwise than .html, OSError."""
         if self._write is None:
             raise NotPossible("this was opened without views: use dinfer.open(…).")
+        check_report(Path(path).expanduser())
         made = self._write(self.trace, self._written.place_for(path))
         self._written.add(path, made)
         return made

@@ -5,17 +5,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from dinfer.arguments import leaving
 from dinfer.cluster.ranks import Ranks, taken_over
 from dinfer.cluster.recovery import meet, recover
 from dinfer.config import Config, ConfigError, check_known, whole_numbers
 from dinfer.display import Announced, Closing, Displayable, DisplayableText, Tidy, devices_text
 from dinfer.errors import DinferError, NotPossible, excerpt
-from dinfer.job import OF_LOAD, Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
+from dinfer.job import FIXED, OF_LOAD, Job, prepare_load, prepare_loaded, threads_per_rank, without_fixed
 from dinfer.messages import GetHeld, Holdings, Loading, LoadModel, PreparePrompt, UnloadModel
 from dinfer.model.checkpoint import Spec, ignored_generation
 from dinfer.model.text import load_tokenizer
@@ -64,6 +65,9 @@ GIVE_WAY_S, ALL_SAY_S = 5.0, 1.0
 
 OF_PREFILL = ("plan", "paused", "keep")
 """parameters of `Session.prefill` that are not those of a run's config"""
+
+OF_RUNS = frozenset({*OF_PREFILL, *(one.name for one in fields(Config))} - {*FIXED})
+"""parameters of runs, which `Session.load` does not take"""
 
 PAST = 32
 """how many runs that have ended have their figures in the reports of later ones"""
@@ -133,6 +137,7 @@ class Session(Tidy, Announced, Closing):
 
     # -- what a user does
 
+    @leaving(OF_RUNS, "session.prefill")
     def load(
         self,
         model_path: str | Path = "demo",

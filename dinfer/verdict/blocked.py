@@ -7,6 +7,8 @@ what a watched program tells of itself.
 import re
 from typing import NamedTuple
 
+from dinfer.trace.events import is_cell, place_of
+
 _HEAD = re.compile(
     r"(?:Current t|T|t)hread (?:0x[0-9a-f]+ )?\[?(.*?)\]? ?\(most recent call first\):|(?:thread )?(\S.*):"
 )
@@ -15,7 +17,12 @@ _PLACE = re.compile(r"  (\S+):(\d+) in ([^:]+)(?:: (.*))?")
 _LIBRARY = re.compile(r"  in (.*) \((.*)\)")
 _STANDARD = re.compile(r"[/\\]python3[^/\\]*[/\\](?!(?:site|dist)-packages)|^<frozen ", re.IGNORECASE)
 _INSTALLED = re.compile(r"(?:site|dist)-packages|[/\\]python3[^/\\]*[/\\]|^<frozen ", re.IGNORECASE)
-_OURS = re.compile(r"[/\\]dinfer[/\\](?:cluster|engine|rank|transport|launch|watch)[/\\]")
+_PARTS = (
+    "bench", "cli", "cluster", "codec", "dap", "doctor", "engine", "kv", "lab", "launch", "magics", "model", "monitor",
+    "plan", "planner", "rank", "run", "saved", "session", "trace", "transport", "verdict", "views", "watch", "watching",
+)  # fmt: skip
+_OURS = re.compile(rf"[/\\]dinfer[/\\](?:{'|'.join(_PARTS)})[/\\]")
+"""dinfer's own files. A user's may be in a folder called dinfer, such as its repository, too."""
 
 
 class BlockedFrame(NamedTuple):
@@ -27,6 +34,11 @@ class BlockedFrame(NamedTuple):
     function: str
     text: str = ""
     is_own: bool = False
+
+    def __str__(self) -> str:
+        """For example `/home/me/infer.py:31 in stage: sync(layer)`."""
+        place = place_of(self.file, self.line) if is_cell(self.file) else f"{self.file}:{self.line}"
+        return f"{place} in {self.function}{f': {self.text}' if self.text else ''}"
 
 
 class BlockedThread(NamedTuple):
@@ -44,6 +56,11 @@ def blocked_threads(stacks: str) -> list[BlockedThread]:
     cut = [BlockedThread(name, _without_standard(frames)) for name, frames in threads]
     found = [thread for thread in cut if thread.frames]
     return found or [BlockedThread(name, tuple(frames[:1])) for name, frames in threads if frames]
+
+
+def own_frames(stacks: str) -> list[BlockedFrame]:
+    """The frames of the user's code, the innermost first, of the threads in their order."""
+    return [frame for thread in blocked_threads(stacks) for frame in thread.frames if frame.is_own]
 
 
 def _threads(stacks: str) -> list[tuple[str, list[BlockedFrame]]]:

@@ -5,12 +5,19 @@ from dataclasses import dataclass, field
 
 from dinfer.display import Displayable, Tidy, html_text
 from dinfer.severity import Severity
+from dinfer.verdict.blocked import own_frames
 from dinfer.verdict.drawing import Arrow, Box, drawing
 from dinfer.verdict.folds import folds_html
 from dinfer.verdict.waits import HUNG, SLOW, HangKind, Wait, Waits
 
-SHOWN = 20
-"""lines of a culprit's stacks that a verdict prints; the op's thread comes first"""
+MOST_LINES = 30
+"""that a verdict prints"""
+
+MOST_RANKS = 12
+"""lines of ranks among them"""
+
+LEAST_FRAMES = 3
+"""that are printed of a rank which is shown"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,17 +56,26 @@ class Verdict(Tidy, Displayable):
         return Severity.WARNING if self.kind in SLOW else Severity.NOTE
 
     def __str__(self) -> str:
-        lines = [self.sentence, *(f"  {line}" for line in self.lines)]
+        lines = [self.sentence, *(f"  {line}" for line in self.lines[:MOST_RANKS])]
+        if (more := len(self.lines) - MOST_RANKS) > 0:
+            lines.append(f"  … and {more} more: verdict.lines")
         if len(self.chain) > 1:
             lines.append(f"chain: {'; '.join(f'rank {wait.node.rank} {wait.text}' for wait in self.chain)}")
-        for rank in self.ranks:
-            if stack := self.stacks.get(rank):
-                shown, more = stack.splitlines()[:SHOWN], len(stack.splitlines()) - SHOWN
-                lines += [f"rank {rank}'s Python:", *(f"  {line}" for line in shown)]
-                lines += [f"  … and {more} lines more, of other threads too: verdict.stacks[{rank}]"] * (
-                    more > 0
-                )
+        lines += self._own_lines(MOST_LINES - 1 - len(lines))
+        if any(self.stacks.values()):
+            lines.append("all frames of all threads: verdict.stacks")
         return "\n".join(lines)
+
+    def _own_lines(self, room: int) -> list[str]:
+        """Where each rank stands in the user's code, the culprits first, in at most so many lines."""
+        stacks = {rank: self.stacks.get(rank, "") for rank in (*self.ranks, *sorted(self.stacks))}
+        frames = {rank: own for rank, stack in stacks.items() if (own := own_frames(stack))}
+        shown = list(frames)[: room // (1 + LEAST_FRAMES)]
+        each = room // len(shown) - 1 if shown else 0
+        lines = []
+        for rank in shown:
+            lines += [f"rank {rank}'s Python:", *(f"  {frame}" for frame in frames[rank][:each])]
+        return lines
 
     def picture(self) -> tuple[list[Box], list[Arrow]]:
         """The waiting ranks and the culprits, and what each waits for."""

@@ -130,6 +130,11 @@ class Evidence:
         return next(waiting, max(mine, key=lambda event: event.end, default=None))
 
     @property
+    def rank_lines(self) -> list[str]:
+        """What each rank does, a line each."""
+        return [f"rank {rank}: {self.where(rank)}" for rank in self.ranks]
+
+    @property
     def ranks(self) -> list[int]:
         known = {rank for group in self.groups.values() for rank in group.ranks}
         return sorted({*self.signs, *self.trace.ranks, *known})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dinfer.display import Closing, Displayable, DisplayableText, Table, Tidy, print_under_cell
 from dinfer.errors import DinferError, NotPossible
-from dinfer.files import free_path
+from dinfer.files import check_report, free_path
 from dinfer.severity import Severity
 from dinfer.trace.trace import Trace
 from dinfer.verdict.completed import OpFinding
@@ -61,6 +61,13 @@ class WatchMoment(NamedTuple):
     title: str
     evidence: Evidence
     verdict: Verdict | None
+
+    def text(self, findings: Sequence[OpFinding]) -> str:
+        """What each rank does, a line each; the verdict; the first of these findings."""
+        lines = self.evidence.rank_lines
+        if self.verdict:
+            lines.append(self.verdict.severity.marked(self.verdict.sentence))
+        return "\n".join([*lines, *(Severity.WARNING.marked(one.text) for one in findings[:5])])
 
 
 ShowWatch = Callable[["Watch"], Any]
@@ -126,8 +133,7 @@ class Watch(Tidy, Displayable, Closing):
 
     def where(self) -> DisplayableText:
         """What each rank does, a line each."""
-        found = self._source.evidence
-        return DisplayableText("\n".join(f"rank {rank}: {found.where(rank)}" for rank in found.ranks))
+        return DisplayableText("\n".join(self._source.evidence.rank_lines))
 
     def verdict(self) -> Verdict:
         """Why the run does not move, or that it does. A hang that was found stays the verdict after the run."""
@@ -183,9 +189,11 @@ class Watch(Tidy, Displayable, Closing):
         return DisplayableText(found or f"rank {rank} has not been asked for its stack: it moves")
 
     def report(self, path: str | Path = "report.html") -> Path:
-        """Write a report; raises NotPossible where there are no views, OSError."""
+        """Write a report; raises NotPossible where there are no views, and for a name that ends otherwise than .html,
+        OSError."""
         if self._write is None:
             raise NotPossible(NO_VIEWS.format(what="reports"))
+        check_report(Path(path).expanduser())
         return self._write(self._kept(), free_path(Path(path)))
 
     def save(self, folder: str | Path) -> Path:
@@ -203,12 +211,8 @@ class Watch(Tidy, Displayable, Closing):
         return found if found.kv.layers else replace(found, kv=self._source.watched.kv(found))
 
     def _text(self) -> str:
-        found = self._source.verdict
-        lines = [str(self.where())]
-        if found:
-            lines.append(found.severity.marked(found.sentence))
-        lines += [Severity.WARNING.marked(one.text) for one in self.findings[:5]]
-        return "\n".join(filter(None, lines))
+        found = self._source.evidence  # looking may end a verdict that stood
+        return WatchMoment(self._title(), found, self._source.verdict).text(self.findings)
 
     def __str__(self) -> str:
         return self._text()

@@ -50,8 +50,8 @@ def compare(
     tensors = {rank: found for rank, found in tensors.items() if found}
     if not tensors:
         raise NotPossible(
-            "nothing was taken that could be compared with a reference: start the watch by "
-            "dinfer.watch(…, compare=True), session.watch(compare=True) or `dinfer watch --compare`, or tap by "
+            "nothing was taken that could be compared with a reference: no model of transformers has computed in a "
+            "watch with compare=True (of the command: --compare), and nothing has called "
             'dinfer.tap("hidden", tensor, layer=…).'
         )
     path = checkpoint or checkpoint_of(last.values())

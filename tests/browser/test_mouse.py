@@ -172,7 +172,7 @@ def unfold_a_verdict(book: Notebook, shot: Shot) -> None:
     said = banner.locator(".dinfer-said")
     folded = said.inner_text()
     more.click()
-    expect(said).to_contain_text("rank 1's Python:")
+    expect(said).to_contain_text("all frames of all threads")
     panel.root.evaluate("(root) => root.scrollIntoView()")
     shot("mouse-verdict-light")
     banner.get_by_role("button", name="less").click()

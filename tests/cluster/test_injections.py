@@ -33,7 +33,7 @@ WIRE: dict[str, Any] = {
     "token": 6,
     "where": "wire",
 }
-SENTENCE = "rank 2: K of block c1 l1 came changed from rank 1, on the way or before it was sent"
+SENTENCE = "rank 2 received a changed K of block c1 l1 from rank 1: the block changed on the way or before it was sent"
 
 
 def begun(session: Session, **parameters: Any) -> Run:

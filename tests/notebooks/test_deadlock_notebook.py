@@ -27,7 +27,7 @@ SHOWN: dict[str, list[str]] = {
     "proof": [f"refuted: deadlock with rendezvous sends: {CIRCLE}"],
     "refused": [f"PlanRefused: refuted: deadlock with rendezvous sends: {CIRCLE}", "\n┌▶ "],
     "hangs": [HANGS],
-    "verdict": [HANGS, "rank 0's Python:", "met = comm.send("],
+    "verdict": [HANGS, "rank 0: waits for rank 1 to take block c0 l0", "verdict.stacks"],
     "compare": [
         f"rank {rank}: guessed …; proved `{op}`; stands in `{op}`\n"
         for rank, op in enumerate(

@@ -46,7 +46,7 @@ def test_every_cell_that_shows_something_is_looked_at() -> None:
         ("same", ["True"]),
         ("bisect", [
             "turns wrong at V of block c1 l1 on rank 0: it is '461'; with the reference's block it is '471'"]),
-        ("told", ["changed bytes: ", "V of block c1 l1 came changed from rank 0", "hit: #1 stale"]),
+        ("told", ["changed bytes: ", "received a changed V of block c1 l1 from rank 0", "hit: #1 stale"]),
         ("mended", [" 471\n(4 new tokens"]),
         ("received", ["rank 0 received 100%", "rank 1 received 100%", "rank 2 received 100%"]),
         ("repeated", [

@@ -11,6 +11,7 @@ import pytest
 
 import dinfer
 from dinfer.arguments import CallError, check_calls, checked, nearest
+from dinfer.session.session import Session
 
 
 @checked
@@ -105,6 +106,18 @@ def test_public_methods_of_a_class_are_checked_and_no_others() -> None:
 def test_the_nearest_name() -> None:
     assert nearest("chunk", ["layer", "chunk_size"]) == " Did you mean chunk_size?"
     assert nearest("zzz", ["layer", "chunk_size"]) == ""
+
+
+def test_an_argument_of_another_call_is_said_to_be_its() -> None:
+    load: Any = Session.load
+    for name in ("layer_split", "chunk_size", "paused", "prompt"):
+        with pytest.raises(
+            CallError,
+            match=rf"^session\.load takes no '{name}': it is a parameter of session\.prefill\. The call is session",
+        ):
+            load(None, "demo", **{name: 1})
+    with pytest.raises(CallError, match=r"^session\.load takes no 'thread'\. Did you mean threads\?"):
+        load(None, "demo", thread=1)
 
 
 CONNECT: Any = dinfer.connect

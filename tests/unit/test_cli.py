@@ -517,6 +517,19 @@ def test_a_trace_becomes_a_report_and_two_are_compared(tmp_path: Path) -> None:
     assert re.search(r'<h1 id="verdict">(pairwise|saved) took', two.read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize("name", ["r.pdf", "out.json", "R.Html", "r.htm", "bare"])
+def test_a_report_is_written_under_a_name_of_html_only(name: str, tmp_path: Path) -> None:
+    plan = build(partition(layers=4, tokens=16, world_size=2, chunk_size=8), "pipelined", "ring")
+    trace, path = paper_trace(plan).export("jsonl", tmp_path / "a.jsonl"), tmp_path / name
+    found = dinfer("report", trace, "-o", path)
+    if path.suffix in (".pdf", ".json"):
+        assert (found.status, found.out) == (BAD_INPUT, "")
+        assert f"a report is an HTML page, and {name!r} ends in {path.suffix}" in found.err
+        assert not path.exists()
+    else:
+        assert found == Answer(0, f"report: {path}\n", "")
+
+
 def test_a_report_replaces_nothing_unless_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plan = build(partition(layers=4, tokens=16, world_size=2, chunk_size=8), "pipelined", "ring")

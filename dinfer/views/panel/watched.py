@@ -109,7 +109,8 @@ class WatchPanel(SlottedWidget):
             compares = most_rows is None or _rows_in(kv) <= most_rows
             parts = parts_of(moment, compares=compares)
             self._is_behind = kv.is_behind or not compares
-            self._text = "\n".join([moment.title, *([moment.verdict.sentence] if moment.verdict else [])])
+            said = moment.text(moment.evidence.op_findings)  # KV's are in its part: comparing takes time
+            self._text = f"{moment.title}\n{said}".strip()
             return parts
         except Exception as error:  # nothing else would report it
             text = f"the watch cannot be shown: {type(error).__name__}: {error}"

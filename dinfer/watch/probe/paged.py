@@ -144,13 +144,14 @@ class PagedCaches:
         def executed(runner: Any, *args: Any, **options: Any) -> Any:
             before, now.step = self._taken, None
             try:
-                return execute(runner, *args, **options)
-            finally:
+                result = execute(runner, *args, **options)
                 if now.step is not None and before == self._taken:
                     self._tensors.problem(
                         "of a step of vLLM no KV was seen: its attention backend is none that is known, or it replays "
                         "a CUDA graph"
                     )
+                return result
+            finally:
                 now.step = None
 
         self._tensors.replace(kind, name, prepared)
@@ -249,15 +250,16 @@ class PagedCaches:
             outer, before = getattr(now, "batch", None), self._taken
             now.batch = _Draft() if is_draft else forward_batch
             try:
-                return forward(runner, forward_batch, *args, **options)
+                result = forward(runner, forward_batch, *args, **options)
             finally:
                 now.batch = outer
-                if before == self._taken and not is_draft and not self._is_idle(forward_batch):
-                    pool = type(getattr(runner, "token_to_kv_pool", None)).__name__
-                    self._tensors.problem(
-                        f"of a step of SGLang no KV was seen: its pool {pool} is none that is known, or it replays a "
-                        "CUDA graph"
-                    )
+            if before == self._taken and not is_draft and not self._is_idle(forward_batch):
+                pool = type(getattr(runner, "token_to_kv_pool", None)).__name__
+                self._tensors.problem(
+                    f"of a step of SGLang no KV was seen: its pool {pool} is none that is known, or it replays a "
+                    "CUDA graph"
+                )
+            return result
 
         self._tensors.replace(kind, "forward", called)
 

@@ -167,5 +167,6 @@ def test_bytes_that_change_on_their_way_are_seen_by_their_digest(
         made.all(lambda engine: engine.executor.run_to_end(30))
     assert (
         hits[0]
-        == "7: recv kv c0 l0 <- 0, 4 tokens: V came changed from rank 0, on the way or before it was sent"
+        == "7: recv kv c0 l0 <- 0, 4 tokens: received a changed V from rank 0: the block changed on the way or before "
+        "it was sent"
     )

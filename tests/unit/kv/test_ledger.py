@@ -108,8 +108,8 @@ def test_bytes_that_change_on_the_wire_are_named_at_their_hop(
         size = made.engines[0].executor.state.block(chunk, layer).nbytes
         assert first == [Corruption(rank, chunk, layer, "KV"[tensor], size, peer=by[rank])]
         assert str(first[0]) == (
-            f"rank {rank}: {'KV'[tensor]} of block c{chunk} l{layer} came changed from rank {by[rank]}, "
-            "on the way or before it was sent"
+            f"rank {rank} received a changed {'KV'[tensor]} of block c{chunk} l{layer} from rank {by[rank]}: "
+            "the block changed on the way or before it was sent"
         )
         # Who passes it on is not accused: later hops name the rank that got it changed.
         later = [one for one in found if one.first is not None]
@@ -218,7 +218,7 @@ def test_a_run_that_is_to_fail_names_the_op_and_the_block(
             OpFailed, match=rf"rank {rank} failed at `recv kv c1 l1 <- {peer}, 4 tokens`"
         ) as caught:
             made.all(lambda engine: engine.prefill_phase())
-        assert "K of block c1 l1 came changed from rank" in str(caught.value)
+        assert "received a changed K of block c1 l1 from rank" in str(caught.value)
         assert "on_corruption is fail" in str(caught.value)
         assert isinstance(caught.value.__cause__, Corrupted)
         assert corrupt_events(made.engines[rank])[0][:3] == (1, 1, peer)

@@ -26,7 +26,7 @@ from tests.support.twin import prompt
 
 IDS = tuple(prompt(10))
 DEADLINE_S = 120.0
-SENTENCE = "rank 2: K of block c1 l0 came changed from rank 0, on the way or before it was sent"
+SENTENCE = "rank 2 received a changed K of block c1 l0 from rank 0: the block changed on the way or before it was sent"
 
 
 MODEL = {"layers": 3}

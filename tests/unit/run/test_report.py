@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import dinfer
 from dinfer.cluster.threads import LocalRanks
 from dinfer.config import Config
+from dinfer.errors import NotPossible
 from dinfer.files import FolderError
 from dinfer.run.report import Done, commands, machine, parameters, versions
 from dinfer.run.run import Run
@@ -111,6 +112,10 @@ def test_a_report_into_no_folder_is_refused_at_once(
         run.report(tmp_path / "file" / "new" / "x.html")
     with pytest.raises(FolderError, match=r"is a folder, and a file is to be written: add its name$"):
         run.report(tmp_path)
+    with pytest.raises(
+        NotPossible, match=r"^a report is an HTML page, and 'r\.pdf' ends in \.pdf: give a name that"
+    ):
+        run.report(tmp_path / "r.pdf")
     assert (calls, written.traces) == ([], [])
 
 

@@ -24,6 +24,7 @@ from dinfer.trace.events import Event
 from tests.support.tiny import tiny_checkpoint
 
 S = 1_000_000_000
+CHANGED = "rank 1 received a changed V of block c0 l1 from rank 0: the block changed on the way or before it was sent"
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +74,7 @@ def test_changed_blocks_are_in_the_result_in_words_and_as_fields(job: Job, ranks
     assert result(job, ranks)["corrupt"] == []
     ranks[1].notes += [Edited(()), note(1)]
     (found,) = result(job, ranks)["corrupt"]
-    assert (
-        found["text"] == "rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent"
-    )
+    assert found["text"] == CHANGED
     assert (found["rank"], found["chunk"], found["layer"], found["peer"]) == (1, 0, 1, 0)
     assert json.loads(json.dumps(found)) == found
 
@@ -113,10 +112,7 @@ def test_what_the_user_chose_to_record_is_a_warning_at_the_end_and_no_error(
     ranks[1].notes = [note(1)] * 5
     assert len(conclude(job, ranks, ProgressLines(job, out), None)["corrupt"]) == 5
     assert out.getvalue().endswith("; and 2 more\n")
-    assert (
-        "✖ error: rank 1: V of block c0 l1 came changed from rank 0, on the way or before it was sent; "
-        in out.getvalue()
-    )
+    assert f"✖ error: {CHANGED}; " in out.getvalue()
 
 
 @pytest.mark.parametrize("text", ["", "471."])

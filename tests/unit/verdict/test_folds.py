@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+import dinfer
 from dinfer.monitor.stacks import _as_answered
 from dinfer.rank.stacks import stacks
 from dinfer.trace.findings import Findings, WaitsFinding
-from dinfer.verdict.blocked import blocked_threads
+from dinfer.verdict.blocked import blocked_threads, own_frames
 from dinfer.verdict.folds import folds_html, source_link
 from dinfer.verdict.kept import waits_html
 
@@ -35,6 +37,18 @@ WATCHED = """thread MainThread:
   infer.py:31 in exchange: dist.recv(x, 1)
   cell:2 in <module>
 """
+
+
+def test_every_part_of_dinfer_is_known_as_its_own() -> None:
+    root = Path(dinfer.__file__).parent
+    parts = [path.parent for path in sorted(root.glob("*/__init__.py"))]
+    assert len(parts) > 20
+    stack = "rank 0 main:\n" + "\n".join(
+        f'  File "/src/dinfer/{one.name}/a.py", line 1, in a' for one in parts
+    )
+    assert own_frames(stack) == []
+    mine = own_frames('rank 0 main:\n  File "/src/dinfer/infer.py", line 1, in a')
+    assert [str(frame) for frame in mine] == ["/src/dinfer/infer.py:1 in a"]
 
 
 def test_what_a_rank_says_of_itself_is_cut_to_where_it_is_held_up() -> None:

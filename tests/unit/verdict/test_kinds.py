@@ -483,14 +483,58 @@ def test_sizes_are_of_the_op() -> None:
     assert SIZES.of(parse_op("send final -> 1, 1 token")) == 256
 
 
-def test_a_verdict_prints_the_first_lines_of_a_culprit_s_stacks_and_says_where_the_rest_is() -> None:
-    stack = "\n".join(f"line {n}" for n in range(250))
-    told = str(
-        Verdict("stuck in Python", "rank 1 is stuck", ranks=(1,), stacks={0: "another rank's", 1: stack})
+def frame(file: str, line: int, function: str) -> str:
+    return f'  File "{file}", line {line}, in {function}\n    {function}()'
+
+
+OURS = "\n".join(
+    frame(f"/home/ann/dinfer/{file}.py", 59, "send") for file in ("transport/gate", "engine/ops")
+)
+
+
+def test_a_verdict_prints_no_frames_of_dinfer() -> None:
+    """Each rank's op is in its line."""
+    lines = [f"rank {rank}: waits for rank {1 - rank} to take block c0 l0" for rank in range(2)]
+    stacks = {rank: f"rank {rank} main:\n{OURS}" for rank in range(2)}
+    told = str(Verdict("cycle", "deadlock: …", ranks=(0, 1), lines=tuple(lines), stacks=stacks))
+    assert told.splitlines() == [
+        "deadlock: …",
+        f"  {lines[0]}",
+        f"  {lines[1]}",
+        "all frames of all threads: verdict.stacks",
+    ]
+
+
+def test_a_verdict_prints_where_each_rank_stands_in_the_user_s_code_the_culprit_first() -> None:
+    stacks = {
+        rank: f"rank {rank} main:\n{frame(f'/home/ann/rank{rank}.py', 31, 'stage')}\n{OURS}"
+        for rank in range(3)
+    }
+    told = str(Verdict("stuck in Python", "rank 1 is stuck", ranks=(1,), stacks=stacks)).splitlines()
+    assert told == [
+        "rank 1 is stuck",
+        *(
+            line
+            for rank in (1, 0, 2)
+            for line in (f"rank {rank}'s Python:", f"  /home/ann/rank{rank}.py:31 in stage: stage()")
+        ),
+        "all frames of all threads: verdict.stacks",
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "depth"), [(1, 250), (3, 20), (64, 250)])
+def test_a_verdict_is_at_most_30_lines(ranks: int, depth: int) -> None:
+    deep = "\n".join(frame("/home/ann/infer.py", line, "recurse") for line in range(depth))
+    told = Verdict(
+        "cycle",
+        "deadlock: …",
+        ranks=tuple(range(ranks)),
+        lines=tuple(f"rank {rank}: waits" for rank in range(ranks)),
+        stacks=dict.fromkeys(range(ranks), deep),
     )
-    assert told.startswith("rank 1 is stuck\nrank 1's Python:\n  line 0\n")
-    assert "line 249" not in told
-    assert told.count("\n") < 30
-    assert told.endswith("230 lines more, of other threads too: verdict.stacks[1]")
-    short = str(Verdict("stuck in Python", "rank 1 is stuck", ranks=(1,), stacks={1: "line 0"}))
-    assert short == "rank 1 is stuck\nrank 1's Python:\n  line 0"
+    lines = str(told).splitlines()
+    assert len(lines) <= 30
+    assert "  /home/ann/infer.py:0 in recurse: recurse()" in lines, "the innermost"
+    assert lines[-1] == "all frames of all threads: verdict.stacks"
+    assert told.stacks[0] == deep
+    assert ("  … and 52 more: verdict.lines" in lines) == (ranks == 64)

@@ -218,6 +218,20 @@ def test_the_panel_follows_until_the_watch_is_over_and_then_has_no_thread(made: 
     panel.close()
 
 
+def test_the_panel_s_text_has_what_each_rank_does_and_the_verdict(made: MadeWatch) -> None:
+    """The text is what notebooks keep where they draw nothing."""
+    panel = panel_of(made)
+    lines = made.found.rank_lines
+    assert len(lines) > 1
+    assert repr(panel) == "\n".join(["runs", *lines])
+    panel.close()
+    found = made.found.verdict
+    assert WatchMoment("runs", made.found, found).text([]).splitlines() == [
+        *lines,
+        found.severity.marked(found.sentence),
+    ]
+
+
 def test_after_the_end_it_follows_until_all_rows_are_read(made: MadeWatch) -> None:
     layers = {0: layers_of([rows(0, 1, 2)])}
     made.found = replace(made.found, kv=WatchedKv(layers, is_behind=True))
@@ -265,7 +279,8 @@ def test_its_output_is_a_picture_without_scripts(made: MadeWatch) -> None:
     panel = panel_of(made)
     data, _ = panel._repr_mimebundle_()
     assert data.keys() == {"text/html", "text/plain"}
-    assert data["text/plain"] == "runs"  # of the watch itself it asks nothing, which may take long
+    # Of the watch itself, whose text is "a watch", it asks nothing, which may take long.
+    assert data["text/plain"].splitlines() == ["runs", *made.found.rank_lines]
     assert "<svg" in data["text/html"]
     panel.close()
 

@@ -506,6 +506,40 @@ def test_a_step_of_vllm_of_which_nothing_is_seen_is_said(
     )
 
 
+class OutOfMemory(RuntimeError):
+    pass
+
+
+def fail() -> None:
+    raise OutOfMemory
+
+
+def test_a_step_of_vllm_that_fails_says_nothing_of_its_backend(
+    runner: str, watched: Callable[..., list[RowsTaken]]
+) -> None:
+    kind = sys.modules[runner].GPUModelRunner
+
+    def act() -> None:
+        with pytest.raises(OutOfMemory):
+            kind().execute_model(Step([0], [2], [[2]]), fail)
+
+    assert watched(act) == []
+
+
+def test_a_step_of_sglang_that_fails_says_nothing_of_its_pool(
+    module: Callable[[str, str], ModuleType], watched: Callable[..., list[RowsTaken]]
+) -> None:
+    memory = module("sglang.srt.mem_cache.memory_pool", SGLANG_POOL)
+    running = module("sglang.srt.model_executor.model_runner", SGLANG_RUNNER)
+    pool = memory.MHATokenToKVPool(64, HEADS, WIDTH)
+
+    def act() -> None:
+        with pytest.raises(OutOfMemory):
+            running.ModelRunner(pool).forward(one_step(pool, [5]), fail)
+
+    assert watched(act) == []
+
+
 def test_a_profiling_run_of_vllm_takes_nothing(
     module: Callable[[str, str], ModuleType], watched: Callable[..., list[RowsTaken]]
 ) -> None:
