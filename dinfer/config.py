@@ -71,7 +71,7 @@ class Config:
     chat: bool = _parameter(False, "apply the checkpoint's chat template to the prompt")
     world_size: int = _parameter(3, "number of ranks", low=1, high=MOST_RANKS)
     layer_split: tuple[int, ...] = _parameter(
-        (), "first layer of each stage from the second on, such as 14,28 for 3 ranks; default: even"
+        (), "first layer of each stage from the second on, such as 14,28 for 3 ranks; if not given, even"
     )
     chunk_size: int = _parameter(128, "tokens per chunk of the prompt", low=1, high=LARGEST)
     sync_strategy: SyncStrategy = _parameter(

@@ -27,15 +27,18 @@ from dinfer.planner.machine import MeasuredMachine
 from dinfer.verdict.drawing import counterexample_svg, cycle_text
 
 OF_LOAD = ("dtype", "gpu_ids", "threads", "kernels", "backend")
-"""parameters that `session.load` fixes for all runs"""
+"""parameters of `session.load`: a run may have other kernels than these, and nothing else"""
 
 
-def load_call(config: Config) -> str:
-    """The call that loads the checkpoint of a run with this config, as it was loaded for it."""
-    default = {item.name: item.default for item in fields(config)}
-    given = {name: getattr(config, name) for name in OF_LOAD}
-    named = [f"{name}={one!r}" for name, one in given.items() if one not in (default[name], "auto", "gloo")]
-    return f"session.load({', '.join([repr(str(config.model_path)), *named])})"
+def load_call(loaded: Config) -> str:
+    """The call that loads a checkpoint as it was loaded. `loaded`: that config, whose backend is chosen."""
+    default = {item.name: item.default for item in fields(loaded)}
+    unsaid = {(name, default[name]) for name in OF_LOAD}
+    if loaded.device_mode == "multi_node" or _obstacle_to_nccl(loaded, lambda: True):
+        unsaid.add(("backend", "gloo"))  # which auto then chooses on any machine
+    given = [(name, getattr(loaded, name)) for name in OF_LOAD]
+    named = [f"{name}={one!r}" for name, one in given if (name, one) not in unsaid]
+    return f"session.load({', '.join([repr(str(loaded.model_path)), *named])})"
 
 
 def has_nccl() -> bool:
@@ -143,7 +146,8 @@ class PlanRefused(PlanError):
 class Job:
     """A run that may start. `config.threads` and `config.backend` are chosen; `ids` are the prompt's token ids;
     `predicted_s`: seconds of prefill by the planner, 0 where it has chosen nothing, and `because`: a sentence on each
-    of its choices; `machine`: as measured before, None where nothing was."""
+    of its choices; `machine`: as measured before, None where nothing was; `loaded`: the config that the checkpoint was
+    loaded with, where that was for any number of runs."""
 
     config: Config
     spec: Spec
@@ -153,6 +157,12 @@ class Job:
     predicted_s: float = 0.0
     because: tuple[str, ...] = ()
     machine: MeasuredMachine | None = None
+    loaded: Config | None = None
+
+    @property
+    def load_call(self) -> str:
+        """The call that loads its checkpoint as it was loaded."""
+        return load_call(self.loaded or self.config)
 
     def __repr__(self) -> str:
         return f"<job: {self.config.model_path}, {len(self.ids)} prompt tokens, {self.plan!r}>"

@@ -444,7 +444,8 @@ class EndPrompt(Command[Ok], frozen=True):
 
 class ExpectDecode(Command[Ok], frozen=True):
     """Prefill is on its way to its end, and decode of up to `limit` new tokens follows: compute what one rank can of
-    the first two as soon as that is possible, until the run is sent elsewhere. Reports `TextPiece` for the first."""
+    the first two as soon as that is possible, until the run is sent elsewhere or changed. Reports an early `TextPiece`
+    for the first. Limit 0: decode does not follow, and what was computed is given up."""
 
     limit: int
 
@@ -799,9 +800,12 @@ class Comparing(RankReport, frozen=True):
 
 
 class TextPiece(RankReport, frozen=True):
-    """From rank 0: a piece of generated text."""
+    """From rank 0: a piece of generated text. In a session `at` is the number of characters of new tokens before it: it
+    takes the place of whatever was told from there on. `is_early`: of a first token that does not count yet."""
 
     text: str
+    at: int = 0
+    is_early: bool = False
 
 
 class AskStands(RankReport, frozen=True):

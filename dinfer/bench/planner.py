@@ -197,7 +197,7 @@ def _run(
 ) -> "list[RankLinks]":
     from dinfer.bench.link_rank import LinksJob, RankLinks
 
-    texts, lengths = [plan.text() for plan in plans], () if plans else lengths_of(place.config.chunk_size)
+    texts, lengths = [plan.text() for plan in plans], () if plans else swept_lengths(place.config.chunk_size)
     return run_ranks(
         "dinfer.bench.link_rank",
         place.config,
@@ -207,7 +207,7 @@ def _run(
     )
 
 
-def lengths_of(chunk_size: int) -> list[int]:
+def swept_lengths(chunk_size: int) -> list[int]:
     """The chunk lengths whose layer times are measured: those of the sweep."""
     return sorted({max(SMALLEST, chunk_size * n // 4) for n in (1, 2, 4, 8, 16)})
 

@@ -18,7 +18,7 @@ from dinfer.severity import Severity
 def desk(
     path: Annotated[
         str,
-        Argument(help="a folder of run.save(…), of `dinfer run` or of `dinfer watch`, a report, or a trace"),
+        Argument(help="a folder of run.save(…) or of `dinfer run`, a report, or a trace of dinfer"),
     ],
     port: Annotated[int, Option(help="the port to listen at; 0: a free one", min=0, max=65535)] = 0,
     host: Annotated[

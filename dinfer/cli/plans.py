@@ -39,15 +39,17 @@ def plan(
     layers: Annotated[int, Option(help="decoder layers of the model")],
     tokens: Annotated[int, Option(help="length of the prompt")],
     world_size: Annotated[int, Option(help="number of ranks")] = 3,
-    chunk_size: Annotated[str, Option(help="tokens per chunk")] = "128",
-    sync_strategy: Annotated[str, Option(help="pairwise or ring")] = "pairwise",
-    schedule: Annotated[str, Option(help="pipelined, lockstep or batched")] = "pipelined",
-    layer_split: Annotated[str, Option(help="first layer of every stage but the first, such as 14,28")] = "",
+    chunk_size: Annotated[str, Option(help="tokens per chunk, or auto")] = "128",
+    sync_strategy: Annotated[str, Option(help="pairwise, ring or auto")] = "pairwise",
+    schedule: Annotated[str, Option(help="pipelined, lockstep, batched or auto")] = "pipelined",
+    layer_split: Annotated[
+        str, Option(help="first layer of every stage but the first, such as 14,28; or auto")
+    ] = "",
     measured: Annotated[
         str,
         Option(
-            help="by what to choose what is auto (schedule, chunk_size, layer_split, sync_strategy): a file of dinfer "
-            "run --json whose run had something auto, too"
+            help="by what to choose what is auto: a file of dinfer run --json whose run had something auto, too; "
+            "blocks are then sent by that run's codec"
         ),
     ] = "",
     as_json: Annotated[bool, Option("--json", help="print JSON")] = False,
@@ -66,9 +68,20 @@ def plan(
             layer_split=config.layer_split or None,
         )
         built, because = build(shape, config.schedule, config.sync_strategy), ""
+        if measured and not auto:
+            raise ConfigError(
+                f"--measured is {measured}, but nothing is auto, so nothing is chosen by it: give --schedule auto, "
+                "--chunk-size auto, --layer-split auto or --sync-strategy auto, or leave --measured out."
+            )
         if auto:
-            chosen = choose(_machine(measured, auto[0]), config, shape, auto)
-            built, because = chosen.candidate.plan(layers), f"{chosen}\n"
+            machine = _machine(measured, auto[0])
+            chosen = choose(machine, config.with_(codec=machine.codec), shape, auto)
+            sent = (
+                ""
+                if machine.codec == "none"
+                else f"codec {machine.codec}: as the measured run sent its blocks.\n"
+            )
+            built, because = chosen.candidate.plan(layers), f"{chosen}\n{sent}"
     except (ConfigError, PlanError) as error:
         stop(error, BAD_INPUT)
     verdict = verify_plan(built)

@@ -15,12 +15,17 @@ from dinfer.cli.root import BAD_INPUT, FAILED, INTERRUPTED, app, check_outputs, 
 from dinfer.config import Config, ConfigError, read_toml
 from dinfer.errors import DinferError
 from dinfer.launch.environment import Launched, launched_as, speaks
-from dinfer.run.measurement import AUTOS, without_auto
+from dinfer.run.measurement import AUTOS, LOSSLESS, without_auto
 
 SILENCE_S = 5.0
 
 _METAVARS = {int: "<int>", float: "<float>", tuple: "<int,int,…>"}
 """what `--help` calls the value of a parameter whose default is of this type; text is typer's `<str>`"""
+
+FASTEST = "the fastest by what the ranks measure first"
+
+_BY_AUTO = {"codec": f"of {' and '.join(LOSSLESS)}, {FASTEST}"}
+"""what auto takes, where that is not the fastest of all values"""
 
 
 def run(**given: Any) -> None:
@@ -105,7 +110,7 @@ def _options() -> list[inspect.Parameter]:
         is_switch = isinstance(item.default, bool)
         flags = [f"{flag}/--no-{flag[2:]}" if is_switch else flag] + ["--model"] * (item.name == "model_path")
         shown = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
-        chosen = "; auto: the fastest by what the ranks measure first" * (item.name in AUTOS)
+        chosen = f"; auto: {_BY_AUTO.get(item.name, FASTEST)}" * (item.name in AUTOS)
         # In brackets, the default would be taken for markup, and not be shown.
         text = item.metadata["help"] + chosen + (f"; default: {shown}" if shown not in ("", False) else "")
         kind, metavar = (bool, None) if is_switch else (str, _METAVARS.get(type(item.default)))

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dinfer.config import Config
+from dinfer.config import Config, read_toml
 from dinfer.errors import DinferError
 from dinfer.rank.debugger import FIRST_PORT
+from dinfer.run.measurement import without_auto
 from dinfer.trace.export import write_whole
 
 Entry = dict[str, Any]
@@ -68,7 +69,7 @@ def write_entries(folder: str | Path = ".", config: str = "") -> Path:
     if not Path(folder).is_dir():
         raise LaunchFileError(f"there is no folder {str(folder)!r}; name one that exists: --folder PATH.")
     if config and "${" not in config:  # else one of VS Code's variables, which only it knows
-        Config.from_toml(Path(folder) / Path(config).expanduser())
+        Config.of(without_auto(read_toml(Path(folder) / Path(config).expanduser()))[0])
     merged = _merged(_read(path), launch_file(config), path)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, [json.dumps(merged, ensure_ascii=False, indent=4) + "\n"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from dinfer.cluster.ranks import Pending, RankRefused, Ranks
-from dinfer.messages import Answer, Command, Note
+from dinfer.messages import Answer, Command, Note, TextPiece
 
 A = TypeVar("A", bound=Answer)
 
@@ -74,7 +74,7 @@ class RankLease:
     def forget(self, pending: Pending[Any]) -> None:
         self._lender.forget(pending)
 
-    def new_texts(self) -> list[str]:
+    def new_texts(self) -> list[TextPiece]:
         return [] if self._why else self._lender.new_texts()
 
     def new_notes(self) -> list[tuple[int, Note]]:

@@ -121,7 +121,7 @@ class RankStates(ABC):
     def __init__(self, world_size: int) -> None:
         self.ranks = [RankState() for _ in range(world_size)]
         self.changed = threading.Condition()
-        self._texts: list[str] = []
+        self._texts: list[TextPiece] = []
         self._replies: dict[int, Reply | Refused] = {}
         self._awaited = set[int]()
         """numbers of requests whose answers somebody waits for; others are dropped"""
@@ -227,7 +227,7 @@ class RankStates(ABC):
                     if report.number in self._awaited:
                         self._replies[report.number] = report
                 case TextPiece():
-                    self._texts.append(report.text)
+                    self._texts.append(report)
                 case Note():
                     state.notes.append(report)
                 case AskStands():
@@ -254,7 +254,7 @@ class RankStates(ABC):
                     state.told_to_end = True
             self.changed.notify_all()
 
-    def new_texts(self) -> list[str]:
+    def new_texts(self) -> list[TextPiece]:
         """The pieces of generated text that have come since the last call."""
         with self.changed:
             texts, self._texts = self._texts, []

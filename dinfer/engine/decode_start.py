@@ -2,7 +2,8 @@
 
 The first new token needs the final hidden state alone; the second needs, layer by layer, that layer's blocks of all
 chunks. So while the blocks of later layers are still on their way, earlier layers compute. Nothing here needs another
-rank, so it can be given up at any moment; `Decoding` takes what was computed, and compares the ranks' tokens.
+rank, so it can be given up at any moment; `Decoding` takes what was computed, if nothing has changed since, and
+compares the ranks' tokens.
 """
 
 from collections.abc import Callable
@@ -61,21 +62,26 @@ class DecodeStart:
         recorder: Recorder,
         sampler: Sampler,
         max_new_tokens: int,
-        may_go_on: Callable[[], bool],
+        is_unchanged: Callable[[], bool],
     ) -> None:
-        """`may_go_on()`: whether the prompt is on its way to its end as it was when this began; asked under the gate's
+        """`is_unchanged()`: whether the prompt is as it was when this began, but for its ops; asked under the gate's
         lock."""
         self.first: ChosenToken | None = None
         self.hidden: Tensor | None = None
         self._decoder, self._cache = decoder, _UncountedCache(cache)
         self._executor, self._recorder = executor, recorder
-        self._sampler, self._wanted, self._may_go_on = sampler, max_new_tokens, may_go_on
+        self._sampler, self._wanted, self._is_unchanged = sampler, max_new_tokens, is_unchanged
         self._is_given_up = False
 
     def give_up(self) -> None:
         """Whoever waits in `run` goes on at once, with GivenUp."""
         with self._executor.gate.change():
             self._is_given_up = True
+
+    def counts(self) -> bool:
+        """Whether what it has computed is what decode would compute now."""
+        with self._executor.gate.hold():
+            return self._is_wanted
 
     def run(self, on_token: Callable[[int], None], patience: float | None = None) -> None:
         """Compute as values come; `on_token` is called with the first token. Raises OpFailed if an op fails, GivenUp,
@@ -91,6 +97,8 @@ class DecodeStart:
         self.first = first
         if first.token == NO_TOKEN:
             return
+        if not self.counts():
+            raise GivenUp
         on_token(first.token)
         row = self._executor.plan.shape.tokens
         fits = row < min(self._cache.capacity, self._decoder.max_positions)
@@ -134,7 +142,7 @@ class DecodeStart:
 
     @property
     def _is_wanted(self) -> bool:
-        return not (self._is_given_up or self._executor.is_closing) and self._may_go_on()
+        return not (self._is_given_up or self._executor.is_closing) and self._is_unchanged()
 
     def _record(self, start: int, **fields: int) -> None:
         with self._executor.gate.hold():  # who has given it up may write to this lane

@@ -196,9 +196,14 @@ class Decoding:
         if self._ahead:
             self._ahead.restart()
 
+    def end(self) -> None:
+        """The steps have ended for now. Before the next ones anything may change, so what was computed of them while
+        blocks came does not count any more."""
+        self._start = None
+
     def back_to(self, tokens: int) -> None:
         """Drop all new tokens after the first `tokens`. The next steps repeat them, unless the user edits something."""
-        self._start = None
+        self.end()
         del self.tokens[tokens:], self._rows[tokens + 1 :]
         self.begin(0)
 

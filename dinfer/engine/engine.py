@@ -17,7 +17,7 @@ from dinfer.engine.ahead import Ahead
 from dinfer.engine.board import Board
 from dinfer.engine.by_hand import LayerKV, Steps, layer_kv
 from dinfer.engine.corruption import Alarm, Corruption
-from dinfer.engine.decode_start import DecodeStart, record
+from dinfer.engine.decode_start import DecodeStart, GivenUp, record
 from dinfer.engine.decoding import Decoding, cache_of, recheck
 from dinfer.engine.finite import FiniteCheck, NonFinite, OnNonFinite
 from dinfer.engine.kernels import Graphs
@@ -210,22 +210,25 @@ class Engine:
         """
         if prompt is not None:
             self.prepare(self.encode(prompt))
+        executor = self.executor
+        self.prompt.detect_edits()
         start = self.decode_start(self.config.max_new_tokens)
         if start is None:
             self.prefill_phase()
             return self.decode_phase(on_token=on_token)
-        executor = self.executor
-        self.prompt.detect_edits()
         self.board.set_phase("prefill")
         executor.set_limits([len(lane.ops) for lane in executor.plan.lanes[self.rank]])
-        start.run(on_token or (lambda _: None), self._deadline.seconds)
+        try:
+            start.run(on_token or (lambda _: None), self._deadline.seconds)
+        except GivenUp:
+            raise NotPossible(
+                f"rank {self.rank}: the prompt was released, or changed, while it was on its way."
+            ) from None
         self.prefill_phase()
         return self.decode_phase(on_token=on_token, start=start)
 
-    def decode_start(
-        self, max_new_tokens: int, may_go_on: Callable[[], bool] = lambda: True
-    ) -> DecodeStart | None:
-        """A start of decode for while prefill runs; None where decode has to begin after it. `may_go_on`: see there."""
+    def decode_start(self, max_new_tokens: int) -> DecodeStart | None:
+        """A start of decode for while prefill runs; None where decode has to begin after it."""
         executor = self.executor
         state, config = executor.state, self.config
         # Transformers' own layers, on a cache that nothing changes once blocks have come; on a GPU an op ends when its
@@ -241,9 +244,11 @@ class Engine:
             return None
         assert self.cache is not None
         assert self.recorder is not None
+        prompt, before = self.prompt, self.prompt.changes
         return DecodeStart(
-            self.decoder, self.cache, executor, self.recorder, self._sampler(), max_new_tokens, may_go_on
-        )
+            self.decoder, self.cache, executor, self.recorder, self._sampler(), max_new_tokens,
+            lambda: prompt.changes == before,
+        )  # fmt: skip
 
     def _sampler(self) -> Sampler:
         config = self.config
@@ -256,7 +261,10 @@ class Engine:
         max_new_tokens: int | None = None,
         start: DecodeStart | None = None,
     ) -> Decoding:
-        """A decode before its first step, from what `decode_phase` takes. Raises NotPossible without a prefill."""
+        """A decode before its first step, from what `decode_phase` takes; a `start` that counts no more is left out.
+        Raises NotPossible without a prefill."""
+        if start is not None and not start.counts():  # asked before the cache grows, with all that is in it
+            start = None
         final = self.executor.state.final if hidden_states is None else hidden_states
         unfinished = self._prompt is not None and not self._prompt.executor.is_done()
         if final is None or (kv_caches is None and (self.cache is None or unfinished)):
@@ -327,7 +335,7 @@ class Engine:
         if self._prompt is not None:
             self._prompt.detect_edits()
         decoding = self.decoding(hidden_states, kv_caches, max_new_tokens, start)
-        was_told = start is not None and start.first is not None
+        told = start.first.token if start is not None and start.first is not None else None
 
         def decode() -> list[int]:
             self.board.set_phase("decode")
@@ -335,7 +343,7 @@ class Engine:
                 self.recheck()
             for token in decoding.run(max_new_tokens or self.config.max_new_tokens):
                 self.board.set_phase("decode", len(decoding.tokens))
-                if on_token and not (was_told and len(decoding.tokens) == 1):
+                if on_token and not (token == told and len(decoding.tokens) == 1):
                     on_token(token)
             if self._prompt is not None:
                 self._prompt.edits.accept_all()

@@ -44,6 +44,8 @@ class Edits:
     def __init__(self, state: Prefill, positions: Callable[[], tuple[int, ...]]) -> None:
         self._state, self._positions = state, positions
         self.history: list[Edit] = []
+        self.changes = 0
+        """how often KV or hidden states have been changed by other than the engine's ops, or taken as they are"""
         self._kv: dict[int, int] = {}
         self._hidden: dict[BlockKey, tuple[int, int]] = {}
         self._unreported: list[str] = []
@@ -62,6 +64,7 @@ class Edits:
 
     def accept_all(self) -> None:
         """Treat all KV and hidden states, as they are now, as not edited."""
+        self.changes += 1
         cache = self._state.cache
         self._kv = {layer: cache.tensor(layer)._version for layer in range(cache.layers)}
         self._hidden = {key: _version_of(hidden) for key, hidden in self._state.hidden.items()}
@@ -116,8 +119,8 @@ class Conditions:
         self._state, self._on_hit = state, on_hit
         self._lock = Lock()
         self._armed: tuple[Breakpoint, ...] = ()
-        self._met: dict[int, list[Op]] = {}
-        """the ops at which the condition of each breakpoint has held, in the order in which it first did, by number"""
+        self._met: dict[int, dict[Op, int]] = {}
+        """by number of a breakpoint with `hit`, the ops at which its condition has held: the how manieth each was"""
 
     def arm(self, breakpoints: Sequence[Breakpoint]) -> None:
         """Evaluate these breakpoints' conditions from now on, and no others."""
@@ -139,10 +142,10 @@ class Conditions:
 
     def _is_hit(self, one: Breakpoint, op: Op) -> bool:
         """Whether a condition that holds at this op stops the run. An op that is done again counts once."""
-        met = self._met.setdefault(one.number, [])
-        if op not in met:
-            met.append(op)
-        return one.hit is None or met[one.hit - 1 : one.hit] == [op]
+        if one.hit is None:
+            return True
+        met = self._met.setdefault(one.number, {})
+        return met.setdefault(op, len(met) + 1) == one.hit
 
     def _evaluate(self, one: Breakpoint, event: Event, op: Op) -> str:
         """Why the condition holds, as text; empty if it does not."""
@@ -206,6 +209,13 @@ class Prompt:
             self.target, self._begun = cut, None
             self.executor.set_limits(cut[self.rank])
         return edited
+
+    @property
+    def changes(self) -> tuple[int, int]:
+        """The same as before only if since then the prompt was sent nowhere else and has not gone back, and its KV and
+        hidden states are those that its ops have made, in the same memory: no edit was found, and no graft, fault or
+        larger cache came."""
+        return self.order, self.edits.changes
 
     def halt(self) -> bool:
         """Start no further op, because a condition holds. Returns False while `stopping`, when lanes must run on."""

@@ -77,6 +77,8 @@ class ProcessWatch:
             self._link.send(rank, RunChosen(choice.parameters, choice.plan))
 
     def _look_whether_it_hangs(self) -> None:
+        if any(state.phase == "measuring" for state in self._link.ranks):
+            return  # ranks that are timed say nothing, and stand still while another pair's link is
         ended = {
             rank: ending(code, self.job.config) for rank, code in enumerate(self._exits()) if code is not None
         }
@@ -106,9 +108,9 @@ class ProcessWatch:
 
     def _show_text(self) -> None:
         """On the caller's thread, so that an output that is closed ends the run like any other error."""
-        for text in self._link.new_texts():
+        for piece in self._link.new_texts():
             if self._on_text:
-                self._on_text(text)
+                self._on_text(piece.text)
 
     def _lost(self) -> list[int | None]:
         now, limit = time.monotonic(), silence_limit(self.job.config.timeout)

@@ -48,7 +48,7 @@ class MappedFiles:
 
     def check(self) -> None:
         """Raises WeightsChanged once a file has been written to."""
-        self._looked = monotonic()
+        began = monotonic()
         if self._changed or any(
             self._known[n] != _written(descriptor) and not self._was_only_touched(n)
             for n, descriptor in enumerate(self._opened)
@@ -59,6 +59,7 @@ class MappedFiles:
                 f"computes with the files themselves: session.load({str(self._folder)!r}) loads what they hold now on "
                 "all ranks. (A file that is moved to the place of another leaves a loaded model as it is.)"
             )
+        self._looked = began  # after the look: another thread must not rely on one that is under way
 
     def is_intact(self) -> bool:
         """Whether `check` raises nothing."""

@@ -11,8 +11,8 @@ from dinfer.planner.machine import MeasuredMachine
 def ranks_told(planner: Planner, chosen: Chosen, free: Iterable[str]) -> str:
     """Whether fewer ranks would be faster, in a sentence; "" for one rank. `free`: what may differ, as in `choose`.
 
-    Of each number of ranks, those with the fastest layers are tried. The number cannot be chosen within a session, so
-    this is advice.
+    Of each number of ranks, those with the fastest layers are tried. The number cannot be chosen once ranks have been
+    measured, so this is advice, and for the command line as for a session.
     """
     count, wanted = len(planner.machine.layers), tuple(free)
     if count == 1:
@@ -22,7 +22,7 @@ def ranks_told(planner: Planner, chosen: Chosen, free: Iterable[str]) -> str:
     if best_s < chosen.predicted_s * (1 - SLACK):
         return (
             f"world_size {count}: {few} would take {best_s:.4g} s instead of {chosen.predicted_s:.4g} s, so "
-            f"dinfer.connect(n={len(best)}) would be faster for this prompt."
+            f"world_size {len(best)} would be faster for this prompt."
         )
     return f"world_size {count}: fewer ranks are not faster here; {few} would take {best_s:.4g} s."
 

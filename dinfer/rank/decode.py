@@ -13,10 +13,14 @@ from dinfer.engine.decode_start import DecodeStart, GivenUp
 from dinfer.engine.decoding import Decoding
 from dinfer.engine.engine import Engine
 from dinfer.engine.lanes import OpFailed
+from dinfer.errors import NotPossible
 from dinfer.messages import NewTokens
 from dinfer.model.text import TextStream, load_tokenizer
 
 log = logging.getLogger("dinfer")
+
+GIVE_UP_S = 5.0
+"""how long a start of decode that was given up may take to end the layer that it computes"""
 
 OnToken = Callable[[int, int, str], None]
 """Called with the number of new tokens, the token, and the text that it completes."""
@@ -40,7 +44,8 @@ class Tokens:
         self._changed = threading.Condition()
         self._limit = self._begun = 0
         self._held = False
-        self._stream = self._new_stream()
+        self._stream, self.characters = self._new_stream(), 0
+        """what makes text of tokens, and how many characters it has made"""
         self._early: _EarlyStart | None = None
 
     @property
@@ -70,22 +75,23 @@ class Tokens:
             self._changed.notify_all()
             return self._begun
 
-    def expect(self, limit: int, on_token: OnToken) -> None:
-        """Prefill is on its way to its end, and decode follows: begin while blocks arrive, where that is possible."""
+    def expect(self, limit: int, on_text: Callable[[str], None]) -> None:
+        """Prefill is on its way to its end, and decode follows: begin while blocks arrive, where that is possible.
+        `on_text` is called with the text of the first token; `run` tells it once more, when it counts. Limit 0: decode
+        does not follow. Raises as `give_up_start` does."""
         self.give_up_start()
-        prompt, order = self._engine.prompt, self._engine.prompt.order
-        start = self._engine.decode_start(limit, lambda: prompt.order == order)
-        if start is not None and not self.tokens:
-            self._early = _EarlyStart(
-                start, lambda token: on_token(1, token, self._text_of(token)), self._engine.rank
-            )
+        start = self._engine.decode_start(limit) if limit and not self.tokens else None
+        if start is not None:
+            self._early = _EarlyStart(start, on_text, self._engine.rank, self._new_stream())
 
     def give_up_start(self) -> None:
-        """What `expect` has begun is not wanted any more."""
-        early, self._early = self._early, None
-        if early is not None:
-            early.give_up()
-            self._stream = self._new_stream()
+        """What `expect` has begun is not wanted any more: whoever changes KV calls this first. Raises NotPossible if it
+        still computes after some seconds."""
+        if self._early is not None and not self._early.give_up():
+            raise NotPossible(
+                f"rank {self._engine.rank} still computes for the first new tokens: session.recover() frees it."
+            )
+        self._early = None
 
     def run(self, on_token: OnToken) -> NewTokens:
         """Decode up to the limit or the end of the text. Does not begin if the run is to pause for changed bytes; then
@@ -94,9 +100,6 @@ class Tokens:
         config = self._engine.config
         early, self._early = self._early, None
         start = early.taken() if early else None
-        was_told = start is not None and early is not None and early.has_told
-        if early and not was_told:
-            self._stream = self._new_stream()
         if self._decoding is None:
             room = max(self._limit, config.max_new_tokens)
             begun = self._engine.decoding(max_new_tokens=room, start=start)
@@ -110,10 +113,12 @@ class Tokens:
         decoding = self._decoding
         self._engine.extend(decoding, self._limit)
         decoding.begin(self._limit)
-        while self._begin(decoding):
-            token = decoding.step()
-            is_told = was_told and len(decoding.tokens) == 1
-            on_token(len(decoding.tokens), token, "" if is_told else self._text_of(token))
+        try:
+            while self._begin(decoding):
+                token = decoding.step()
+                on_token(len(decoding.tokens), token, self._text_of(token))
+        finally:
+            decoding.end()
         return NewTokens(tuple(decoding.tokens), decoding.stopped)
 
     def back_to(self, tokens: int) -> None:
@@ -123,10 +128,9 @@ class Tokens:
             return
         self._decoding.back_to(tokens)
         self._begun = self._limit = len(self._decoding.tokens)
-        self._stream = self._new_stream()
-        if self._stream:
-            for token in self._decoding.tokens:
-                self._stream.push(token)
+        self._stream, self.characters = self._new_stream(), 0
+        for token in self._decoding.tokens:
+            self._text_of(token)
 
     def _begin(self, decoding: Decoding) -> bool:
         """Whether to decode one more, which then counts as begun: all other ranks must come as far."""
@@ -139,26 +143,34 @@ class Tokens:
 
     def _text_of(self, token: int) -> str:
         """The text that the next token completes."""
-        return self._stream.push(token) if self._stream else f"{token} "
+        text = _text_of(token, self._stream)
+        self.characters += len(text)
+        return text
 
     def _new_stream(self) -> TextStream | None:
         return TextStream(self._tokenizer) if self._tokenizer else None
 
 
-class _EarlyStart:
-    """A start of decode, on a thread of its own until decode begins or it is given up. `has_told`: whether the first
-    token was told."""
+def _text_of(token: int, stream: TextStream | None) -> str:
+    return stream.push(token) if stream else f"{token} "
 
-    def __init__(self, start: DecodeStart, tell: Callable[[int], None], rank: int) -> None:
-        self._start, self._tell, self.has_told = start, tell, False
+
+class _EarlyStart:
+    """A start of decode, on a thread of its own until decode begins or it is given up."""
+
+    def __init__(
+        self, start: DecodeStart, on_text: Callable[[str], None], rank: int, stream: TextStream | None
+    ) -> None:
+        self._start, self._on_text, self._stream = start, on_text, stream
         self._is_whole = False
         self._thread = threading.Thread(target=self._run, name=f"rank {rank} start of decode", daemon=True)
         self._thread.start()
 
-    def give_up(self) -> None:
-        """Returns once nothing of it computes any more."""
+    def give_up(self) -> bool:
+        """Whether nothing of it computes any more; waits for that some seconds."""
         self._start.give_up()
-        self._thread.join()
+        self._thread.join(GIVE_UP_S)
+        return not self._thread.is_alive()
 
     def taken(self) -> DecodeStart | None:
         """What it has computed, now that prefill has ended; None if it was given up or has failed."""
@@ -169,14 +181,10 @@ class _EarlyStart:
         torch.get_num_threads()  # a new thread adopts the number of threads only when torch is first asked for it
         try:
             with suppress(GivenUp, OpFailed):  # the lanes report what has failed
-                self._start.run(self._told)
+                self._start.run(lambda token: self._on_text(_text_of(token, self._stream)))
                 self._is_whole = True
         except Exception:  # whatever it is, decode meets it again and tells of it
             log.exception("decode could not be begun early")
-
-    def _told(self, token: int) -> None:
-        self.has_told = True
-        self._tell(token)
 
 
 class PromptOnRank(NamedTuple):

@@ -124,8 +124,8 @@ class RankService:
             quick(messages.DrainChannels, self._drain),
             slow(messages.LeaveGroup, self._leave),
             quick(messages.GetStacks, lambda _: stacks(self.rank, alone=alone)),
-            *fault_commands(lambda: self._engine, self.report),
-            graft_command(lambda: self._engine, self.report),
+            *fault_commands(self._unbegun, self.report),
+            graft_command(self._unbegun, self.report),
             *inspect_commands(self.rank, self._prompted),
             *reference_commands(self._prompted, self._tell),
             *misbehave_commands(self.rank, self.report),
@@ -153,6 +153,12 @@ class RankService:
                 "checkpoint; session.prefill(…) begins one"
             )
         return self.prompt
+
+    def _unbegun(self) -> Engine:
+        """The engine, for what changes KV: decode that has begun early is given up."""
+        engine, tokens = self._prompted()
+        tokens.give_up_start()
+        return engine
 
     def report(self, report: messages.RankReport) -> None:
         """Tell the session something, and whatever session comes after it."""
@@ -203,7 +209,8 @@ class RankService:
         """Give up prompt and group; whatever is blocked in them stays so."""
         if self.prompt:
             self.prompt.tokens.limit_to(0)
-            self.prompt.tokens.give_up_start()
+            with suppress(NotPossible):
+                self.prompt.tokens.give_up_start()
             self.prompt.engine.release()
         if self.comm:
             self.comm.close()
@@ -384,23 +391,24 @@ class RankService:
     # -- decode
 
     def _expect_decode(self, command: messages.ExpectDecode) -> None:
-        self._prompted().tokens.expect(command.limit, lambda _, __, text: self._show(text))
+        def show(text: str) -> None:
+            self._show(messages.TextPiece(text, is_early=True))
 
-    def _show(self, text: str) -> None:
-        if self.rank == 0 and text:
-            self._tell(messages.TextPiece(text))
+        self._prompted().tokens.expect(command.limit, show)
+
+    def _show(self, piece: messages.TextPiece) -> None:
+        if self.rank == 0 and piece.text:
+            self._tell(piece)
 
     def _decode(self, _: messages.StartDecode) -> messages.NewTokens:
         engine, tokens = self._prompted()
 
         def show(count: int, _: int, text: str) -> None:
             self.board.set_phase("decode", count)
-            self._show(text)
+            self._show(messages.TextPiece(text, tokens.characters - len(text)))
 
         try:
-            if edited := engine.prompt.edits.report():
-                tokens.give_up_start()
-                self._report_edits(edited)
+            self._report_edits(engine.prompt.edits.report())
             return tokens.run(show)
         except FOUND_TOGETHER:
             raise

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from dinfer.cluster.ranks import Pending, RankRefused
@@ -38,22 +39,33 @@ class Generation:
         self._stopping = threading.Event()
         """set by `stop`: a call of decode that began before makes no further token"""
         self._shown = 0
-        """characters of text that there were when the call of decode began"""
+        """how many characters of the run's text the call of decode has shown, or found there when it began"""
+        self._is_expected = False
+        """the ranks have been told that decode follows, and it has not begun"""
 
     def begin(self) -> None:
         """A call of decode begins: from now on `stop` ends it, also before its first token."""
         self._stopping.clear()
-        self._shown = len(self._state.text)
+        self._shown = self._state.counted
 
     def expect(self, limit: int) -> None:
         """Prefill is on its way to its end, and decode is to follow: the ranks begin with it as soon as they can. The
         text of the first token may come before the others are begun."""
+        self._is_expected = True
+        self._tell_what_follows(limit)
+
+    def end(self) -> None:
+        """A call of decode ends. If the ranks expect decode yet, it does not follow: they give up what they have begun,
+        and what came of a first token is forgotten."""
+        if self._is_expected:
+            self._is_expected = False
+            self._forget_early()
+            with suppress(RankRefused):  # the run is over
+                self._tell_what_follows(0)
+
+    def _tell_what_follows(self, limit: int) -> None:
         every = dict.fromkeys(range(len(self._ranks.ranks)), ExpectDecode(limit))
         self._ranks.forget(self._ranks.begin(every))  # a rank that does not answer is prefill's trouble
-
-    def expect_none(self) -> None:
-        """Decode does not follow: forget what came of a first token."""
-        self._take(self._state.tokens, ended=False)
 
     @property
     def is_stopped(self) -> bool:
@@ -65,10 +77,10 @@ class Generation:
         before, seen = len(self._state.tokens), self._shown
         with self._limiting:  # who stops it from now on finds it decoding
             if self._stopping.is_set():
-                self.expect_none()
                 return Decoded((), "", "user", before)
             self._ask(LimitDecode(limit))
             begun = self._ranks.begin(dict.fromkeys(range(len(self._ranks.ranks)), StartDecode()))
+            self._is_expected = False
             self._state.note_decoding(is_decoding=True)
         try:
             last = self._finish(begun, on_text)
@@ -79,6 +91,7 @@ class Generation:
         finally:
             self._state.note_decoding(is_decoding=False)
             self._ranks.forget(begun)
+            self._forget_early()
         tokens, text = self._state.tokens, self._state.text
         stopped = last.stopped or ("max_new_tokens" if len(tokens) >= limit else "user")
         return Decoded(tuple(tokens[before:]), text[seen:], stopped, len(tokens), last.remark)
@@ -121,18 +134,25 @@ class Generation:
     def hear(self) -> None:
         """Take in the text that has arrived."""
         with self._ranks.changed:
-            self._state.text += "".join(self._ranks.new_texts())
+            for piece in self._ranks.new_texts():
+                if piece.is_early and not self._is_expected:
+                    continue  # of a start that was given up, or that decode tells of once more
+                self._state.text = self._state.text[: piece.at] + piece.text
+                if not piece.is_early:
+                    self._state.counted = len(self._state.text)
 
     def _finish(self, begun: Pending[NewTokens], on_text: Callable[[str], None] | None) -> NewTokens:
-        shown = self._shown
+        def show() -> None:
+            with self._ranks.changed:
+                piece = self._state.text[self._shown : self._state.counted]
+            self._shown += len(piece)
+            if on_text and piece:
+                on_text(piece)
 
         def meanwhile() -> None:
-            nonlocal shown
             self._check()
             self.hear()
-            if on_text and len(self._state.text) > shown:
-                piece, shown = self._state.text[shown:], len(self._state.text)
-                on_text(piece)
+            show()
 
         try:
             answers = self._ranks.finish(begun, float("inf"), meanwhile)
@@ -144,6 +164,7 @@ class Generation:
         meanwhile()
         self._take(list(answers[0].tokens), ended=bool(answers[0].stopped))
         self._state.note_tokens({rank: list(answer.tokens) for rank, answer in answers.items()})
+        show()  # what is left of a character that the end of the text cuts
         return answers[0]
 
     def _take(self, tokens: list[int], *, ended: bool) -> None:
@@ -154,6 +175,12 @@ class Generation:
         text = "".join(pieces) + (stream.flush() if stream and ended else "")
         with self._ranks.changed:
             self._state.tokens, self._state.by_rank, self._state.text = tokens, {}, text
+            self._state.counted = len(text)
+
+    def _forget_early(self) -> None:
+        """Leave of the text what counts."""
+        with self._ranks.changed:
+            self._state.text = self._state.text[: self._state.counted]
 
     def _limit_to_begun(self) -> None:
         """Let every rank finish the token that the fastest rank has begun: all ranks are needed for it."""

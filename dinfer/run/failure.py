@@ -23,6 +23,9 @@ class RankFailed(DinferError, RuntimeError):
     """A rank raised or died. The message names rank, op, layer, chunk and the original error."""
 
 
+MEASURE_S = 600.0
+"""seconds that ranks may take to measure layers and links"""
+
 SILENT = 257
 """Stands for the exit status of a rank whose watcher has been silent for `silence_limit` seconds."""
 
@@ -152,7 +155,7 @@ def standstill(
         return None  # every lane stands at its limit: the user takes their time
     quiet = now - max(state.progressed for state in ranks)
     running = any(state.phase in ("prefill", "decode") for state in ranks)
-    if quiet < (config.timeout if running else config.start_timeout):
+    if quiet < (config.timeout if running else _patience(ranks, config)):
         return None
     stand = [
         f"rank {rank}: {_position(plan, rank, state)}{' (its process is stopped)' * (state.process == 'T')}"
@@ -162,6 +165,12 @@ def standstill(
     limit = "timeout" if running else "start_timeout"
     told = f"no rank has made progress for {quiet:.0f} s ({limit}); where they stand:\n{where}"
     return f"{told}\n{advice_on(verdict, config) if verdict else advice(plan, ranks, config)}"
+
+
+def _patience(ranks: Sequence[RankState], config: Config) -> float:
+    """Seconds that a rank may take before its first op. One that measures layers and links says nothing meanwhile."""
+    measures = any(state.phase == "measuring" for state in ranks)
+    return max(config.start_timeout, MEASURE_S) if measures else config.start_timeout
 
 
 def advice_on(verdict: Verdict, config: Config) -> str:
@@ -186,6 +195,11 @@ def advice(plan: Plan, ranks: Sequence[RankState], config: Config) -> str:
         return (
             f"{_ranks_are(stopped)} stopped by a signal or a debugger: let it go on (kill -CONT, or the debugger's "
             "continue) and run again."
+        )
+    if measuring := [n for n, state in enumerate(ranks) if state.phase == "measuring"]:
+        return (
+            f"{_ranks_are(measuring)} still measuring layers and links: give values in place of auto, or raise "
+            f"start_timeout ({config.start_timeout:g})."
         )
     if loading := [n for n, state in enumerate(ranks) if state.phase not in ("prefill", "decode", "done")]:
         return (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinfer.config import Config
-from dinfer.job import OF_LOAD, Job, load_call
+from dinfer.job import OF_LOAD, Job
 from dinfer.kv.diff import diff_ranks
 from dinfer.kv.difference import COLUMNS
 from dinfer.kv.source import Selection, Source
@@ -176,19 +176,23 @@ def commands(config: Config, done: Done, *, prompt: bool) -> dict[str, str]:
     return {f"In a terminal{less}": _shell({**chosen, given: asked}), **notebook}
 
 
-def opening(config: Config, connect: str, plan: str, *, keep: bool) -> list[str]:
+def opening(job: Job, connect: str, plan: str, *, keep: bool) -> list[str]:
     """The calls that make a run, paused: import, connect, load, prefill. `plan`: the text of a plan of the user's own,
     "" for none."""
+    config = job.config
     default = {item.name: item.default for item in fields(config)}
     chosen = {name: one for name, one in parameters(config).items() if name in ALWAYS or one != default[name]}
     given = next((name for name in PROMPTS if getattr(config, name)), "prompt")
     left_out = {"world_size", "model_path", *OF_LOAD} | ({"schedule", "sync_strategy"} if plan else set())
+    if job.loaded and config.kernels != job.loaded.kernels:
+        chosen["kernels"] = config.kernels
+        left_out -= {"kernels"}
     run = [repr(getattr(config, given)), *(f"{n}={one!r}" for n, one in chosen.items() if n not in left_out)]
     run += ["plan=plan"] * bool(plan) + ["keep=True"] * keep + ["paused=True"]
     return [
         "import dinfer",
         f"session = {connect}",
-        load_call(config),
+        job.load_call,
         *[f"plan = {plan!r}"] * bool(plan),
         f"run = session.prefill({', '.join(run)})",
     ]

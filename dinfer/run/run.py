@@ -82,6 +82,8 @@ from dinfer.saved.saved import Saved
 from dinfer.severity import Severity
 from dinfer.trace.events import Event
 from dinfer.trace.findings import Findings
+from dinfer.trace.moment import Moment, moment_after
+from dinfer.trace.stretch import Stretch, stretch_between
 from dinfer.trace.trace import Trace
 from dinfer.verdict.verdict import Verdict
 
@@ -357,18 +359,20 @@ class Run(Tidy, Displayable):
         if the text ends. `on_text` is called with each piece of text as it arrives."""
         default = self.config.max_new_tokens
         more = default if max_new_tokens is None else count_of(max_new_tokens, "max_new_tokens")
-        self._generation.begin()
         generation = self._generation
-        if not self._moves.finish(lambda: generation.is_stopped, lambda: generation.expect(more)):
-            self.look()
-            generation.expect_none()
-            clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
-            remark = (
-                f"prefill is not done: {self.message or 'it was paused'}\n"
-                f"run.resume() or run.decode() goes on from there{clear}"
-            )
-            return Decoded((), "", "", 0, remark)
-        return self._decode(more, on_text)
+        generation.begin()
+        try:
+            if self._moves.finish(lambda: generation.is_stopped, lambda: generation.expect(more)):
+                return self._decode(more, on_text)
+        finally:
+            generation.end()
+        self.look()
+        clear = "; run.breakpoints.clear() removes all breakpoints" * bool(self.breakpoints)
+        remark = (
+            f"prefill is not done: {self.message or 'it was paused'}\n"
+            f"run.resume() or run.decode() goes on from there{clear}"
+        )
+        return Decoded((), "", "", 0, remark)
 
     @property
     def tokens(self) -> list[int]:
@@ -580,6 +584,16 @@ class Run(Tidy, Displayable):
     def trace(self) -> Trace:
         """The events of all ranks so far; of a run that stands still, all of them."""
         return self._events.trace()
+
+    def at(self, seconds: float) -> Moment:
+        """What every lane and link did that many seconds after the first op began. Pauses between steps do not count,
+        as on the panel's time strip, which shows this call."""
+        return moment_after(self.trace, seconds)
+
+    def stretch(self, begin: float, end: float) -> Stretch:
+        """What each rank's time between two moments, counted as in `at()`, went into, and what each link carried.
+        Raises TraceError where `end` is before `begin`."""
+        return stretch_between(self.trace, begin, end)
 
     def prediction(self) -> Table:
         """Seconds of prefill as they are predicted beside those measured so far: in all, by rank and by link. Raises

@@ -10,7 +10,7 @@ from dinfer.display import listed
 from dinfer.engine.board import DeviceMemory, Stand
 from dinfer.engine.corruption import Corruption
 from dinfer.engine.finite import NonFinite
-from dinfer.job import Job, load_call
+from dinfer.job import Job
 from dinfer.kv.difference import Diff
 from dinfer.kv.ledger import BlockKey
 from dinfer.kv.source import Selection
@@ -243,6 +243,7 @@ class RunState:
             self.tokens: list[int] = []  # the new tokens that all ranks have
             self.by_rank: dict[int, list[int]] = {}  # those that each rank has reported after the last decode
             self.text = ""  # the text of the new tokens, in whole characters
+            self.counted = 0  # how many of its characters count: those of an early first token do not yet
             self.is_frozen = False
             """the user has paused a run whose plan has no cuts: it stands as it is, also in transfers"""
             self.is_decoding = False
@@ -329,7 +330,7 @@ class RunState:
             if now == State.TAKEN_OVER:
                 return TAKE_BACK
             if self.is_outdated:
-                return load_call(self.job.config)
+                return self.job.load_call
             return RESTART if self.recovered else RECOVER
 
     def note_arrival(self) -> None:

@@ -38,7 +38,9 @@ from dinfer.saved.replay.replay import Replay
 from dinfer.severity import Severity
 from dinfer.trace.export import TraceError
 from dinfer.trace.findings import Findings, findings_of
+from dinfer.trace.moment import Moment, moment_after
 from dinfer.trace.read import read_traces
+from dinfer.trace.stretch import Stretch, stretch_between
 from dinfer.trace.trace import Trace
 from dinfer.verdict.verdict import Verdict
 
@@ -176,6 +178,16 @@ class Saved(Tidy, Displayable):
             return read_record(self.path, about, source, one, self.findings.failure)
 
         return collect(source, record_of if about.hidden else None, rank)
+
+    def at(self, seconds: float) -> Moment:
+        """What every lane and link did that many seconds after the first op began. Pauses between steps do not count,
+        as on the panel's time strip, which shows this call."""
+        return moment_after(self.trace, seconds)
+
+    def stretch(self, begin: float, end: float) -> Stretch:
+        """What each rank's time between two moments, counted as in `at()`, went into, and what each link carried.
+        Raises TraceError where `end` is before `begin`."""
+        return stretch_between(self.trace, begin, end)
 
     def report(self, path: str | Path = "report.html") -> Path:
         """Write it as one HTML file, and return where that is. A file that is there is kept, unless this object wrote

@@ -5,7 +5,7 @@ what they have loaded; whatever cannot be gone on with is named, with the reason
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dinfer.config import Config
 from dinfer.errors import DinferError
@@ -52,7 +52,8 @@ def loaded_of(held: Sequence[Holdings], blank: Config) -> Loaded | None:
         )
     devices = [one.device for one in loads]
     gpu_ids = tuple(int(device.partition(":")[2]) for device in devices if device.startswith("cuda"))
-    values = {"model_path": first.path, "dtype": first.dtype, "gpu_ids": gpu_ids, "threads": first.threads}
+    values: dict[str, Any] = {"model_path": first.path, "dtype": first.dtype, "gpu_ids": gpu_ids}
+    values |= {"threads": first.threads, "kernels": first.kernels}
     config = blank.with_(**values)
     group = held[0].group
     backend = group.backend if group else "auto"

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +25,7 @@ from dinfer.plan.partition import within
 from dinfer.plan.plan import Plan
 from dinfer.progress import rank_bars
 from dinfer.rank.debugger import FIRST_PORT
-from dinfer.run.failure import RankFailed
+from dinfer.run.failure import MEASURE_S, RankFailed
 from dinfer.run.hang import Hung
 from dinfer.run.left import LeftRun
 from dinfer.run.measurement import (
@@ -59,7 +59,7 @@ Show = Callable[..., Any]
 
 LOOK_S = 0.05
 
-PREPARE_S, LOAD_S, MEASURE_S = 120.0, 3600.0, 600.0
+PREPARE_S, LOAD_S = 120.0, 3600.0
 
 GIVE_WAY_S, ALL_SAY_S = 5.0, 1.0
 
@@ -411,13 +411,14 @@ class Session(Tidy, Announced, Closing):
 
     def _new_run(self, job: Job, plan: str, left: LeftRun | None = None) -> Run:
         tokenizer = load_tokenizer(job.config.model_path)
+        job = replace(job, loaded=self._config)
         self._run = run = Run(
             job, self.ranks, self._devices, tokenizer, lambda: self._prepare(job, plan), left
         )
         run.show, run.recover = self._show, self.recover
-        as_loaded = {name: getattr(job.config, name) for name in OF_LOAD}
+        as_loaded = {name: getattr(self._config, name) for name in OF_LOAD}
         run.load_again = partial(self.load, job.config.model_path, **as_loaded)
-        run.calls.opening = lambda: opening(job.config, self.connected_by, plan, keep=run.keeps)
+        run.calls.opening = lambda: opening(job, self.connected_by, plan, keep=run.keeps)
         run.runs = self.runs
         self.runs.add(run)
         if self._write:

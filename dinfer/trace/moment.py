@@ -6,11 +6,14 @@ Looked up in indexes that are made once for a trace, so that a moment costs a fe
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
+from dinfer.display import Composed, Displayable, Table
 from dinfer.trace.events import COMPUTE, Event
 from dinfer.trace.intervals import Interval, union
+from dinfer.trace.shares import without_pauses
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import LinkRanks, by_link, transfers
 
@@ -18,6 +21,15 @@ LanePhase = Literal["", "computes", "on the wire", "waits for its peer", "waits 
 """of a lane, what its op does; "": the lane is between two ops"""
 
 PHASES: tuple[LanePhase, ...] = ("computes", "on the wire", "waits for its peer", "waits for its data")
+
+
+ABOUT_LINKS = {
+    "MB": "megabytes of payload that had arrived by then",
+    "messages": "messages that had arrived by then",
+    "on the wire": "messages under way then",
+    "waiting": "messages that were ready at their sender, and one of the two ranks had not come",
+}
+"""what the columns of a moment's links mean"""
 
 
 class LaneMoment(NamedTuple):
@@ -42,12 +54,37 @@ class LinkMoment(NamedTuple):
     waiting: int
 
 
-class Moment(NamedTuple):
-    """`at`: nanoseconds on the trace's clock."""
+@dataclass(frozen=True, repr=False)
+class Moment(Composed):
+    """What `run.at(0.25)` returns. `at`: nanoseconds on the trace's clock, without pauses."""
 
     at: int
     lanes: tuple[LaneMoment, ...]
     links: tuple[LinkMoment, ...]
+
+    def _parts(self) -> Iterator[str | Displayable]:
+        """The lanes that are in an op, and the links."""
+        lanes = [
+            (lane.rank, lane.lane, lane.event.name, lane.phase)
+            for lane in self.lanes
+            if lane.event is not None
+        ]
+        if lanes:
+            yield Table(("rank", "lane", "op", "phase"), lanes)
+        else:
+            yield "no lane is in an op"
+        links = [
+            (
+                f"{link.source}→{link.target}",
+                f"{link.bytes / 1e6:.3f}",
+                link.arrived,
+                link.moving,
+                link.waiting,
+            )
+            for link in self.links
+        ]
+        if links:
+            yield Table(("link", "MB", "messages", "on the wire", "waiting"), links, about=ABOUT_LINKS)
 
 
 class LinkTimes(NamedTuple):
@@ -71,6 +108,12 @@ def moment(trace: Trace, at: int) -> Moment:
     last nothing is under way. Moments of decode and of checks have lanes; links are those of prefill."""
     lanes = tuple(_lane_at(*key, *times, at) for key, times in trace.once(_by_lane).items())
     return Moment(at, lanes, tuple(_links_at(trace, at)))
+
+
+def moment_after(trace: Trace, seconds: float) -> Moment:
+    """That many seconds after the first op began; pauses between steps do not count."""
+    moving = without_pauses(trace)
+    return moment(moving, moving.began + round(seconds * 1e9))
 
 
 def link_times(trace: Trace) -> dict[LinkRanks, LinkTimes]:

@@ -3,7 +3,8 @@ long bubbles. Pure."""
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from heapq import nlargest
 from itertools import chain
 from statistics import median, median_low
 from typing import Literal, NamedTuple
@@ -11,7 +12,7 @@ from typing import Literal, NamedTuple
 from dinfer.trace.events import COMPUTE, Event, block_text
 from dinfer.trace.shares import shares
 from dinfer.trace.trace import Trace
-from dinfer.trace.transfers import LinkRanks, Transfer, transfers
+from dinfer.trace.transfers import LinkRanks, Transfer, by_link, transfers
 
 NotableKind = Literal["slow op", "slow message", "late", "bubble"]
 
@@ -20,8 +21,8 @@ MOST = 40
 
 SLOW_TIMES, LATE_TIMES = 2.0, 2.0
 """an op is slow that took so many times the median of its kind and number of tokens; a message is slow that was on the
-wire for so many times what one of its kind is on a usual link, and late that waited for so many times the median of
-that"""
+wire for so many times what one of its kind and size is on a usual link, and late that waited for so many times the
+median of that"""
 
 LEAST_NS = 100_000
 """what is shorter is not told: clocks, and Python itself, are no better"""
@@ -61,21 +62,17 @@ def notable(trace: Trace) -> list[Notable]:
 
 
 def all_notable(trace: Trace) -> list[Notable]:
-    """All of them, the longest first. Computed once."""
-    return trace.once(_all)
+    """All of them, the longest first. Not kept: on one slow link they are as many as its messages."""
+    return sorted(chain.from_iterable(_kinds(trace)), key=lambda one: -one.took)
 
 
 def _longest(trace: Trace) -> list[Notable]:
-    kinds: dict[str, list[Notable]] = defaultdict(list)
-    for one in all_notable(trace):
-        kinds[one.kind].append(one)
-    longest = [one for some in kinds.values() for one in some[:MOST]]
+    longest = [one for some in _kinds(trace) for one in nlargest(MOST, some, key=lambda one: one.took)]
     return sorted(longest, key=lambda one: (one.begin, one.rank))
 
 
-def _all(trace: Trace) -> list[Notable]:
-    kinds = (_slow(trace), _slow_messages(trace), _late(trace), _bubbles(trace))
-    return sorted(chain.from_iterable(kinds), key=lambda one: -one.took)
+def _kinds(trace: Trace) -> tuple[Iterator[Notable], ...]:
+    return _slow(trace), _slow_messages(trace), _late(trace), _bubbles(trace)
 
 
 def milliseconds(nanoseconds: float) -> str:
@@ -101,13 +98,13 @@ def _slow(trace: Trace) -> Iterator[Notable]:
 
 
 def _slow_messages(trace: Trace) -> Iterator[Notable]:
-    """A link is usual that is in the middle of all links: of two the faster one, so that a slow one is told."""
-    alike: dict[str, dict[LinkRanks, list[Transfer]]] = defaultdict(lambda: defaultdict(list))
+    alike: dict[str, dict[int, list[Transfer]]] = defaultdict(lambda: defaultdict(list))
     for one in transfers(trace):
-        alike[one.what][one.link].append(one)
-    for links in alike.values():
-        usual = median_low(median(one.wire for one in some) for some in links.values())
-        for one in chain.from_iterable(links.values()):
+        alike[one.what][one.bytes].append(one)
+    for sizes in alike.values():
+        usual_of = _usual_wire(sizes)
+        for size, one in ((size, one) for size, some in sizes.items() for one in some):
+            usual = usual_of[size]
             if one.wire > SLOW_TIMES * usual and one.wire - usual > LEAST_NS:
                 text = (
                     f"slow: {_name(one)} took {milliseconds(one.wire)} on the wire, {one.wire / max(usual, 1):.1f} × "
@@ -119,11 +116,31 @@ def _slow_messages(trace: Trace) -> Iterator[Notable]:
                 )  # fmt: skip
 
 
+def _usual_wire(sizes: Mapping[int, Iterable[Transfer]]) -> dict[int, float]:
+    """Nanoseconds on the wire of messages of one kind, by their bytes: on the link in the middle of all links that have
+    this size, of two the faster one, so that a slow one is told.
+
+    Where one link alone has a size, it is also judged by the nearest other size, one that several links have if there
+    is any: a smaller message takes no longer than that one, and a larger one no more than its bytes."""
+    usual, shared = dict[int, float](), set[int]()
+    for size, some in sizes.items():
+        links = by_link(some).values()
+        usual[size] = median_low(median(one.wire for one in of_link) for of_link in links)
+        if len(links) > 1:
+            shared.add(size)
+    found = dict(usual)
+    for size in usual.keys() - shared:
+        if others := (shared or usual.keys()) - {size}:
+            nearest = min(others, key=lambda other: abs(other - size))
+            found[size] = min(usual[size], usual[nearest] * max(1.0, size / max(1, nearest)))
+    return found
+
+
 def _late(trace: Trace) -> Iterator[Notable]:
-    alike: dict[str, list[Transfer]] = defaultdict(list)
+    alike: dict[tuple[str, int], list[Transfer]] = defaultdict(list)
     for one in transfers(trace):
-        alike[one.what].append(one)
-    for what, some in alike.items():
+        alike[one.what, one.bytes].append(one)
+    for (what, _), some in alike.items():
         usual = median(one.wire for one in some)
         for one in some:
             if one.late is None or one.waited <= max(LATE_TIMES * usual, LEAST_NS):

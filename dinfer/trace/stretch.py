@@ -4,12 +4,15 @@ The parts are those of `shares`, cut to the stretch, and what none of them cover
 and the totals of two stretches that follow each other add up to those of both.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
+from dinfer.display import Composed, Displayable, Table
 from dinfer.trace.export import TraceError
 from dinfer.trace.intervals import common, length
 from dinfer.trace.moment import ended_between, link_times
-from dinfer.trace.shares import Shares, shares
+from dinfer.trace.shares import Shares, shares, without_pauses
 from dinfer.trace.trace import Trace
 
 ABOUT_STRETCH = {
@@ -45,8 +48,9 @@ class LinkStretch(NamedTuple):
     waiting: int
 
 
-class Stretch(NamedTuple):
-    """`begin`, `end`: nanoseconds on the trace's clock."""
+@dataclass(frozen=True, repr=False)
+class Stretch(Composed):
+    """What `run.stretch(0.1, 0.2)` returns. `begin`, `end`: nanoseconds on the trace's clock, without pauses."""
 
     begin: int
     end: int
@@ -57,6 +61,29 @@ class Stretch(NamedTuple):
     def parts(self) -> dict[str, int]:
         """Nanoseconds by part, added up over all ranks."""
         return {name: sum(getattr(rank, name) for rank in self.ranks) for name in ABOUT_STRETCH}
+
+    def _parts(self) -> Iterator[str | Displayable]:
+        """The ranks and the links, in milliseconds."""
+        ranks = [(rank.rank, *map(_milliseconds, rank[1:])) for rank in self.ranks]
+        ranks.append(("all", *map(_milliseconds, self.parts.values())))
+        yield f"{_milliseconds(self.end - self.begin)} ms of each rank, in milliseconds by what they went into"
+        yield Table(("rank", *ABOUT_STRETCH), ranks, about=ABOUT_STRETCH)
+        links = [
+            (
+                f"{link.source}→{link.target}",
+                f"{link.bytes / 1e6:.3f}",
+                link.transfers,
+                _milliseconds(link.moving),
+                _milliseconds(link.waiting),
+            )
+            for link in self.links
+        ]
+        if links:
+            yield Table(("link", "MB", "messages", "on the wire, ms", "waiting, ms"), links)
+
+
+def _milliseconds(nanoseconds: int) -> str:
+    return f"{nanoseconds / 1e6:.3f}"
 
 
 def stretch(trace: Trace, begin: int, end: int) -> Stretch:
@@ -71,6 +98,12 @@ def stretch(trace: Trace, begin: int, end: int) -> Stretch:
     ranks = tuple(_rank(whole, rank, begin, end) for rank in trace.ranks if rank in by_rank)
     without = tuple(RankStretch(rank, 0, 0, 0, 0, end - begin) for rank in trace.ranks if rank not in by_rank)
     return Stretch(begin, end, tuple(sorted((*ranks, *without))), _links(trace, begin, end))
+
+
+def stretch_between(trace: Trace, begin: float, end: float) -> Stretch:
+    """The same between two times in seconds after the first op began; pauses between steps do not count."""
+    moving = without_pauses(trace)
+    return stretch(moving, *(moving.began + round(seconds * 1e9) for seconds in (begin, end)))
 
 
 def _rank(whole: Shares, rank: int, begin: int, end: int) -> RankStretch:

@@ -95,7 +95,8 @@ that it is here.)"""
 @dataclass
 class _Ahead:
     """A message that is expected before anybody asks for it. `work`: the header's, None once that is here; `payload`:
-    None until then; `posted`: its first pieces."""
+    None until then, and for a message that is not taken in ahead (void, damaged or too large); `posted`: its first
+    pieces."""
 
     header: Tensor
     work: dist.Work | None
@@ -190,7 +191,10 @@ class GlooComm:
 
     def _post_payload(self, channel: Channel, ahead: _Ahead, most: int) -> None:
         data = ahead.header.numpy().tobytes()
-        came = Header.unpack(data)
+        try:
+            came = Header.unpack(data)
+        except TransferError:  # the op that takes this message says so
+            return
         if not came.void and came.nbytes <= most:
             ahead.payload = torch.empty(came.nbytes, dtype=torch.uint8)
             pieces = cut(ahead.payload, pieces_in(data))[:UNDER_WAY]

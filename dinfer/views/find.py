@@ -155,10 +155,10 @@ def parsed(query: str) -> Query:
         name = small.rstrip("s")
         if name in ("layer", "chunk", "rank") and words and _NUMBER.fullmatch(words[0]):
             small = f"{name}{words.popleft()}"
-        if small == "link" and words and _LINK.fullmatch(words[0]):
-            continue
         if small.rstrip("s") == "link" and found.words[-1:] == ["slow"]:
             found.words[-1] = SLOW_LINK
+            continue
+        if small == "link" and words and _LINK.fullmatch(words[0]):
             continue
         if place := _PLACE.fullmatch(small):
             name, first, last = place.groups()
@@ -293,16 +293,28 @@ def _fits_notable(query: Query, one: Notable) -> bool:
 
 
 def _slow_links(query: Query, timeline: Timeline) -> Iterator[FindHit]:
-    """The links whose messages take longer than those of others, the slowest first, each with its longest message."""
+    """The links whose messages take longer than those of others, the slowest first, each with its longest message in
+    the places that are given."""
     slow = [one for one in slowest(timeline.trace) if one.is_slow]
     for one in sorted(slow, key=lambda one: -one.usual):
-        link, places = (one.source, one.target), (one.layer, one.chunk)
-        if query.link in (None, link) and any(query.is_inside(*places, rank) for rank in link):
+        link = one.source, one.target
+        if query.link not in (None, link):
+            continue
+        messages = [
+            event
+            for event in timeline.trace.prefill(one.target)
+            if event.kind == "recv" and event.peer == one.source and event.end
+            if any(query.is_inside(event.layer, event.chunk, rank) for rank in link)
+        ]
+        if messages:
+            longest = max(messages, key=lambda event: event.busy)
             text = (
-                f"slow link {one.source}→{one.target}: {milliseconds(one.usual)} on the wire in the median; longest, "
-                f"{milliseconds(one.took)}: {one.text}"
+                f"slow link {one.source}→{one.target}: {milliseconds(one.usual)} on the wire in the median; longest"
+                f"{' there' * bool(query.places)}, {milliseconds(longest.busy)}: {longest.name}"
             )
-            yield FindHit(text, *places, one.rank, one.lane, one.at - timeline.began, Severity.WARNING)
+            at = (longest.met + longest.end) // 2 - timeline.began
+            place = (longest.layer, longest.chunk, longest.rank, longest.lane)
+            yield FindHit(text, *place, at, Severity.WARNING)
 
 
 def _waiting(query: Query, run: Searched) -> Iterator[FindHit]:

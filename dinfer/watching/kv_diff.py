@@ -6,7 +6,7 @@ all rows behind it in all others; a row that was spoiled changes only itself, or
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations, pairwise
 from typing import NamedTuple
@@ -31,10 +31,13 @@ def differences(by_rank: Mapping[int, Layers]) -> RowDifferences:
     """Compare the rows of the ranks."""
     prompts = _Prompts(by_rank)
     found: dict[tuple[str, tuple[int, ...], str], list[_RowFinding]] = defaultdict(list)
-    for key in sorted({key for layers in by_rank.values() for key in layers}):
+    keys = sorted({key for layers in by_rank.values() for key in layers})
+    for key in keys:
         for one in _of_layer(by_rank, key, prompts):
             found[one.kind, one.ranks, one.text].append(one)
-    return RowDifferences([_together(some) for some in found.values()], prompts.texts())
+    has_one = len({sequence for _, sequence in keys}) <= 1
+    findings = [_together(alike, has_one=has_one) for some in found.values() for alike in _by_sequences(some)]
+    return RowDifferences(findings, prompts.texts())
 
 
 class _Parted(NamedTuple):
@@ -171,6 +174,7 @@ class _RowFinding(NamedTuple):
     ranks: tuple[int, ...]
     text: str
     layer: int
+    sequence: int
     chunk: int | None
     by: AddedBy
     """of the first row"""
@@ -200,18 +204,31 @@ def _of_layer(
             mine, theirs = mine.since(begin), theirs.since(begin)
         for one in _between(mine, theirs, ranks, right):
             named.update(ranks)
-            yield one._replace(layer=key[0])
+            yield one._replace(layer=key[0], sequence=key[1])
     for rank, held in holders.items():
         for start, count, chunk in held.repeated if rank not in named else ():
             text = f"rows {_span(start, count)} of {{layers}} repeat rows {_span(start - count, count)}"
             by = held.added_by(start)
-            yield _RowFinding("rows repeated", (rank,), f"rank {rank}: {text}", key[0], chunk, by)
+            yield _RowFinding("rows repeated", (rank,), f"rank {rank}: {text}", *key, chunk, by)
 
 
-def _together(some: Sequence[_RowFinding]) -> OpFinding:
-    """The same in several layers."""
-    layers = sorted({one.layer for one in some})
-    named = f"layer{'s' * (len(layers) > 1)} {numbers_text(layers)}"
+def _by_sequences(some: Sequence[_RowFinding]) -> Iterator[list[_RowFinding]]:
+    """The same said of several layers and sequences, parted so that each part is of all its layers in all its
+    sequences."""
+    by_sequence: dict[int, list[_RowFinding]] = defaultdict(list)
+    for one in some:
+        by_sequence[one.sequence].append(one)
+    by_layers: dict[frozenset[int], list[_RowFinding]] = defaultdict(list)
+    for found in by_sequence.values():
+        by_layers[frozenset(one.layer for one in found)] += found
+    yield from by_layers.values()
+
+
+def _together(some: Sequence[_RowFinding], *, has_one: bool) -> OpFinding:
+    """The same in several layers and sequences; which these are is not said where a rank `has_one` only."""
+    named = _numbered("layer", {one.layer for one in some})
+    if not has_one:
+        named += f" of {_numbered('sequence', {one.sequence for one in some})}"
     first = some[0]
     line, function = first.by
     by = f" (added at {line} in {function})" if line else ""
@@ -240,7 +257,9 @@ def _between(
             if len(mine.rows) != len(theirs.rows):
                 lengths = f"{hold} {len(mine.rows)} rows of {{layers}}, {others} {len(theirs.rows)}: "
             text = f"{who} {lengths or 'in {layers}: '}{one.text}"
-            yield _RowFinding(f"rows {one.kind}", tuple(ranks), text, 0, mine.chunk_of(at), mine.added_by(at))
+            yield _RowFinding(
+                f"rows {one.kind}", tuple(ranks), text, 0, 0, mine.chunk_of(at), mine.added_by(at)
+            )
     differ = sorted(at for at in common if mine.rows[at] != theirs.rows[at] and at not in explained)
     if differ and not (
         is_explained and len(mine.rows) != len(theirs.rows)
@@ -251,12 +270,12 @@ def _between(
         )
         first = differ[0]
         yield _RowFinding(
-            "rows differ", (ranks[0], right[0]), text, 0, mine.chunk_of(first), mine.added_by(first)
+            "rows differ", (ranks[0], right[0]), text, 0, 0, mine.chunk_of(first), mine.added_by(first)
         )
     if len(mine.rows) != len(theirs.rows) and not is_explained:
         less = len(mine.rows) < len(theirs.rows)
         text = f"{who} {hold} {len(mine.rows)} rows of {{layers}}, {others} {len(theirs.rows)}"
-        yield _RowFinding("rows missing", blamed if less else (*right, *ranks), text, 0, None, AddedBy())
+        yield _RowFinding("rows missing", blamed if less else (*right, *ranks), text, 0, 0, None, AddedBy())
 
 
 def _is_whole(held: LayerRows) -> bool:
@@ -304,6 +323,11 @@ def _tensor(rows: HeldRows) -> Tensor:
     digests, tensors = rows.digests
     found = torch.frombuffer(digests, dtype=torch.int64).view(-1, tensors, 1)
     return found.expand(-1, 2, 1).clone()
+
+
+def _numbered(noun: str, numbers: Iterable[int]) -> str:
+    found = sorted(numbers)
+    return f"{noun}{'s' * (len(found) > 1)} {numbers_text(found)}"
 
 
 def _span(start: int, count: int) -> str:

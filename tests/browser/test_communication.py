@@ -76,6 +76,24 @@ def test_a_figure_that_is_older_than_the_state_says_what_it_lacks(page: Page) ->
     expect(caption).to_have_text("1,500 events of prefill")  # no more will come
 
 
+def test_no_figure_of_another_tab_stays_and_an_error_is_said_at_once(page: Page) -> None:
+    panel = BarePanel(page, half_done(4, 3, 3))
+    panel.root.locator('[data-tab="communication"]').click()
+    panel.hear({"plotly": panel.sent("plotly")["view"], "config": HTML_CONFIG}, get_plotlyjs().encode())
+    view, figure = panel.sent("figure")["view"], panel.root.locator(".dinfer-figure")
+    drawn = json.dumps({"data": [{"x": [1, 2], "y": [1, 2]}], "layout": {"height": 300}})
+    told = {"view": view, "seen": 1, "caption": "9 events of prefill", "events": 9, "ops": 9}
+    panel.hear({"figure": {**told, "name": "latency", "json": drawn}})
+    expect(figure.locator(".main-svg").first).to_be_visible()
+    panel.hear({"figure": {**told, "name": "latency"}})
+    expect(figure.locator(".main-svg").first).to_be_visible()  # the one before is better than none
+    panel.root.locator('[data-figure="matrix"]').click()
+    page.evaluate(MOVE, [500, "running"])  # far ahead of what is drawn
+    panel.hear({"figure": {**told, "name": "matrix", "error": "ValueError: no such thing"}})
+    expect(panel.root.locator(".dinfer-caption")).to_have_text("ValueError: no such thing")
+    expect(figure.locator(".main-svg")).to_have_count(0)
+
+
 TOKENS = 2700
 ON_A_CLUSTER = [
     f"""
@@ -116,6 +134,7 @@ def busy_cores() -> Iterator[None]:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow  # it takes all cores, which others need that are timed
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ipcluster")
 def test_the_figures_of_engines_on_busy_cores_are_complete_and_say_when_they_are_behind(

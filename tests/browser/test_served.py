@@ -14,6 +14,7 @@ from typing import Literal
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from dinfer.views.served.detached import DetachedDesk
 from tests.support.axe import violations
 from tests.support.runs import DEADLINE_S
 from tests.support.saved_runs import LAYERS, PROMPT
@@ -137,6 +138,75 @@ def test_axe_finds_nothing_wrong(saved: Command, opened: Open, scheme: Literal["
     page.wait_for_selector(".dinfer-figure .main-svg")
     found += [f"communication: {one}" for one in violations(page)]
     assert not found, "\n".join(found)
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a desk of a run of this process: planned, and a bit of block c1 l1 changed on rank 2."""
+    model = tiny_checkpoint(tmp_path_factory.mktemp("live") / "model", layers=LAYERS, tokenizer=True)
+    with session_on_threads(3, model) as session:
+        session.measure()
+        run = session.prefill(PROMPT, chunk_size=8, schedule="auto", paused=True)
+        run.inject("bitflip", rank=2, layer=1, chunk=1, where="memory")
+        run.resume()
+        run.wait(60)
+        run.decode(2)
+        desk = DetachedDesk(run, "a run")
+        yield desk.address
+        desk.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_wrong_with_forms_the_drift_and_what_was_predicted(
+    live: str, opened: Open, scheme: Literal["light", "dark"], screenshots: Path
+) -> None:
+    page = opened(live, scheme=scheme)
+    page.locator(".dinfer-stops summary").click()
+    page.locator(".dinfer-log summary").click()
+    forms = page.locator("[data-form]")
+    expect(forms).to_have_count(5)
+    found = []
+    for form in forms.all():
+        form.click()
+        expect(page.locator(".dinfer-verb .dinfer-call code")).to_contain_text("run.")
+        found += [f"{form.inner_text()}: {one}" for one in violations(page)]
+    when = page.locator(".dinfer-stops input[name=when]").bounding_box()
+    assert when
+    assert when["width"] >= 100, "its placeholder is read whole"
+    page.get_by_role("button", name="time", exact=True).click()
+    page.wait_for_selector("section.dinfer-notable button")
+    found += [f"time: {one}" for one in violations(page)]
+    page.get_by_role("button", name="time", exact=True).click()
+    page.get_by_role("tab", name="KV").click()
+    page.get_by_role("button", name="drift").click()
+    page.wait_for_selector(f".dinfer-grid canvas[data-drawn^='{LAYERS} ']")
+    largest = page.locator(".dinfer-grid button[title='show it above']").first
+    expect(largest).to_contain_text("layer 1, chunk 1: ")
+    red, other = page.locator(".dinfer-grid canvas").evaluate(COLOURS)
+    assert red != other, "the block that differs has a colour of its own"
+    largest.click()
+    expect(page.locator("[data-field=layer]")).to_have_value("1")
+    found += [f"drift: {one}" for one in violations(page)]
+    page.screenshot(path=screenshots / f"live-drift-{scheme}.png", full_page=True)
+    page.get_by_role("tab", name="communication").click()
+    page.locator("[data-figure=predicted]").click()
+    page.wait_for_selector(".dinfer-figure[data-name=predicted] .main-svg")
+    found += [f"predicted: {one}" for one in violations(page)]
+    page.get_by_role("tab", name="runs").click()
+    page.wait_for_selector(".dinfer-runs td")
+    found += [f"runs: {one}" for one in violations(page)]
+    assert not found, "\n".join(found)
+
+
+COLOURS = """(canvas) => {
+    const [layers, columns] = canvas.dataset.drawn.split(" ").map(Number), scale = window.devicePixelRatio;
+    const left = 34, top = 16;
+    const wide = (canvas.clientWidth - left - 2) / columns, high = (canvas.clientHeight - top - 2) / layers;
+    const at = (layer, chunk) => [...canvas.getContext("2d").getImageData(
+        (left + (chunk + 0.5) * wide) * scale, (top + (layer + 0.5) * high) * scale, 1, 1).data].join();
+    return [at(1, 1), at(0, 1)];
+}"""
+"""on the map of the drift, of block c1 l1 and of the one above it"""
 
 
 def test_from_difference_to_watched_value_and_file(saved: Command, opened: Open, screenshots: Path) -> None:

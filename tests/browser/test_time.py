@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from dinfer.run.state import Mark
+from dinfer.trace.moment import moment_after
 from dinfer.trace.notable import notable
 from dinfer.trace.simulated import Machine, paper_trace
 from dinfer.trace.stretch import stretch
@@ -20,6 +21,7 @@ from dinfer.views.find import FindError, Searched, find
 from dinfer.views.panel.scrubber import TimeQuestion, answer
 from dinfer.views.recorded import RecordedRun
 from tests.browser.conftest import Shot
+from tests.support.axe import violations
 from tests.support.doubles import PaperRun, paper_plan
 from tests.support.panel_pages import BarePanel
 
@@ -128,6 +130,11 @@ def test_dragging_shows_the_map_the_ranks_and_the_links_of_that_moment(
     traced.serve()
     at = traced.at()
     assert abs(at - traced.timeline.span // 3) < traced.timeline.span / 100
+    call = traced.root.locator(".dinfer-time .dinfer-copy-call code", has_text="run.at")
+    seconds = float((call.text_content() or "").removeprefix("run.at(").removesuffix(")"))
+    assert round(seconds * 1e9) == at
+    then = moment_after(traced.timeline.trace, seconds)
+    assert then.at == traced.timeline.began + at
     shown = traced.panel.drawn()
     shape = traced.panel.geometry()
     states = binned(
@@ -138,8 +145,13 @@ def test_dragging_shows_the_map_the_ranks_and_the_links_of_that_moment(
     expect(traced.root.locator(".dinfer-rank").first.locator(".dinfer-word")).to_have_text("computing")
     expect(traced.root.locator("section.dinfer-links")).to_contain_text("0→1")
     shot(f"time-moment-{scheme}")
+    page.keyboard.press("Shift+PageUp")  # a stretch, too
+    traced.serve()
+    expect(traced.root.locator("section.dinfer-totals")).to_be_visible()
+    assert not violations(page, ".dinfer-panel")
     traced.root.get_by_role("button", name="now", exact=True).click()
     traced.serve()
+    expect(call).to_have_count(0)
     assert np.array_equal(
         traced.panel.drawn() & 7, binned(traced.timeline.states(traced.timeline.span), BinSize())
     )
@@ -159,6 +171,8 @@ def test_a_stretch_selected_by_mouse_has_totals_that_add_up(page: Page, shot: Sh
     [begin, end] = page.evaluate("window.sent.at(-1).stretch")
     totals = stretch(traced.timeline.trace, traced.timeline.began + begin, traced.timeline.began + end)
     section = traced.root.locator("section.dinfer-totals")
+    call = traced.root.locator(".dinfer-time .dinfer-copy-call code", has_text="run.stretch")
+    expect(call).to_have_text(f"run.stretch({begin / 1e9:.9g}, {end / 1e9:.9g})")
     rows = section.locator("table").first.locator("tbody tr")
     expect(rows).to_have_count(len(totals.ranks) + 1)
     shares = [float(one) for one in re.findall(r"([\d.]+) %", rows.last.inner_text())]

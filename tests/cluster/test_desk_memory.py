@@ -27,7 +27,8 @@ MODEL = {"layers": 6}
 SEED = 18
 LEAST_ROUNDS = 6
 MAY_GROW_MB = 25.0
-"""from the end of the first third to the end of the last: for caches of other things, as in tests/browser/test_soak"""
+"""of the median round of the last third beside that of the middle third: for caches of other things, as in
+tests/browser/test_soak"""
 
 QUERIES = ("slowest", "slow link", "late", "l3 c1", "recv kv", "0>1", "differs", "rank 2", "waiting")
 

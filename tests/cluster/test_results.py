@@ -224,7 +224,6 @@ def test_text_streams_in_whole_characters_and_flags_win_over_the_config_file(
     assert "in 4 chunks" in run.out
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_what_is_auto_is_chosen_by_what_the_ranks_measure(model: Path, start: Start) -> None:
     """Chunks need not be equal, so the KV is that of transformers only in its tokens' choice."""
     auto = dict.fromkeys(("schedule", "chunk_size", "layer_split", "sync_strategy"), "auto")
@@ -244,6 +243,7 @@ def test_what_is_auto_is_chosen_by_what_the_ranks_measure(model: Path, start: St
     assert MeasuredMachine.of(found["machine"]).hidden_bytes == HIDDEN * FLOAT_BYTES
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
 def test_a_full_disk_costs_the_files_but_not_the_run(model: Path, tmp_path: Path, start: Start) -> None:
     (tmp_path / "sitecustomize.py").write_text(FULL, encoding="utf-8")
     (tmp_path / "result.json").symlink_to("/dev/full")

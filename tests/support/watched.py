@@ -85,8 +85,9 @@ def on_hosts(network: LabNetwork, program: str, *arguments: str) -> list[str]:
     return ["bash", "-c", f"{' & '.join(ranks)} & trap 'kill $(jobs -p)' TERM; wait"]
 
 
-def watch(command: Sequence[str], folder: Path, *options: str) -> WatchedRun:
-    """Run a command under watch. Once it is said to hang, the command is ended by SIGTERM, as a user would."""
+def watch(command: Sequence[str], folder: Path, *options: str, patience_s: float = PATIENCE_S) -> WatchedRun:
+    """Run a command under watch. Once it is said to hang, or has run `patience_s`, it is ended by SIGTERM, as a user
+    would."""
     told = folder / "told.json"
     watching = [
         sys.executable,
@@ -109,7 +110,7 @@ def watch(command: Sequence[str], folder: Path, *options: str) -> WatchedRun:
         output: list[tuple[float, str]] = []
         reader = threading.Thread(target=_read, args=(process.stdout, output))
         reader.start()
-        killer = threading.Timer(PATIENCE_S, process.send_signal, [signal.SIGTERM])
+        killer = threading.Timer(patience_s, process.send_signal, [signal.SIGTERM])
         killer.start()
         errors, said = [], None
         for line in process.stderr:

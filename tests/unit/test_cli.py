@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import urlopen
@@ -265,6 +266,29 @@ def test_plan_without_a_measurement_says_where_one_comes_from(tmp_path: Path) ->
     assert "2 ranks were measured, but the plan has 3" in told.err
 
 
+def test_plan_refuses_a_measurement_by_which_nothing_is_chosen() -> None:
+    told = dinfer("plan", *SIZES, "--measured", "/no/such/file")
+    assert told.status == BAD_INPUT
+    assert "--measured is /no/such/file, but nothing is auto" in told.err
+
+
+def test_plan_chooses_for_the_codec_of_the_measured_run(tmp_path: Path) -> None:
+    """Blocks of a quarter of the size take less of a slow link."""
+    slow = Links(tuple(LinkSpeed(*pair, 1e-5, 1e6, 1e6) for pair in ((0, 1), (1, 0))))
+    sizes = ("--layers", 6, "--tokens", 64, "--world-size", 2, "--chunk-size", 16)
+    told = {}
+    for codec in ("none", "int8"):
+        path = tmp_path / f"{codec}.json"
+        machine = replace(MEASURED, links=slow, codec=codec, block_bytes=2048)
+        path.write_text(json.dumps({"machine": machine.as_dict()}), encoding="utf-8")
+        told[codec] = dinfer("plan", *sizes, "--schedule", "auto", "--measured", path).out
+    assert "codec" not in told["none"]
+    assert "# codec int8: as the measured run sent its blocks.\n" in told["int8"]
+    taken = {codec: re.search(r"instead of ([\d.]+) s, so", text) for codec, text in told.items()}
+    assert all(taken.values()), told
+    assert len({found[1] for found in taken.values() if found}) == 2
+
+
 def test_a_config_file_is_judged_like_flags(model: Path, tmp_path: Path) -> None:
     toml = tmp_path / "run.toml"
     toml.write_text("prompt_ids = [1, 2]\nchunk_siz = 4\n")
@@ -410,7 +434,8 @@ def test_help_of_run_says_defaults_and_what_is_allowed() -> None:
         for allowed in get_args(kinds[item.name]):
             if isinstance(allowed, str):
                 assert allowed in shown, item.name
-    assert shown.count("auto: the fastest by what the ranks measure first") == 5
+    assert shown.count("auto: the fastest by what the ranks measure first") == 4
+    assert "auto: of none and lossless, the fastest by what the ranks measure first" in shown
     for said in ("default: 128", "default: pairwise", "default: auto", "default: 60.0"):
         assert said in shown
 

@@ -102,6 +102,17 @@ def test_entries_name_nothing_that_an_installed_wheel_lacks() -> None:
     ]})  # fmt: skip
 
 
+def test_a_file_whose_run_is_chosen_is_taken(tmp_path: Path) -> None:
+    """As `dinfer run` and `dinfer dap` take it, which the entries start."""
+    toml = tmp_path / "run.toml"
+    toml.write_text('schedule = "auto"\nchunk_size = "auto"\nlayer_split = "auto"\n', encoding="utf-8")
+    answer = vscode(tmp_path, "--config", "run.toml")
+    assert answer.exit_code == 0, answer.stderr
+    toml.write_text('schedule = "auto"\nchunk_size = 0\n', encoding="utf-8")
+    answer = vscode(tmp_path, "--config", "run.toml")
+    assert (answer.exit_code, "chunk_size is 0" in answer.stderr) == (2, True), answer.stderr
+
+
 def test_the_repositorys_own_file_is_what_the_command_writes() -> None:
     assert read(ROOT) == launch_file("env/run.example.toml")
 

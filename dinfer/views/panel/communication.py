@@ -62,8 +62,8 @@ class FigureRequest(NamedTuple):
 
 class Ring:
     """The newest events of prefill. `count`: how many have arrived of this run; `behind`: how many more ops are done,
-    whose events have not arrived; `ops`: how many are done whose events have; `seen`: grows with all that is new, also
-    when the run begins again."""
+    whose events have not arrived; `ops`: how many are done whose events have; `is_whole`: whether all ops of the run
+    are done and their events here; `seen`: grows with all that is new, also when the run begins again."""
 
     def __init__(self, run: InspectableRun, most: int = EVENTS) -> None:
         self._run = run
@@ -73,6 +73,7 @@ class Ring:
         self._newest: dict[tuple[int, str], int] = {}
         """by rank and lane, the index of its newest event"""
         self.seen = self.count = self.behind = self.ops = 0
+        self.is_whole = False
         self.caption = ""
         """from which events figures are drawn, in words"""
 
@@ -100,7 +101,10 @@ class Ring:
         moves = standing.state in MOVING
         self.drawn = min(len(self._events), self._affordable if moves else self._most)
         caption = self._caption(may_come=moves or standing.state in STANDING)
-        self.seen += len(new) or caption != self.caption
+        wanted = [tuple(len(lane.ops) for lane in lanes) for lanes in self._run.plan.lanes]
+        was_whole, self.is_whole = self.is_whole, wanted == [stand.positions for stand in standing.stands]
+        self.is_whole &= not self.behind
+        self.seen += len(new) or (caption, self.is_whole) != (self.caption, was_whole)
         self.caption = caption
 
     def drew(self, seconds: float) -> None:
@@ -197,7 +201,23 @@ class Communication:
             trace = ring.trace()
         else:  # to be asked again, also where nothing new comes
             return {"seen": -1, "caption": f"{ring.caption}; predicted beside measured once the run stands"}
-        return {"json": predicted(figures_beside(self._prediction(), trace), dark=dark).to_json()}
+        figures = figures_beside(self._prediction(), trace)
+        why = "" if ring.is_whole else PART_OF_IT
+        if not why and has_repeats(trace):
+            why = REPEATED
+        caption = "; ".join(filter(None, (ring.caption, why)))
+        return {"json": predicted(figures, so_far=bool(why), dark=dark).to_json(), "caption": caption}
+
+
+PART_OF_IT = "predicted: of the whole prefill; measured: so far"
+
+REPEATED = "ops that ran again after a step back are measured each time"
+
+
+def has_repeats(trace: Trace) -> bool:
+    """Whether an op ran more than once, as after a step back."""
+    ops = [(event.rank, event.lane, event.index) for event in trace.prefill() if event.index is not None]
+    return len(set(ops)) < len(ops)
 
 
 def _cut_off(event: Event, since: int) -> Event:

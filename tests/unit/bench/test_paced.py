@@ -15,6 +15,7 @@ from dinfer.plan.ops import Value
 from dinfer.transport.gate import Gate
 from dinfer.transport.header import Header
 from dinfer.transport.in_process import Exchange
+from tests.support.runs import wait_for
 
 NBYTES = 64 * 1024
 
@@ -69,16 +70,15 @@ def test_a_hidden_state_goes_before_the_rest_of_a_block(monkeypatch: pytest.Monk
         pair.receive(what)
         order.append(what)
 
-    block = threading.Thread(target=take, args=("kv",))
+    block = threading.Thread(target=take, args=("kv",), daemon=True)
     block.start()
     assert begun.wait(60)
-    hidden = threading.Thread(target=take, args=("hidden",))
+    hidden = threading.Thread(target=take, args=("hidden",), daemon=True)
     hidden.start()
-    while not pair.target._hidden[0]:
-        threading.Event().wait(0.001)
+    wait_for(lambda: pair.target._hidden[0], "the hidden state waits for the link")
     came.set()
-    hidden.join()
-    block.join()
+    hidden.join(60)
+    block.join(60)
     assert order == ["hidden", "kv"]
 
 

@@ -145,7 +145,7 @@ def test_states_texts_and_reports_are_kept(link: Link) -> None:
     assert (state.stand.positions, state.stand.started, state.stand.limits) == ((3,), (True,), (5,))
     assert (state.process, state.cpu_s) == ("R", 0.5)
     assert state.store == StoreOpened(7)
-    assert link.new_texts() == ["中", "🙂"]
+    assert [piece.text for piece in link.new_texts()] == ["中", "🙂"]
     assert link.new_texts() == []
 
 

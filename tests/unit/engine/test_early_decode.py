@@ -9,6 +9,7 @@ import pytest
 
 from dinfer.engine.corruption import Corrupted
 from dinfer.engine.engine import Engine
+from dinfer.errors import NotPossible
 from dinfer.model.decoder import Decoder
 from dinfer.plan.faults import Fault
 from dinfer.plan.graph import Channel
@@ -143,3 +144,14 @@ def test_with_armed_faults_decode_begins_after_prefill(small: Decoder) -> None:
             engine.executor.state.faults.arm([fault], lambda _: None)
         made.all(lambda engine: engine.generate_phase())
         assert all(event.layer is None for event in decode_events(made.engines[0]))
+
+
+def test_a_prompt_that_is_released_meanwhile_is_refused_in_words(small: Decoder) -> None:
+    with twin(small, world_size=1, chunk_size=CHUNK, max_new_tokens=NEW_TOKENS) as made:
+        (engine,) = made.engines
+
+        def release(_: int) -> None:
+            engine.release()
+
+        with pytest.raises(NotPossible, match="released"):
+            engine.generate_phase(IDS, release)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dinfer.config import ConfigError
+from dinfer.config import Config, ConfigError
+from dinfer.job import load_call
 from dinfer.session.session import Session
 
 IDS = list(range(1, 9))
@@ -53,3 +54,32 @@ def test_the_same_may_be_said_again(session: Session) -> None:
     run.wait(60)
     assert run.kv().diff().equal
     assert run.config.dtype == session._config.dtype
+
+
+@pytest.mark.parametrize(
+    ("loaded", "named"),
+    [
+        ({}, ""),
+        ({"backend": "gloo", "threads": 4}, ", threads=4"),
+        ({"backend": "gloo", "gpu_ids": (0, 0, 0)}, ", gpu_ids=(0, 0, 0)"),
+        ({"backend": "gloo", "gpu_ids": (0, 1, 2)}, ", gpu_ids=(0, 1, 2), backend='gloo'"),
+        ({"backend": "nccl", "gpu_ids": (0, 1, 2)}, ", gpu_ids=(0, 1, 2), backend='nccl'"),
+        ({"backend": "gloo", "gpu_ids": (0, 0, 0), "device_mode": "multi_node"}, ", gpu_ids=(0, 0, 0)"),
+        ({"kernels": "exact"}, ", kernels='exact'"),
+    ],
+)
+def test_the_call_that_loads_again_names_what_auto_might_not_choose(
+    loaded: dict[str, Any], named: str
+) -> None:
+    """Where each rank has a GPU of its own, auto is NCCL on machines that have it."""
+    assert load_call(Config(**loaded)) == f"session.load('demo'{named})"
+
+
+def test_kernels_of_one_run_are_not_those_that_are_loaded_again(session: Session) -> None:
+    run = session.prefill(IDS, chunk_size=4, kernels="exact", paused=True)
+    load, prefill = [line for line in run.calls.cell().splitlines() if "session." in line][:2]
+    assert run.job.load_call == load
+    assert "kernels" not in load
+    assert "kernels='exact'" in prefill
+    run.load_again()  # type: ignore[misc]
+    assert session.prefill(IDS, chunk_size=4, paused=True).config.kernels == "auto"

@@ -245,8 +245,10 @@ def test_an_interrupt_after_a_rank_has_answered_does_not_lose_its_answer(
 
     monkeypatch.setattr(Tokens, "run", late)
     monkeypatch.setattr(states, "_is_answered", answered)
+    before, texts = len(run.text), list[str]()
     with pytest.raises(KeyboardInterrupt):
-        run.decode(3)
+        run.decode(3, on_text=texts.append)
+    assert "".join(texts) == run.text[before:], "each piece is shown once"
     assert len(run.tokens) == 4
     assert tokens_by_rank(session) == [run.tokens] * 3
     assert not states._replies

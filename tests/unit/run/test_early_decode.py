@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -133,3 +134,62 @@ def test_a_run_that_is_paused_meanwhile_stands_in_prefill(session: Session, late
     assert run.tokens == []
     run.decode()
     assert run.tokens == usual(session)
+
+
+def whole_decode_follows(session: Session, run: Run) -> None:
+    """Nothing of the call before is left, and the next one tells of all tokens, once."""
+    assert (run.tokens, run.text) == ([], "")
+    texts: list[str] = []
+    found = run.decode(on_text=texts.append)
+    assert "".join(texts) == found.text == run.text
+    assert list(found.tokens) == run.tokens == usual(session)
+
+
+def test_a_pause_at_the_very_end_of_prefill_leaves_no_text(
+    session: Session, late: tuple[Run, Late], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, held = late
+    held.place = len(run.plan.shape.chunks) - 1, run.plan.shape.layers - 1
+    finish, shown = run._moves.finish, list[str]()
+
+    def stopped(*args: Any) -> bool:
+        ended = finish(*args)
+        run._generation.stop()
+        run.look()
+        shown.append(run.text)
+        return ended
+
+    monkeypatch.setattr(run._moves, "finish", stopped)
+    thread, came = begin(run.decode)
+    wait_until_begun(session, run.plan.shape.layers - 1)
+    held.go.set()
+    thread.join(60)
+    (found,) = came
+    assert (found.tokens, found.text, found.stopped) == ((), "", "user")
+    assert shown[0], "the first token was shown"
+    monkeypatch.undo()
+    whole_decode_follows(session, run)
+
+
+def test_an_interrupt_in_prefill_leaves_no_text(
+    session: Session, late: tuple[Run, Late], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, held = late
+    held.place = len(run.plan.shape.chunks) - 1, run.plan.shape.layers - 1
+    stepper, shown = run._moves.stepper, list[str]()
+    wait = stepper.wait
+
+    def interrupted(timeout: float | None) -> None:
+        wait_until_begun(session, run.plan.shape.layers - 1)
+        held.go.set()
+        wait(timeout)
+        run.look()
+        shown.append(run.text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stepper, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.decode()
+    assert shown[0], "the first token was shown"
+    monkeypatch.undo()
+    whole_decode_follows(session, run)

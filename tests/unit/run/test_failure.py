@@ -13,7 +13,7 @@ from dinfer.engine.board import Stand
 from dinfer.messages import Failed
 from dinfer.plan.partition import partition
 from dinfer.plan.schedule import build
-from dinfer.run.failure import advice, broken, standstill
+from dinfer.run.failure import MEASURE_S, advice, broken, standstill
 from dinfer.verdict.verdict import Verdict
 
 CONFIG = Config(world_size=2, timeout=60, start_timeout=180, log_dir="logs")
@@ -106,6 +106,12 @@ def test_starting_has_a_limit_of_its_own() -> None:
         "181 s (start_timeout); where they stand:\nrank 0: loading\nrank 1: starting\nRanks 0–1 are still"
         in text
     )
+
+
+def test_measuring_takes_as_long_as_in_a_session_and_is_told_as_such() -> None:
+    ranks = [RankState(phase="measuring", progressed=0.0), RankState(phase="loading", progressed=0.0)]
+    assert said(ranks, now=181) is None
+    assert "\nRank 0 is still measuring layers and links: " in told(ranks, now=MEASURE_S + 1)
 
 
 def test_one_rank_that_moves_is_progress() -> None:

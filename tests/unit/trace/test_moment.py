@@ -10,10 +10,10 @@ from hypothesis import strategies as some
 
 from dinfer.trace.events import Event
 from dinfer.trace.export import TraceError
-from dinfer.trace.moment import moment
+from dinfer.trace.moment import moment, moment_after
 from dinfer.trace.notable import notable
-from dinfer.trace.shares import shares
-from dinfer.trace.stretch import ABOUT_STRETCH, stretch
+from dinfer.trace.shares import shares, without_pauses
+from dinfer.trace.stretch import ABOUT_STRETCH, stretch, stretch_between
 from dinfer.trace.trace import Trace
 from dinfer.trace.transfers import transfers
 from tests.support.traces import on_paper, recorded
@@ -110,3 +110,29 @@ def test_a_slow_op_a_late_rank_and_a_bubble_are_notable() -> None:
 
 def test_an_even_trace_has_no_slow_ops() -> None:
     assert not [one for one in notable(TRACE) if one.kind == "slow op"]
+
+
+def test_seconds_count_from_the_first_op_without_pauses() -> None:
+    second = 1_000_000_000
+    later = [
+        replace(
+            event, **{name: getattr(event, name) + 7 * second for name in ("ready", "start", "met", "end")}
+        )
+        for event in TRACE.events
+    ]
+    paused = Trace.merge([[*TRACE.events, *later]])
+    moving = without_pauses(paused)
+    assert moving.events[-1].end < paused.events[-1].end  # there is a pause
+    at = moving.began + (END - TRACE.began) * 3 // 2
+    seconds = (at - moving.began) / second
+    then = moment_after(paused, seconds)
+    assert then == moment(moving, at)
+    assert any(lane.event for lane in then.lanes)
+    between = stretch_between(paused, 0.0, seconds)
+    assert between == stretch(moving, moving.began, at)
+    text = str(between)
+    assert f"{between.parts['compute'] / 1e6:.3f}" in text
+    assert "0→1" in str(then)
+    assert "0→1" in text
+    with pytest.raises(TraceError, match="give the earlier time first"):
+        stretch_between(paused, 0.2, 0.1)

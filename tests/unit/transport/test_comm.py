@@ -13,7 +13,7 @@ from dinfer.plan.graph import Channel
 from dinfer.plan.ops import Value
 from dinfer.transport import gloo
 from dinfer.transport.gloo import CommError, GlooComm
-from dinfer.transport.header import HEADER_BYTES, VOID_HEADER, Header
+from dinfer.transport.header import HEADER_BYTES, VOID_HEADER, Header, TransferError
 from dinfer.transport.nccl import NcclComm
 from dinfer.transport.precedence import Precedence, with_pieces
 
@@ -173,3 +173,14 @@ def test_what_is_longer_than_any_block_takes_no_memory_ahead(monkeypatch: pytest
     assert not wire.posted
     wire.send(payload)
     assert received(wire.comm) == payload
+
+
+def test_a_damaged_header_is_told_by_who_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the op before, and not as a peer that is gone."""
+    wire = Wire(monkeypatch)
+    wire.comm.ahead(KV, 1000)
+    wire.send(b"\x07" * HEADER_BYTES)
+    wire.comm.ahead(KV, 1000)
+    assert not wire.posted
+    with pytest.raises(TransferError):
+        Header.unpack(wire.comm.recv_header(KV))

@@ -233,6 +233,8 @@ def predicting(events: list[Event], predicted: dict[str, float]) -> Browser:
     """A browser of a run of which the planner has predicted something, as a saved one has it."""
     made = Browser(events)
     made.live.close()
+    made.run = PaperRun(paper_plan(4, 3, 3))
+    made.run.events, made.run.cut, made.run.state = events, made.run.cuts.end, State.DONE
     made.run.predicted = predicted  # type: ignore[attr-defined]
     made.live = Communication(made.run, lambda content, buffers=None: made.heard.append((content, buffers)))
     return made
@@ -249,6 +251,31 @@ def test_predicted_stands_beside_measured_by_rank_and_link() -> None:
     assert bars[0]["y"] == bars[1]["y"] == list(wanted)
     assert {"prefill", "rank 0 computes", "link 0→1"} <= set(wanted)
     assert bars[0]["text"] == ["+100%"] * len(wanted)
+    browser.live.close()
+
+
+def test_of_a_part_of_a_run_no_prediction_is_called_wrong() -> None:
+    """Predicted are the seconds of the whole prefill, also while a quarter of it has run."""
+    trace = on_paper(4, 3, 3)
+    wanted = dict(row[:2] for row in as_measured(trace))
+    browser = predicting(list(trace.events[: len(trace.events) // 4]), wanted)
+    browser.run.cut, browser.run.state = browser.run.cuts.start, State.PAUSED
+    found = browser.figure("predicted")
+    assert found["caption"].endswith("; predicted: of the whole prefill; measured: so far")
+    predicted, measured = json.loads(found["json"])["data"]
+    assert measured["name"] == "measured so far"
+    assert {*predicted["text"], *measured["text"]} == {""}
+    assert "off" not in predicted["hovertemplate"] + measured["hovertemplate"]
+    browser.live.close()
+
+
+def test_of_a_run_of_which_a_part_ran_twice_it_is_said() -> None:
+    trace = on_paper(4, 3, 3)
+    wanted = dict(row[:2] for row in as_measured(trace))
+    browser = predicting([*trace.events, trace.events[0]], wanted)
+    found = browser.figure("predicted")
+    assert found["caption"].endswith("; ops that ran again after a step back are measured each time")
+    assert set(json.loads(found["json"])["data"][0]["text"]) == {""}
     browser.live.close()
 
 

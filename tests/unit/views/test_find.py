@@ -52,7 +52,8 @@ RUN = Searched(PLAN, LABELS, paper_run().standing(), Timeline(TRACE, SIZE))
         ("slow 0>1", Query(link=(0, 1), words=["slow"])),
         ("Slow link", Query(words=["slow link"])),
         ("slow links l2", Query(places={"layer": (2, 2)}, words=["slow link"])),
-        ("slow link 0>1", Query(link=(0, 1), words=["slow"])),
+        ("slow link 0>1", Query(link=(0, 1), words=["slow link"])),
+        ("0>1 slow link", Query(link=(0, 1), words=["slow link"])),
         ("layer", Query(words=["layer"])),
         ("of Lima", Query(text="of Lima")),
         ('"layer 5"', Query(text="layer 5")),
@@ -128,7 +129,7 @@ def test_messages_slow_on_the_wire_are_found_by_link_and_op() -> None:
     expected = sorted(
         (one.layer, one.chunk) for one in transfers(TRACE) if one.link == (0, 1) and one.what == "kv"
     )
-    for query in ("slow kv 0>1", "slow recv kv 0>1", "slow send kv 0>1", "slow link 0>1 kv"):
+    for query in ("slow kv 0>1", "slow recv kv 0>1", "slow send kv 0>1"):
         hits, total = find(query, RUN)
         assert total == len(expected) > 0, query
         assert sorted((hit.layer, hit.chunk) for hit in hits) == expected
@@ -147,6 +148,15 @@ def test_a_slow_link_is_found_with_its_longest_message() -> None:
     assert (hit.rank, hit.severity.word, hit.at is None) == (1, "warning", False)
     assert find("slow link rank 0", RUN).total == 1
     assert find("slow link rank 2", RUN).total == 0
+    assert find("slow link 0>1", RUN) == find("0>1 slow link", RUN) == find("slow link", RUN)
+
+
+def test_a_slow_link_is_found_in_each_layer_and_chunk_that_it_carries() -> None:
+    carried = [one for one in transfers(TRACE) if one.link == (0, 1)]
+    for name, used in (("layer", {one.layer for one in carried}), ("chunk", {one.chunk for one in carried})):
+        for at in range(SIZE[0] if name == "layer" else SIZE[1]):
+            hits = find(f"slow link {name} {at}", RUN).hits
+            assert [getattr(hit, name) for hit in hits] == [at] * (at in used), (name, at)
 
 
 def test_what_is_late_is_found_in_its_direction() -> None:

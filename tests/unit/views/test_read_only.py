@@ -93,8 +93,9 @@ def test_a_bare_trace_has_its_positions_from_what_ended(session: Session, tmp_pa
 
 def test_a_trace_of_other_code_is_refused_with_what_shows_it(tmp_path: Path) -> None:
     path = Trace.merge([[]]).export("jsonl", tmp_path / "trace.jsonl")
-    with pytest.raises(NotPossible, match=r"has no plan of dinfer.*`dinfer report` draws it"):
-        ReadOnlyRun(open_saved(path))
+    for given in (path, tmp_path):  # a folder of `dinfer watch` is opened as its trace
+        with pytest.raises(NotPossible, match=r"has no plan of dinfer.*`dinfer report` draws it"):
+            ReadOnlyRun(open_saved(given))
 
 
 def test_all_that_moves_is_refused(run: Run, tmp_path: Path) -> None:

@@ -71,6 +71,22 @@ def test_a_row_that_differs_between_ranks() -> None:
     assert "token 1" in one.text
 
 
+def test_a_finding_names_the_sequences_where_there_are_several() -> None:
+    """Each finding is of all its layers in all its sequences; of what differs in others there is another."""
+    right, wrong = ((1, 1001), (2, 1002), (3, 1003)), ((1, 1001), (9, 1009), (3, 1003))
+
+    def batch(*sequences: tuple[tuple[int, int], ...], layer: int) -> RowsTaken:
+        return rows(0, 1, 2, 3, layer=layer)._replace(digests=sequences, shape=(3, 2, 3, 8))
+
+    good = [batch(right, right, right, layer=layer) for layer in range(3)]
+    bad = [good[0], batch(right, wrong, wrong, layer=1), batch(right, right, wrong, layer=2)]
+    first, second = kv({0: good, 1: bad}).diff()
+    assert "in 1 of 3 rows of layer 1 of sequence 1, the first at token 1" in first.text
+    assert "in 1 of 3 rows of layers 1–2 of sequence 2, the first at token 1" in second.text
+    (both,) = kv({0: good, 1: [*good[:2], batch(right, wrong, wrong, layer=2)]}).diff()
+    assert "rows of layer 2 of sequences 1–2, the first" in both.text
+
+
 def test_a_row_that_differs_behind_a_prefix_that_one_rank_shares() -> None:
     whole, shared = rows(0, 1, 2, 3, 4, 5), rows(2, 3, 9, 5)._replace(is_paged=True)
     whole = whole._replace(is_paged=True)

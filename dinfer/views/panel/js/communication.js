@@ -111,8 +111,9 @@ class Communication {
   }
 
   say() {
-    const { caption, events, ops } = this.told, missing = this.done - ops;
-    const text = missing > 0 ? `catching up: ${number(events)} of ${number(events + missing)} events of prefill` : caption;
+    const { caption, error, events, ops } = this.told, missing = this.done - ops;
+    const behind = missing > 0 && `catching up: ${number(events)} of ${number(events + missing)} events of prefill`;
+    const text = error || behind || caption;
     if (this.caption.textContent !== text) this.caption.textContent = text;
   }
 
@@ -130,9 +131,9 @@ class Communication {
       await globalThis.dinferPlotly.react(this.plotOf(name), data, shown, globalThis.dinferPlotlyConfig);
       this.place.dataset.name = name;
       this.place.dataset.points = data.reduce((sum, { x }) => sum + (x?.length ?? x?._inputArray?.length ?? 0), 0);
-    }
+    } else if (this.place.dataset.name !== name) this.wipe(); // else another tab's figure would stand under this one's name
     Object.assign(this.place.dataset, { seen, events });
-    this.told = { caption: error || caption, events, ops };
+    this.told = { caption, error, events, ops };
     this.say();
     this.ask();
   }

@@ -96,6 +96,7 @@ class BreakpointList {
     Object.assign(this.when, { name: "when", placeholder: "when …", title: `empty, or one of: ${WHENS.join(", ")}` });
     this.hit = make("input", "", form);
     Object.assign(this.hit, { type: "number", name: "hit", min: 1, placeholder: "hit", title: "stop only at its hit of this number, from 1; empty: at each" });
+    for (const input of [...this.fields, this.when, this.hit]) input.setAttribute("aria-label", input.name);
     this.submit = make("button", "", form);
     form.onsubmit = (event) => this.add(event);
     form.onkeydown = (event) => this.key(event);

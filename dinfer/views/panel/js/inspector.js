@@ -57,6 +57,9 @@ class Inspector {
     this.verdict = make("div", "verdict", side);
     this.colours = make("div", "scale", side);
     this.summary = make("div", "summary", side);
+    this.summary.tabIndex = 0; // it may scroll
+    this.summary.setAttribute("role", "region");
+    this.summary.setAttribute("aria-label", "figures of each head");
     const tools = make("div", "fields tools", parent), below = make("div", "", parent);
     this.tools = new KvTools(tools, side, below, this);
     this.callText = make("div", "call", parent);

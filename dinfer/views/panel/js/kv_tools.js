@@ -143,7 +143,7 @@ class KvTools {
 
   heads({ fields, values, rank, letter, call }) {
     const draw = (field) => this.map({
-      rows: values[field].map((row) => row ?? []), column: "head", top: `${field} of ${letter} on rank ${rank}`, call,
+      rows: values[field].map((row) => row ?? []), column: "head", short: (n) => `h${n}`, long: (n) => `head ${n}`, top: `${field} of ${letter} on rank ${rank}`, call,
       lead: (layer, head) => this.inspector.go({ layer, head, tensor: letter, show: "a" }),
     });
     draw(fields[0]);
@@ -161,7 +161,8 @@ class KvTools {
     const { owners, chunks } = this.inspector.board;
     const rows = owners.map(() => new Array(chunks.length).fill(null));
     for (const [layer, chunk, k, v] of shares) if (rows[layer]) rows[layer][chunk] = larger(k, v);
-    this.map({ rows, column: "chunk", top: "largest difference from the reference, as a share of the block’s largest value", call,
+    this.map({ rows, column: "chunk", short: (n) => (n < chunks.length ? `c${n}` : "new"), long: (n) => (n < chunks.length ? `chunk ${n}` : "new tokens"),
+      top: "largest difference from the reference, as a share of the block’s largest value", call,
       lead: (layer, chunk) => this.inspector.go({ layer, chunk }) });
   }
 
@@ -178,7 +179,7 @@ class KvTools {
     this.canvas.setAttribute("role", "img");
     this.canvas.onclick = (event) => this.placed(event, (row, column) => shown.lead(row, column));
     this.canvas.onmousemove = (event) => this.placed(event, (row, column, value) => {
-      this.canvas.title = `layer ${row}, ${shown.column} ${column}: ${value ?? "nothing"}`;
+      this.canvas.title = `layer ${row}, ${shown.long(column)}: ${value ?? "nothing"}`;
     });
     const places = shown.rows.flatMap((row, layer) => row.map((value, column) => [sized(value), layer, column, value]))
       .filter(([, , , value]) => value !== null).sort((a, b) => b[0] - a[0]).slice(0, LARGEST);
@@ -186,7 +187,7 @@ class KvTools {
     const list = make("div", "fields", this.grid);
     make("span", "faint", list, "largest");
     for (const [, layer, column, value] of places) {
-      this.button(list, `layer ${layer}, ${shown.column} ${column}: ${typeof value === "number" ? value.toPrecision(3) : value}`,
+      this.button(list, `layer ${layer}, ${shown.long(column)}: ${typeof value === "number" ? shortNumber(value) : value}`,
         "show it above", () => shown.lead(layer, column));
     }
     this.draw();
@@ -232,8 +233,7 @@ class KvTools {
     const everyRow = Math.ceil(11 / high), everyColumn = Math.ceil(26 / wide);
     for (let layer = 0; layer < rows.length; layer += everyRow) pen.fillText(`l${layer}`, GRID.left - 4, GRID.top + (layer + 0.5) * high);
     pen.textAlign = "center";
-    const letter = this.shown.column[0];
-    for (let n = 0; n < columns; n += everyColumn) pen.fillText(`${letter}${n}`, GRID.left + (n + 0.5) * wide, 8);
+    for (let n = 0; n < columns; n += everyColumn) pen.fillText(this.shown.short(n), GRID.left + (n + 0.5) * wide, 8);
     this.canvas.dataset.drawn = `${rows.length} ${columns}`; // for tests
   }
 
@@ -256,4 +256,9 @@ function sized(value) {
 
 function larger(one, other) {
   return sized(one) >= sized(other) ? one : other;
+}
+
+// Three digits; small ones as in 8.6e-5, not 0.000086.
+function shortNumber(value) {
+  return value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : value.toPrecision(3);
 }

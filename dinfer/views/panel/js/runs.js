@@ -81,7 +81,7 @@ class RunsView {
     if (!this.chosen.length && names.length > 1) this.chosen = names.slice(-2);
     this.scroll.replaceChildren();
     const table = make("table", "", this.scroll), head = make("tr", "", make("thead", "", table)), body = make("tbody", "", table);
-    make("th", "", head).setAttribute("aria-label", "chosen");
+    make("td", "", head);
     for (const column of columns) make("th", "", head, column).title = about[column] ?? "";
     for (const cells of rows) {
       const [name] = cells, line = make("tr", name === mine ? "mine" : "", body), box = make("input", "", make("td", "", line));

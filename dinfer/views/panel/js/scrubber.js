@@ -53,6 +53,9 @@ class TimeStrip {
     this.canvas.onpointermove = (event) => this.move(event);
     this.canvas.onpointerup = this.canvas.onpointercancel = () => { this.dragged = null; };
     this.canvas.onkeydown = (event) => this.key(event);
+    const calls = make("div", "fields", this.box);
+    this.callAt = copyable(make("span", "copy-call", calls), "this moment");
+    this.callStretch = copyable(make("span", "copy-call", calls), "this stretch");
     this.pan = make("div", "pan", this.box);
     this.panned = make("div", "", this.pan);
     this.pan.tabIndex = 0;
@@ -350,6 +353,8 @@ class TimeStrip {
     this.canvas.setAttribute("aria-valuemax", Math.round((this.span ?? 0) / 1000));
     this.canvas.setAttribute("aria-valuenow", Math.round((this.at ?? this.span ?? 0) / 1000));
     this.canvas.setAttribute("aria-valuetext", clock);
+    this.callAt(this.at === null ? "" : `run.at(${secondsText(this.at)})`);
+    this.callStretch(this.stretch ? `run.stretch(${this.stretch.map(secondsText).join(", ")})` : "");
     this.showLegend();
     this.showLanes();
     this.showLinks();
@@ -409,7 +414,7 @@ class TimeStrip {
     const { begin, end, rows, links } = this.found, names = Object.keys(this.parts).filter((name) => name !== "data");
     this.totals.head.textContent = `${timeText(begin)} – ${timeText(end)}: ${timeText(end - begin)}`;
     const cells = rows.map((row) => [row.name, ...row.parts.map((part, n) => `${timeText(part)}  ${row.shares[n] ?? ""}`)]);
-    table(this.totals.list, ["", ...names], cells, ["", ...names.map((name) => this.parts[name])]);
+    table(this.totals.list, ["rank", ...names], cells, ["", ...names.map((name) => this.parts[name])]);
     const more = make("div", "", this.totals.list);
     table(more, ["link", "MB", "messages", "on the wire", "waiting"],
       links.map(([source, target, count, size, moving, waiting]) => [`${source}→${target}`, megabytes(size), number(count), timeText(moving), timeText(waiting)]),
@@ -567,4 +572,9 @@ function table(node, heads, rows, titles = []) {
     const line = make("tr", "", body);
     row.forEach((text) => make("td", "", line, text));
   }
+}
+
+// Nanoseconds as seconds, exactly.
+function secondsText(time) {
+  return String(Number((time / 1e9).toFixed(9)));
 }
