@@ -79,7 +79,7 @@ def test_a_figure_that_is_older_than_the_state_says_what_it_lacks(page: Page) ->
 def test_no_figure_of_another_tab_stays_and_an_error_is_said_at_once(page: Page) -> None:
     panel = BarePanel(page, half_done(4, 3, 3))
     panel.root.locator('[data-tab="communication"]').click()
-    panel.hear({"plotly": panel.sent("plotly")["view"], "config": HTML_CONFIG}, get_plotlyjs().encode())
+    panel.hear({"plotly": panel.sent("plotly")["view"], "config": html_config()}, get_plotlyjs().encode())
     view, figure = panel.sent("figure")["view"], panel.root.locator(".dinfer-figure")
     drawn = json.dumps({"data": [{"x": [1, 2], "y": [1, 2]}], "layout": {"height": 300}})
     told = {"view": view, "seen": 1, "caption": "9 events of prefill", "events": 9, "ops": 9}
