@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from dinfer.errors import DinferError
 from dinfer.files import make_folder
-from dinfer.views.figures.style import HTML_CONFIG
+from dinfer.views.figures.style import html_config
 
 ENDINGS = (".html", ".svg", ".png")
 
@@ -54,7 +54,7 @@ def write(shown: go.Figure, path: str | Path) -> Path:
     """
     path = make_folder(path)
     if path.suffix.lower() == ".html":
-        path.write_text(shown.to_html(include_plotlyjs=True, config=dict(HTML_CONFIG)), encoding="utf-8")
+        path.write_text(shown.to_html(include_plotlyjs=True, config=html_config()), encoding="utf-8")
         return path
     try:
         drawn = shown.to_image(format=path.suffix.lower()[1:], width=900, height=520)

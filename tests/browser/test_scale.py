@@ -16,7 +16,7 @@ from dinfer.plan.schedule import build
 from dinfer.run.state import Mark
 from dinfer.views.bins import BinSize, binned
 from dinfer.views.cells import DIFFERS, NONFINITE
-from dinfer.views.figures.style import HTML_CONFIG
+from dinfer.views.figures.style import html_config
 from dinfer.views.panel.communication import FIGURES
 from dinfer.views.panel.inspector import Fetched, InspectRequest, picture, window
 from tests.browser.conftest import Shot
@@ -213,7 +213,7 @@ def test_figures_of_eight_ranks_are_readable(
     page.emulate_media(color_scheme=scheme)
     panel = BarePanel(page, half_done(16, 12, 8))
     panel.root.locator('[data-tab="communication"]').click()
-    panel.hear({"plotly": panel.sent("plotly")["view"], "config": HTML_CONFIG}, get_plotlyjs().encode())
+    panel.hear({"plotly": panel.sent("plotly")["view"], "config": html_config()}, get_plotlyjs().encode())
     place = panel.root.locator(".dinfer-figure")
     for name, draw in FIGURES.items():
         panel.root.locator(f'[data-figure="{name}"]').click()

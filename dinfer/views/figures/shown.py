@@ -19,7 +19,7 @@ from dinfer.errors import NotPossible
 from dinfer.files import WrittenPath
 from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.export import write_whole
-from dinfer.views.figures.style import HTML_CONFIG, template
+from dinfer.views.figures.style import html_config, template
 from dinfer.views.figures.svg import svg
 
 ARRAYS = ("x", "y", "z", "base", "width", "text", "values", "labels")
@@ -36,7 +36,7 @@ class Shown(Tidy, Tabular, called="plot"):
         self.figure = figure
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        data = {**json.loads(self.figure.to_json()), "config": HTML_CONFIG}
+        data = {**json.loads(self.figure.to_json()), "config": html_config()}
         if data["layout"].get("template") == template(dark=False):
             data["layout"]["template"] = template(dark=None)
         return {MIME: data, "image/svg+xml": svg(self.figure), "text/plain": repr(self)}
@@ -46,7 +46,7 @@ class Shown(Tidy, Tabular, called="plot"):
         NotPossible for another name, OSError."""
         target = Path(path).expanduser()
         if target.suffix == ".html":
-            text = self.figure.to_html(config=HTML_CONFIG)
+            text = self.figure.to_html(config=html_config())
         elif target.suffix == ".svg":
             text = svg(self.figure)
         else:

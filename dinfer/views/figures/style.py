@@ -82,5 +82,6 @@ def link_marker(number: int, count: int) -> dict[str, Any]:
     return {"color": LINKS[number % len(LINKS)], "symbol": symbol, "size": 5}
 
 
-HTML_CONFIG = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}
-"""no button that uploads the figure"""
+def html_config() -> dict[str, Any]:
+    """Plotly's config of a figure, without a button that uploads it; a new dict, since `to_html` changes its own."""
+    return {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}

@@ -23,7 +23,7 @@ from dinfer.views.figures.gantt import gantt
 from dinfer.views.figures.latency import distribution, latency
 from dinfer.views.figures.matrix import matrix
 from dinfer.views.figures.predicted import predicted
-from dinfer.views.figures.style import HTML_CONFIG
+from dinfer.views.figures.style import html_config
 from dinfer.views.panel.desk import Painter, Wants
 from dinfer.views.protocol import InspectableRun, Json
 from dinfer.views.recorded import RecordedRun
@@ -167,7 +167,7 @@ class Communication:
         """Send plotly's script to a page."""
         from plotly.offline import get_plotlyjs
 
-        self._send({"plotly": message.get("view"), "config": HTML_CONFIG}, [get_plotlyjs().encode()])
+        self._send({"plotly": message.get("view"), "config": html_config()}, [get_plotlyjs().encode()])
 
     def close(self) -> None:
         """Stop drawing."""

@@ -32,7 +32,7 @@ from dinfer.version import __version__
 from dinfer.views.cells import marked
 from dinfer.views.figures.equal import make_equal
 from dinfer.views.figures.plots import PLOTS
-from dinfer.views.figures.style import HTML_CONFIG, template
+from dinfer.views.figures.style import html_config, template
 from dinfer.views.report import facts
 from dinfer.views.report.compared import compared
 from dinfer.views.report.facts import parts_of, percent
@@ -107,7 +107,7 @@ def report_html(
         policy=policy(scripts),
         css=Markup(COLOURS + _read("report.css")),
         scripts=[Markup(script) for script in scripts],
-        settings=Markup(script_json({"templates": templates, "config": HTML_CONFIG})),
+        settings=Markup(script_json({"templates": templates, "config": html_config()})),
         element=ELEMENT,
         version=__version__,
     )

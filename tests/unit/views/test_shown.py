@@ -33,6 +33,13 @@ def test_a_figure_is_data_without_script_or_upload() -> None:
     assert "<script" not in json.dumps(bundle)
 
 
+def test_the_next_figure_is_the_same_once_one_was_written_to_a_page(tmp_path: Path) -> None:
+    shown = Shown(latency(on_paper(6, 4)))
+    before = dict(shown._repr_mimebundle_()[MIME]["config"])
+    shown.save(tmp_path / "figure.html")
+    assert shown._repr_mimebundle_()[MIME]["config"] == before
+
+
 def test_a_converted_notebook_shows_the_figure_as_a_picture() -> None:
     figure = latency(on_paper(6, 4))
     page = converted(Shown(figure)._repr_mimebundle_())
