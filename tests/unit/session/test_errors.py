@@ -131,8 +131,8 @@ def test_without_ipython_it_is_any_exception(monkeypatch: pytest.MonkeyPatch) ->
 
 
 OWN = {
-    "CommError", "GivenUp", "Mischief", "NoInterface", "OpFailed", "RecordsError", "Stopped", "TokenFailed", "TransferError",
-    "UnknownMessage",
+    "CommError", "GivenUp", "Mischief", "NoInterface", "OpFailed", "RecordsError", "Stopped", "TokenFailed",
+    "TransferError", "UnknownMessage",
 }  # fmt: skip
 """those that stay within a rank, or the probe: what they say reaches the user in a RankFailed, or an ExplainError"""
 
