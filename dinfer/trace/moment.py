@@ -5,12 +5,13 @@ Looked up in indexes that are made once for a trace, so that a moment costs a fe
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Literal, NamedTuple
 
 from dinfer.display import Composed, Displayable, Table
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.events import COMPUTE, Event
 from dinfer.trace.intervals import Interval, union
 from dinfer.trace.shares import without_pauses
@@ -55,7 +56,7 @@ class LinkMoment(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Moment(Composed):
+class Moment(Composed, Tabular):
     """What `run.at(0.25)` returns. `at`: nanoseconds on the trace's clock, without pauses."""
 
     at: int
@@ -85,6 +86,21 @@ class Moment(Composed):
         ]
         if links:
             yield Table(("link", "MB", "messages", "on the wire", "waiting"), links, about=ABOUT_LINKS)
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """All lanes, and then all links."""
+        columns = (
+            *("rank", "lane", "op", "phase"),
+            *("source", "target", "bytes", "messages", "on_the_wire", "waiting"),
+        )
+        lanes = (
+            (one.rank, one.lane, one.event and one.event.name, one.phase, *[None] * 6) for one in self.lanes
+        )
+        links = (
+            (*[None] * 4, one.source, one.target, one.bytes, one.arrived, one.moving, one.waiting)
+            for one in self.links
+        )
+        return columns, chain(lanes, links)
 
 
 class LinkTimes(NamedTuple):

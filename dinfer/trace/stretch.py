@@ -4,11 +4,13 @@ The parts are those of `shares`, cut to the stretch, and what none of them cover
 and the totals of two stretches that follow each other add up to those of both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from dinfer.display import Composed, Displayable, Table
+from dinfer.tabular import TableRow, Tabular
 from dinfer.trace.export import TraceError
 from dinfer.trace.intervals import common, length
 from dinfer.trace.moment import ended_between, link_times
@@ -49,7 +51,7 @@ class LinkStretch(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Stretch(Composed):
+class Stretch(Composed, Tabular):
     """What `run.stretch(0.1, 0.2)` returns. `begin`, `end`: nanoseconds on the trace's clock, without pauses."""
 
     begin: int
@@ -80,6 +82,16 @@ class Stretch(Composed):
         ]
         if links:
             yield Table(("link", "MB", "messages", "on the wire, ms", "waiting, ms"), links)
+
+    def _tabulated(self) -> tuple[Sequence[str], Iterable[TableRow]]:
+        """All ranks, and then all links; times in nanoseconds."""
+        columns = ("rank", *ABOUT_STRETCH, "source", "target", "bytes", "messages", "on_the_wire", "waiting")
+        ranks = ((*one, *[None] * 6) for one in self.ranks)
+        links = (
+            (*[None] * 6, one.source, one.target, one.bytes, one.transfers, one.moving, one.waiting)
+            for one in self.links
+        )
+        return columns, chain(ranks, links)
 
 
 def _milliseconds(nanoseconds: int) -> str:

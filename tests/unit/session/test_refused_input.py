@@ -189,11 +189,11 @@ def test_tab_offers_what_is_made_for_users(session: Session, run: Run) -> None:
         return [name for name in dir(thing) if not name.startswith("_")]
 
     assert offered(run) == [
-        "attention", "bisect", "break_at", "breakpoints", "calls", "closed", "compare", "config", "corrupt", "decode",
-        "edited", "failure", "faults", "go_to", "graft", "hang", "hidden", "inject", "kv", "message", "name", "pause",
-        "plan", "play", "prediction", "replay", "report", "restart", "resume", "resume_back", "run_to", "save",
-        "severity", "sha256", "source", "standing", "step", "step_back", "text", "tokens", "trace", "undo", "verdict",
-        "wait", "where", "world_size",
+        "at", "attention", "bisect", "break_at", "breakpoints", "calls", "closed", "compare", "config", "corrupt",
+        "decode", "edited", "failure", "faults", "go_to", "graft", "hang", "hidden", "inject", "kv", "message", "name",
+        "pause", "plan", "play", "prediction", "replay", "report", "restart", "resume", "resume_back", "run_to", "save",
+        "severity", "sha256", "source", "standing", "step", "step_back", "stretch", "text", "tokens", "trace", "undo",
+        "verdict", "wait", "where", "world_size",
     ]  # fmt: skip
     assert offered(session) == [
         "close", "debugger", "listen_for_debugger", "load", "log", "measure", "prefill", "recover", "run", "runs",

@@ -136,3 +136,12 @@ def test_seconds_count_from_the_first_op_without_pauses() -> None:
     assert "0→1" in text
     with pytest.raises(TraceError, match="give the earlier time first"):
         stretch_between(paused, 0.2, 0.1)
+
+
+def test_a_frame_has_a_row_for_each_lane_or_rank_and_each_link() -> None:
+    then, between = moment(TRACE, END // 2), stretch(TRACE, 0, END)
+    for found, first, links in ((then, then.lanes, then.links), (between, between.ranks, between.links)):
+        frame = found.to_frame()
+        assert len(frame) == len(first) + len(links)
+        assert frame["bytes"].sum() == sum(link.bytes for link in links)
+        assert frame["source"].isna().sum() == len(first)

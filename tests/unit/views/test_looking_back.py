@@ -61,5 +61,6 @@ def test_now_is_where_a_run_stands_that_has_gone_back(session: Session) -> None:
     ).any()  # a trace does not say that it went back
     run.resume()
     run.wait(60)
+    assert run.trace.events  # which waits for those that are still on their way
     timeline = recorded(run).timeline
     assert timeline.done(timeline.span) == [sum(stand.positions) for stand in run.standing().stands]
