@@ -221,7 +221,7 @@ def test_text_streams_in_whole_characters_and_flags_win_over_the_config_file(
     check_parroted(run, parrot)
     assert run.result()["prompt_tokens"] == len(PROMPT.encode())
     assert len(run.result()["ranks"]) == 2
-    assert "in 4 chunks" in run.out
+    assert ", 4 chunks) proved" in run.out
 
 
 def test_what_is_auto_is_chosen_by_what_the_ranks_measure(model: Path, start: Start) -> None:
