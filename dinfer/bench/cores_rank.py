@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dinfer.bench.rank import work_as_rank
+from dinfer.bench.rank import prefill_together, work_as_rank
 from dinfer.config import Config
 from dinfer.engine.engine import Engine
 from dinfer.model.decoder import Decoder
-from dinfer.plan.plan import parse_plan
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm
 from dinfer.transport.in_process import Exchange
@@ -102,14 +101,7 @@ def _alone(decoder: Decoder, config: Config, ids: Sequence[int], chunk_size: int
 
 def _together(decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int], text: str) -> float:
     """Seconds of a plan until all ranks are done."""
-    plan = parse_plan(text)
-    engine = Engine(decoder, comm, config.with_(layer_split=plan.shape.starts[1:]))
-    engine.prepare(ids, plan=plan)
-    comm.all_gather(b"s")
-    started = perf_counter()
-    engine.prefill_phase()
-    comm.all_gather(b"e")
-    took = perf_counter() - started
+    engine, took = prefill_together(decoder, comm, config, ids, text)
     engine.release()
     return took
 

@@ -3,20 +3,17 @@ with its trace."""
 
 from collections.abc import Sequence
 from statistics import median
-from time import perf_counter
 from typing import Any, NamedTuple
 
 from dinfer.bench.paced import PacedComm
-from dinfer.bench.rank import work_as_rank
+from dinfer.bench.rank import prefill_together, work_as_rank
 from dinfer.config import Config
-from dinfer.engine.engine import Engine
 from dinfer.engine.kernels import Kernels
 from dinfer.engine.measure import Measured
 from dinfer.engine.measure import measure as time_all
 from dinfer.messages import MeasureRank
 from dinfer.model.decoder import Decoder
 from dinfer.plan.ops import Op
-from dinfer.plan.plan import parse_plan
 from dinfer.trace.events import Event
 from dinfer.transport.gloo import Comm
 
@@ -106,15 +103,7 @@ def _timed(rounds: Sequence[Round]) -> TimedPlan:
 
 def _prefill(decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int], text: str) -> Round:
     """Time prefill from when all ranks are ready until all are done."""
-    plan = parse_plan(text)
-    starts = plan.shape.starts[1:]
-    engine = Engine(decoder, comm, config.with_(layer_split=starts))
-    engine.prepare(ids, plan=plan)
-    comm.all_gather(b"s")
-    started = perf_counter()
-    engine.prefill_phase()
-    comm.all_gather(b"e")
-    took = perf_counter() - started
+    engine, took = prefill_together(decoder, comm, config, ids, text)
     assert engine.recorder is not None
     assert engine.cache is not None
     found = Round(took, engine.recorder.events(), engine.cache.sha256(len(ids)))

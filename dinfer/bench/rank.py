@@ -12,7 +12,7 @@ import torch
 from dinfer.config import Config, Schedule, SyncStrategy
 from dinfer.engine.engine import Engine
 from dinfer.model.decoder import Decoder
-from dinfer.plan.plan import Lane, Plan
+from dinfer.plan.plan import Lane, Plan, parse_plan
 from dinfer.trace.trace import Trace
 from dinfer.transport.gate import Gate
 from dinfer.transport.gloo import Comm, GlooComm, join_store
@@ -96,6 +96,21 @@ class RankWork(Protocol):
 
     @property
     def config(self) -> dict[str, Any]: ...
+
+
+def prefill_together(
+    decoder: Decoder, comm: Comm, config: Config, ids: Sequence[int], text: str
+) -> tuple[Engine, float]:
+    """Run prefill by the plan with this text. Returns the engine, to be released, and the seconds from when all ranks
+    were ready until all were done."""
+    plan = parse_plan(text)
+    engine = Engine(decoder, comm, config.with_(layer_split=plan.shape.starts[1:]))
+    engine.prepare(ids, plan=plan)
+    comm.all_gather(b"s")
+    started = perf_counter()
+    engine.prefill_phase()
+    comm.all_gather(b"e")
+    return engine, perf_counter() - started
 
 
 def work_as_rank(kind: type[JobT], work: Callable[[JobT, Decoder, Comm, Config], object]) -> None:

@@ -90,7 +90,7 @@ class DecodeStart:
         self._wait(lambda: self._executor.holds(FINAL) or self._executor.is_done(), patience)
         if state.final is None:
             return
-        state.finite.settle()  # nothing computes any more: the recorder's lane for decode is decode's from here on
+        state.finite.settle()  # the search for NaN in prefill is over: from here on decode alone uses its lane
         start = monotonic_ns()
         first = choose(self._decoder, self._sampler, state.final[:, -1:], 0)
         self._record(start, index=0)

@@ -120,7 +120,7 @@ class Conditions:
         self._lock = Lock()
         self._armed: tuple[Breakpoint, ...] = ()
         self._met: dict[int, dict[Op, int]] = {}
-        """by number of a breakpoint with `hit`, the ops at which its condition has held: the how manieth each was"""
+        """by number of a breakpoint with `hit`: the ops at which its condition has held, and which in order each was"""
 
     def arm(self, breakpoints: Sequence[Breakpoint]) -> None:
         """Evaluate these breakpoints' conditions from now on, and no others."""

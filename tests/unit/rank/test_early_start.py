@@ -90,41 +90,19 @@ CHANGES = [edit, edit_that_was_reported, strike, grow]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_after_prefill_changes_all_tokens_alike(
-    made: Twin, change: Callable[[Engine], None]
+@pytest.mark.parametrize("stopped_at", [None, 0, 1])
+def test_what_changes_after_prefill_or_a_stop_changes_all_later_tokens_alike(
+    made: Twin, change: Callable[[Engine], None], stopped_at: int | None
 ) -> None:
     results = []
     for early in (False, True):
         begun = Begun(made, early=early)
+        if stopped_at is not None:
+            assert len(begun.run(stopped_at)) == stopped_at
         change(begun.engine)
-        results.append(
-            (
-                begun.run() or begun.run(),
-                begun.text,
-                begun.engine.cache and begun.engine.cache.sha256(len(IDS) + 4),
-            )
-        )
-    assert results[0] == results[1]
-    assert len(results[0][0]) == TOKENS
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("stopped_at", [0, 1])
-def test_what_changes_after_a_stop_changes_all_later_tokens_alike(
-    made: Twin, change: Callable[[Engine], None], stopped_at: int
-) -> None:
-    results = []
-    for early in (False, True):
-        begun = Begun(made, early=early)
-        assert len(begun.run(stopped_at)) == stopped_at
-        change(begun.engine)
-        results.append(
-            (
-                begun.run() or begun.run(),
-                begun.text,
-                begun.engine.cache and begun.engine.cache.sha256(len(IDS) + 4),
-            )
-        )
+        tokens = begun.run() or begun.run()
+        assert begun.engine.cache
+        results.append((tokens, begun.text, begun.engine.cache.sha256(len(IDS) + 4)))
     assert results[0] == results[1]
     assert len(results[0][0]) == TOKENS
 
